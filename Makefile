@@ -1,0 +1,30 @@
+# make demo, make test: each works on a fresh machine. A machine that has its own torch: make demo PYTHON=python3 VENV=
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+
+.PHONY: demo test test_long
+
+demo: $(VENV)
+	@rm -rf out/demo
+	$(RUN) -m paper.toy --out out/demo
+	$(RUN) train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500
+	$(RUN) sample.py out/demo/hf --prompt "reverse a c b d"
+	@$(RUN) -m paper.toy --score out/demo
+
+test: $(if $(VENV),$(VENV)/dev)
+	$(RUN) -m pytest -q -rs -m "not gpu and not long" tests
+
+test_long: $(if $(VENV),$(VENV)/dev)
+	$(RUN) -m pytest -q -rs -m "not gpu" tests
+
+ifneq ($(VENV),)
+$(VENV): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $(VENV)
+
+$(VENV)/dev: $(VENV) requirements-dev.txt
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $(VENV)/dev
+endif

@@ -1,0 +1,766 @@
+"""What C-RLFT does to data: conversations of mixed quality -> class-conditioned tokens and loss weights -> packed batches.
+
+Every conversation has a source, and the source is its class c, with a condition ("GPT4") and a coarse reward r_c (Eq. 3).
+The condition goes into the prompt (`GPT4 User: ..`), so that the model learns one policy per class, pi(y|x,c); the reward
+becomes the weight exp(r_c / beta) of each assistant token's loss (Eq. 6). That is all of C-RLFT that touches data:
+
+    read(file)                    -> Conversation      one of three formats, told apart by content
+    assign(conversation, classes) -> Conversation      its class's condition and weights
+    tokenize(conversation, ..)    -> tokens, weights   weight of a token = weight of predicting it
+    plan(lengths, ..)             -> steps             which conversations form a step, whatever the number of GPUs
+    pack([(tokens, weights), ..]) -> Batch             what model.py takes
+
+    python data.py prepare FILE.. --tokenizer tokenizer.model --out train.safetensors --classes "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
+    python data.py show train.safetensors
+
+Shapes: T packed tokens, N conversations, R supervised rows, S all tokens of a prepared file.
+"""
+
+import collections
+import dataclasses
+import difflib
+import hashlib
+import heapq
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+EOT = "<|end_of_turn|>"  # ends every utterance; its id is the size of the sentencepiece model (32000 for Llama-2)
+
+
+# ---- conversations ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str  # user or assistant
+    text: str
+    weight: float | None = None  # loss weight of the text; None: its class's
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    label: str = ""  # the source, as the file has it: "Model: GPT-4"
+    system: str | None = None
+    condition: str | None = None  # what the prompt says: "GPT4"
+    class_id: int | None = None
+    where: str = "?"  # file:line, for errors
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def read(path):
+    """All conversations of a .json array or .jsonl file: ShareGPT, OpenAI `messages` or OpenChat rows, in any mixture."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if text[:1024].lstrip().startswith(b"["):
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}:{getattr(error, 'lineno', '?')}: not JSON ({error}); fix the file") from None
+        return [parse(row, f"{path}: conversation {i}") for i, row in enumerate(rows)]
+    conversations = []
+    for number, line in enumerate(io.BytesIO(text), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
+            conversations.append(parse(row, f"{path}:{number}"))
+    return conversations
+
+
+def parse(row, where):
+    """One JSON object -> Conversation, without a class yet unless the row names its own condition."""
+    def need(condition, problem):
+        if not condition:
+            raise ValueError(f"{where}: {problem}")
+
+    need(isinstance(row, dict), f"a {type(row).__name__} where a conversation object belongs; see README, \"Your own data\"")
+    turns = next((row[key] for key in ("conversations", "items", "messages") if key in row), None)
+    need(isinstance(turns, list) and turns, "no messages in `conversations`, `items` or `messages`; fill or remove it")
+    system, messages = row.get("system") or None, []
+    for turn in turns:
+        need(isinstance(turn, dict), "a message is not an object with role and content (or from and value)")
+        name, text, weight = turn.get("role", turn.get("from")), turn.get("content", turn.get("value")), turn.get("weight")
+        need(name in ROLES, f"role {name!r} is not one of {', '.join(ROLES)}; fix the line or map it")
+        need(isinstance(text, str), f"the {name} message has no text (content or value); fix the line")
+        ok = weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf)
+        need(ok, f"message weight {weight!r} is not a number of at least 0; fix the line")
+        if ROLES[name] == "system":
+            need(not messages and system is None, "a system message that does not stand first, or a second one; join or move it")
+            system = text
+            continue
+        need(ROLES[name] == "assistant" or not weight, f"weight {weight} on a {name} message; only assistant text is trained on")
+        messages.append(Message(ROLES[name], text, weight))
+    need(messages, "only a system message; add turns or remove it")
+    label, condition = row.get("model") or "", row.get("condition") or None
+    need(isinstance(label, str), f"model {label!r} is not a string; fix the line")
+    need(condition is None or isinstance(condition, str), f"condition {condition!r} is not a string; fix the line")
+    return Conversation(tuple(messages), label, system, condition, where=where)
+
+
+# ---- classes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Class:
+    name: str
+    condition: str
+    weight: float | None  # exp(r_c / beta) up to a common factor; None until the rows that carry their own have said it
+
+
+def parse_classes(text, beta=None):
+    """[(label glob, Class)] of "Model: GPT-4=GPT4:1.0,*=GPT3:0.1". With beta the numbers are rewards r_c and the weight is
+    exp((r_c - 1) / beta): Eq. 6 up to the common factor exp(1 / beta), which the division by the weight sum cancels."""
+    if beta is not None and not beta > 0:
+        raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 is above 0")
+    table = []
+    for entry in text.split(",") if text else ():
+        glob, equals, right = entry.rpartition("=")
+        condition, colon, number = right.rpartition(":")
+        try:
+            number = float(number)
+        except ValueError:
+            number = math.nan
+        if not (equals and colon and condition.strip() and math.isfinite(number) and (beta or number >= 0)):
+            raise ValueError(f"--classes: {entry!r} is not `label glob=condition:number`, such as \"Model: GPT-4=GPT4:1.0\"")
+        weight = math.exp((number - 1) / beta) if beta else number
+        table.append((glob.strip(), condition.strip(), weight))
+    weights_of = collections.defaultdict(set)
+    for _, condition, weight in table:
+        weights_of[condition].add(weight)
+    name = lambda condition, weight: condition if len(weights_of[condition]) == 1 else f"{condition}:{weight:g}"
+    return [(glob, Class(name(condition, weight), condition, weight)) for glob, condition, weight in table]
+
+
+def glob_match(glob, label):
+    """Case-sensitive; * is any text, ? any character, nothing else is special."""
+    return re.fullmatch(re.escape(glob).replace(r"\*", ".*").replace(r"\?", "."), label, re.DOTALL) is not None
+
+
+class Classes:
+    """The classes of one prepared file, in the order of their ids: the table's first, then the rows' own conditions."""
+
+    def __init__(self, table=()):
+        self.table, self.all = list(table), list(dict.fromkeys(c for _, c in table))
+
+    def assign(self, conversation):
+        """The conversation with class, condition and every message's weight filled in.
+
+        A row's own condition goes before the table's globs, a message's own weight before its class's.
+        """
+        if conversation.condition is None:
+            label = conversation.label
+            found = next((c for glob, c in self.table if glob_match(glob, label)), None)
+            if found is None:
+                raise ValueError(f"{conversation.where}: label {label!r} matches no class; add it (or *=..) to --classes")
+        else:
+            found = next((c for c in self.all if c.condition == conversation.condition), None)
+            if found is None:
+                found = Class(conversation.condition, conversation.condition, None)
+                self.all.append(found)
+        class_id, messages = self.all.index(found), []
+        for m in conversation.messages:
+            weight = 0.0 if m.role == "user" else found.weight if m.weight is None else m.weight
+            if weight is None or (found.weight is None and m.role == "assistant" and m.weight is None):
+                raise ValueError(f"{conversation.where}: an answer without weight in class {found.name!r}; give one, or --classes")
+            messages.append(dataclasses.replace(m, weight=float(weight)))
+        return dataclasses.replace(conversation, messages=tuple(messages), condition=found.condition, class_id=class_id)
+
+
+def expert_of(classes):
+    """The class of the highest weight, the first named where weights tie; its template is the one used at inference."""
+    return max(classes, key=lambda c: c.weight)
+
+
+# ---- templates ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Template:
+    user: str
+    assistant: str
+    opening: str | None = None  # an utterance before the first turn
+
+
+TEMPLATES = {  # Table 3; {c} is the condition
+    "before_speaker": Template("{c} User:", "{c} Assistant:"),
+    "before_assistant": Template("User:", "{c} Assistant:"),
+    "beginning": Template("User:", "Assistant:", opening="Assistant is {c}"),
+    "none": Template("User:", "Assistant:"),  # ours: the paper does not give the template of its arms without condition
+}
+
+
+class Tokenizer:
+    """A sentencepiece model and the one token that C-RLFT adds. Text never becomes a special token: `</s>` typed by a user
+    is encoded as the characters it is."""
+
+    def __init__(self, model):
+        """model: path of tokenizer.model, or its bytes."""
+        if not isinstance(model, bytes):
+            if not Path(model).is_file():
+                raise ValueError(f"{model}: no such tokenizer; give the path of a sentencepiece tokenizer.model")
+            model = Path(model).read_bytes()
+        self.bytes = model
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError("tokenizer.model is not a sentencepiece model; fetch the file again") from None
+        self.bos, self.eos, self.eot = self.sp.bos_id(), self.sp.eos_id(), self.sp.get_piece_size()
+        if self.bos < 0 or self.eos < 0:
+            raise ValueError("tokenizer.model has no <s> or </s>; C-RLFT starts every conversation with <s>")
+
+    def __reduce__(self):
+        return Tokenizer, (self.bytes,)
+
+    def encode(self, text):
+        return self.sp.encode(text)
+
+    def decode(self, ids):
+        return self.sp.decode([i for i in ids if i < self.eot])
+
+    def piece(self, i):
+        """The token as text for a reader: _ for the space that a word carries."""
+        return EOT if i == self.eot else self.sp.id_to_piece(i) if i < self.eot else f"<{i}>"
+
+
+def encode(conversation, tokenizer, template):
+    """(head, turns): ids before the first turn, and per message (ids of the role prefix, ids of the text).
+
+    Pieces are tokenized one by one and joined, as the public trainer does: `<s>` [system EOT] [opening EOT] then per message
+    prefix text EOT. `GPT4 User:` is the same ids whatever follows.
+    """
+    t, c = TEMPLATES[template], conversation.condition
+    head = [tokenizer.bos]
+    for text in (conversation.system, t.opening and t.opening.format(c=c)):
+        if text is not None:
+            head += [*tokenizer.encode(text), tokenizer.eot]
+    prefix = {"user": tokenizer.encode(t.user.format(c=c)), "assistant": tokenizer.encode(t.assistant.format(c=c))}
+    return head, [(prefix[m.role], [*tokenizer.encode(m.text), tokenizer.eot]) for m in conversation.messages]
+
+
+def tokenize(conversation, tokenizer, template="before_speaker"):
+    """tokens int32, weights fp32, of one length: a token's weight is the weight of predicting it.
+
+    Only what the assistant says is learned: its text and the EOT after it carry the message's weight, all else has 0.
+    """
+    head, turns = encode(conversation, tokenizer, template)
+    tokens, weights = list(head), [0.0] * len(head)
+    for message, (prefix, text) in zip(conversation.messages, turns):
+        tokens += prefix + text
+        weights += [0.0] * len(prefix) + [message.weight] * len(text)
+    return np.array(tokens, np.int32), np.array(weights, np.float32)
+
+
+def tokenize_prompt(messages, tokenizer, template, condition, system=None):
+    """Ids up to the point where the assistant speaks. The same `encode` as in training: a prompt can't drift from it."""
+    if template == "base":  # a model that has not been fine-tuned: the text itself
+        return [tokenizer.bos, *tokenizer.encode("\n".join(m.text for m in messages))]
+    conversation = Conversation((*messages, Message("assistant", "")), system=system, condition=condition)
+    head, turns = encode(conversation, tokenizer, template)
+    return [*head, *(i for prefix, text in turns[:-1] for i in prefix + text), *turns[-1][0]]
+
+
+# ---- the prepared file --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    files: tuple
+    tokenizer: str = ""
+    out: str = ""
+    classes: str = ""
+    beta: float | None = None
+    template: str = "before_speaker"
+    max_len: int = 4096
+    too_long: str = "truncate"  # or split (at turns), or drop
+
+
+def split_turns(conversation, head, turns, max_len):
+    """Conversations of whole exchanges, each with the same head, none above max_len unless one exchange alone is."""
+    parts, used = [[]], len(head)
+    starts = [i for i, m in enumerate(conversation.messages) if i and m.role == "user" and conversation.messages[i - 1].role != "user"]
+    for start, stop in zip([0, *starts], [*starts, len(turns)]):
+        size = sum(len(prefix) + len(text) for prefix, text in turns[start:stop])
+        if parts[-1] and used + size > max_len:
+            parts, used = [*parts, []], len(head)
+        parts[-1] += conversation.messages[start:stop]
+        used += size
+    return [dataclasses.replace(conversation, messages=tuple(part)) for part in parts]
+
+
+def fit(conversation, tokenizer, template, max_len, too_long):
+    """([(tokens, weights)], ledger) of one conversation: at most max_len tokens each, trailing tokens without weight cut.
+
+    The ledger is a Counter of tokens, with tokens_read + added_by_split = trained + prompt + truncated + dropped +
+    trailing_cut, and of conversations and turns.
+    """
+    tokens, weights = tokenize(conversation, tokenizer, template)
+    ledger = collections.Counter(conversations=1, turns=len(conversation.messages), tokens_read=len(tokens))
+    empty_answer = any(m.role == "assistant" and not m.text.strip() for m in conversation.messages)
+    parts = [(tokens, weights)]
+    if len(tokens) > max_len and not empty_answer:
+        if too_long == "split":
+            head, turns = encode(conversation, tokenizer, template)
+            parts = [tokenize(c, tokenizer, template) for c in split_turns(conversation, head, turns, max_len)]
+            ledger["added_by_split"] += sum(len(t) for t, _ in parts) - len(tokens)
+            ledger["split_conversations"] += len(parts) > 1
+        ledger["truncated_conversations"] += any(len(t) > max_len for t, _ in parts) and too_long != "drop"
+    kept = []
+    for tokens, weights in parts:
+        supervised = np.flatnonzero(weights[:max_len])
+        if empty_answer or len(supervised) == 0 or (too_long == "drop" and len(tokens) > max_len):
+            ledger["dropped"] += len(tokens)
+            continue
+        end = supervised[-1] + 1
+        ledger["truncated"] += max(0, len(tokens) - max_len)
+        ledger["trailing_cut"] += min(len(tokens), max_len) - end
+        ledger["trained"] += len(supervised)
+        ledger["prompt"] += end - len(supervised)
+        kept.append((tokens[:end], weights[:end]))
+    ledger["dropped_conversations"] += not kept
+    return kept, ledger
+
+
+LEDGER = ("conversations", "turns", "tokens_read", "trained", "prompt", "truncated", "dropped", "trailing_cut", "added_by_split",
+          "dropped_conversations", "truncated_conversations", "split_conversations")
+
+
+def fit_many(args):
+    conversations, tokenizer, *how = args
+    return [(fit(c, tokenizer, *how), c.class_id, group_of(c)) for c in conversations]
+
+
+def group_of(conversation):
+    """Hash of the first user message. The validation split goes by it, so that no prompt stands on both sides."""
+    text = next((m.text for m in conversation.messages if m.role == "user"), "")
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+
+
+def prepare(config):
+    """Tokenize conversation files into one safetensors file (fields: `Prepared`); returns its metadata."""
+    if not config.files or not config.tokenizer or not config.out:
+        raise ValueError("prepare needs FILE.. --tokenizer tokenizer.model --out FILE.safetensors")
+    if config.template not in TEMPLATES:
+        raise ValueError(f"--template {config.template!r} is not one of {', '.join(TEMPLATES)}")
+    if config.too_long not in ("truncate", "split", "drop"):
+        raise ValueError(f"--too_long {config.too_long!r} is not one of truncate, split, drop")
+    if config.max_len < 2:
+        raise ValueError(f"--max_len {config.max_len}: a conversation has at least 2 tokens")
+    tokenizer = Tokenizer(config.tokenizer)
+    classes = Classes(parse_classes(config.classes, config.beta))
+    conversations = [classes.assign(c) for path in config.files for c in read(path)]  # every line is checked before any work
+    how = config.template, config.max_len, config.too_long
+    chunks = [(conversations[i : i + 256], tokenizer, *how) for i in range(0, len(conversations), 256)]
+    processes = min(os.cpu_count(), len(chunks) // 4)  # starting a process pays from about a thousand conversations
+    tokens, weights, class_ids, group = [], [], [], []
+    ledgers = [collections.Counter() for _ in classes.all]
+    with tqdm(total=len(conversations), unit=" conversations", desc="tokenize", disable=None) as bar:
+        with multiprocessing.Pool(processes) if processes > 1 else open(os.devnull) as pool:
+            for chunk in pool.imap(fit_many, chunks) if processes > 1 else map(fit_many, chunks):
+                for (kept, ledger), class_id, conversation_group in chunk:
+                    ledgers[class_id].update(ledger)
+                    for t, w in kept:
+                        tokens.append(t), weights.append(w), class_ids.append(class_id), group.append(conversation_group)
+                bar.update(len(chunk))
+    if not tokens:
+        raise ValueError(f"{', '.join(map(str, config.files))}: no conversation has a token to train on; check roles and weights")
+    for i, c in enumerate(classes.all):
+        if c.weight is None:  # rows with weights of their own: the class's is the highest of them
+            weight = max((m.weight for x in conversations if x.class_id == i for m in x.messages), default=0.0)
+            classes.all[i] = dataclasses.replace(c, weight=weight)
+    shown = [dataclasses.asdict(c) | ({"condition": ""} if config.template == "none" else {}) for c in classes.all]
+    meta = {"tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(), "template": config.template, "max_len": config.max_len,
+            "classes": shown, "expert": expert_of(classes.all).name,
+            "counts": {c.name: {key: int(ledger[key]) for key in LEDGER} for c, ledger in zip(classes.all, ledgers)}}
+    arrays = {
+        "tokens": np.concatenate(tokens), "weights": np.concatenate(weights),
+        "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        "class_ids": np.array(class_ids, np.int16), "group": np.array(group, np.int64),
+        "tokenizer": np.frombuffer(tokenizer.bytes, np.uint8),
+    }
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        save_file(arrays, partial, metadata={"crlft": json.dumps(meta)})
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return meta
+
+
+def ledger_table(meta):
+    """The counts as text, a line per class, in tokens unless said."""
+    lines = [f"{'class':12} {'weight':>7} {'convs':>8} {'turns':>8} {'read':>10} {'trained':>10} {'prompt':>10} {'truncated':>9} "
+             f"{'dropped':>8} {'trailing':>8} {'split':>6}"]
+    for c in meta["classes"]:
+        n = meta["counts"][c["name"]]
+        lines.append(f"{c['name']:12} {c['weight']:7.4g} {n['conversations']:8,} {n['turns']:8,} {n['tokens_read']:10,} {n['trained']:10,} "
+                     f"{n['prompt']:10,} {n['truncated']:9,} {n['dropped']:8,} {n['trailing_cut']:8,} {n['added_by_split']:6,}")
+    total = lambda key: sum(n[key] for n in meta["counts"].values())
+    lines.append(f"{total('dropped_conversations'):,} conversations dropped (an empty answer, nothing to train on, or too long), "
+                 f"{total('truncated_conversations'):,} cut at {meta['max_len']:,} tokens, {total('split_conversations'):,} split; "
+                 f"expert: {meta['expert']}, template: {meta['template']}")
+    return "\n".join(lines)
+
+
+class Prepared:
+    """A prepared file, memory-mapped: every rank opens it, none holds it.
+
+    tokens int32 [S], weights fp32 [S], offsets int64 [N + 1], class_ids int16 [N], group int64 [N], tokenizer bytes, and
+    `meta`: template, classes, expert, counts.
+    """
+
+    def __init__(self, path):
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such prepared file; make it with `python data.py prepare`")
+        try:
+            with safe_open(path, "pt") as file:
+                self.meta = json.loads((file.metadata() or {}).get("crlft", "null"))
+                arrays = {key: file.get_tensor(key).numpy() for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole prepared file ({error}); prepare it again") from None
+        if self.meta is None:
+            raise ValueError(f"{path}: a safetensors file, but not one that `python data.py prepare` wrote")
+        self.path, self.tokens, self.weights = str(path), arrays["tokens"], arrays["weights"]
+        self.offsets, self.class_ids, self.group = arrays["offsets"], arrays["class_ids"], arrays["group"]
+        self.tokenizer = Tokenizer(arrays["tokenizer"].tobytes())
+        self.classes = [Class(**c) for c in self.meta["classes"]]
+        self.lengths = np.diff(self.offsets)
+        self.weight_sums = np.add.reduceat(self.weights, self.offsets[:-1], dtype=np.float64)
+        self.supervised = np.add.reduceat(self.weights != 0, self.offsets[:-1], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def conversation(self, i):
+        """(tokens, weights) of conversation i."""
+        rows = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[rows], self.weights[rows]
+
+    def batch(self, conversations):
+        """The Batch of these conversations, in this order."""
+        return pack([self.conversation(i) for i in conversations], self.class_ids[conversations])
+
+    def split(self, val_fraction):
+        """(train, val) indices: a prompt's group is in val for a fixed share of all hashes, so the split outlives reshuffling."""
+        val = (self.group % 10_000) < val_fraction * 10_000
+        return np.flatnonzero(~val), np.flatnonzero(val)
+
+
+# ---- the step plan ------------------------------------------------------------------------------------------------------
+
+
+def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_tokens, cost=(1.0, 0.0)):
+    """[step], step = [micro-batch], micro-batch = int64 array of conversations: each conversation once, none cut.
+
+    A step is M = max(1, batch_tokens // micro_tokens) micro-batches of at most micro_tokens tokens and nearly equal cost,
+    linear * tokens + quadratic * sum(length^2). It does not know the number of ranks: they take a step's micro-batches in
+    turn, so the same conversations form step k on 1 GPU or 64.
+
+    Every step holds the classes in proportion. Its loss is divided by its own weight sum, a ratio: a step poor in experts
+    would scale its few rewards up and cancel them. So classes are dealt to the steps first, longest conversation first, each
+    to the step that has least of its class; the micro-batches of a step are balanced second.
+    """
+    capacity, M = min(micro_tokens, batch_tokens), max(1, batch_tokens // micro_tokens)
+    if len(lengths) == 0:
+        raise ValueError("no conversation to plan")
+    if lengths.max() > capacity:
+        raise ValueError(f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens")
+    rng = np.random.default_rng([seed, epoch])
+    steps = -(-int(lengths.sum()) // (M * capacity))  # the lower bound
+    while (result := _deal(lengths, class_ids, rng, steps, M, capacity, cost)) is None:
+        steps += max(1, steps // 200)
+    if any(weight_sums[np.concatenate(step)].sum() == 0 for step in result):
+        raise ValueError("a step whose weights are all 0 has no loss; give some answers a weight above 0")
+    return result
+
+
+def _deal(lengths, class_ids, rng, steps, M, capacity, cost):
+    """A plan of so many steps, or None where the conversations do not fit."""
+    bucket = np.floor(np.log(lengths) * 50)  # lengths within 2% count as equal, so that each epoch deals anew
+    load, members = np.zeros(steps, np.int64), [[] for _ in range(steps)]
+    counts = np.bincount(class_ids)
+    for c in np.argsort(counts, kind="stable"):  # the largest class last: it evens out the tokens of all
+        mine = np.flatnonzero(class_ids == c)
+        mine = mine[np.lexsort((rng.random(len(mine)), -bucket[mine]))]
+        start = load if c == np.argsort(counts, kind="stable")[-1] else np.zeros(steps, np.int64)
+        heap = list(zip(start.tolist(), rng.permutation(steps).tolist(), range(steps)))
+        heapq.heapify(heap)
+        for i in mine.tolist():
+            filled, tie, step = heap[0]
+            heapq.heapreplace(heap, (filled + int(lengths[i]), tie, step))
+            members[step].append(i)
+            load[step] += lengths[i]
+    result = []
+    for step in members:
+        order = sorted(step, key=lambda i: -lengths[i])
+        tokens, work, micro = [0] * M, [0.0] * M, [[] for _ in range(M)]
+        for i in order:
+            n = int(lengths[i])
+            room = [m for m in range(M) if tokens[m] + n <= capacity]
+            if not room:
+                return None
+            m = min(room, key=work.__getitem__)
+            micro[m].append(i)
+            tokens[m] += n
+            work[m] += cost[0] * n + cost[1] * n * n
+        result.append([np.array(m, np.int64) for m in micro if m])
+    return [step for step in result if step]
+
+
+@dataclass
+class Batch:
+    """One micro-batch, flat: row t holds token t of the packed row and learns to predict labels_T[t], counting weights_T[t]."""
+
+    tokens_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64, from 0 in each conversation
+    labels_T: torch.Tensor  # int64: the next token of the same conversation (0 at its end, where the weight is 0)
+    weights_T: torch.Tensor  # fp32
+    cu_seqlens: torch.Tensor  # int32 [N + 1]
+    max_seqlen: int
+    rows_R: torch.Tensor  # int64, the rows with a weight
+    class_R: torch.Tensor  # int64, their classes
+
+    def to(self, device):
+        """On the device; from pinned memory, so that the copy does not wait."""
+        if torch.device(device).type == "cpu":
+            return self
+        move = lambda x: x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
+        return Batch(*(move(getattr(self, field.name)) for field in dataclasses.fields(self)))
+
+
+def pack(conversations, class_ids=None):
+    """[(tokens, weights)] -> Batch. Weights move one row up: row t is judged by what it says about token t + 1."""
+    lengths = np.array([len(tokens) for tokens, _ in conversations])
+    class_ids = np.zeros(len(lengths), np.int64) if class_ids is None else np.asarray(class_ids, np.int64)
+    ends = np.cumsum(lengths)
+    tokens_T = np.concatenate([tokens for tokens, _ in conversations]).astype(np.int64)
+    weights_T = np.concatenate([*(weights for _, weights in conversations), [0.0]]).astype(np.float32)[1:]
+    labels_T = np.append(tokens_T[1:], 0)
+    labels_T[ends - 1], weights_T[ends - 1] = 0, 0.0  # the last token of a conversation predicts nothing
+    rows_R = np.flatnonzero(weights_T)
+    arrays = dict(
+        tokens_T=tokens_T, positions_T=np.arange(len(tokens_T)) - np.repeat(ends - lengths, lengths),
+        labels_T=labels_T, weights_T=weights_T, cu_seqlens=np.append(0, ends).astype(np.int32),
+        rows_R=rows_R, class_R=np.repeat(class_ids, lengths)[rows_R],
+    )
+    return Batch(max_seqlen=int(lengths.max()), **{key: torch.from_numpy(x) for key, x in arrays.items()})
+
+
+# ---- the tokenizer of an export -----------------------------------------------------------------------------------------
+
+
+def chat_template(template, condition):
+    """The Jinja form of `encode`, from the same table, for transformers and vLLM."""
+    t, eot = TEMPLATES[template], EOT
+    user, assistant = t.user.format(c=condition), t.assistant.format(c=condition)
+    opening = t.opening.format(c=condition) + eot if t.opening else ""
+    return (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '" + eot + "' }}{% endif %}" + opening
+        + "{% for m in messages %}"
+        + "{% if m['role'] == 'user' %}{{ '" + user + " ' + m['content'] + '" + eot + "' }}"
+        + "{% elif m['role'] == 'assistant' %}{{ '" + assistant + " ' + m['content'] + '" + eot + "' }}"
+        + "{% elif not loop.first %}{{ raise_exception('a system message stands first') }}{% endif %}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ '" + assistant + "' }}{% endif %}"
+    )
+
+
+def tokenizer_json(tokenizer):
+    """tokenizer.json for the `tokenizers` library: the sentencepiece vocabulary, and the merges that its scores imply.
+
+    Sentencepiece's BPE joins the neighbours whose union has the best score; a merge list says the same thing as pairs in
+    order of that score, every way to cut a piece in two being a pair.
+    """
+    sp, size = tokenizer.sp, tokenizer.eot
+    pieces = [sp.id_to_piece(i) for i in range(size)]
+    normal = [i for i in range(size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    joined = [i for i in normal if len(pieces[i]) > 1]
+    scores = [sp.get_score(i) for i in joined]
+    if any(s != -float(k) for k, s in enumerate(scores)) or sp.decode(sp.encode("  a  b ")) != "  a  b ":
+        raise ValueError("tokenizer.model is no BPE model that keeps spaces (Llama-2's kind); no tokenizer.json can be made of it")
+    known = {pieces[i] for i in normal}
+    merges = []
+    for i in joined:
+        cuts = [(pieces[i][:k], pieces[i][k:]) for k in range(1, len(pieces[i]))]
+        merges += sorted((pair for pair in cuts if known.issuperset(pair)), key=lambda pair: [vocab[p] for p in pair])
+    special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
+    added = [(i, pieces[i]) for i in special] + [(size, EOT)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bos = pieces[tokenizer.bos]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": text} | flags for i, text in added],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                     {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": pieces[sp.unk_id()], "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": any(map(sp.is_byte, range(size))),
+                  "ignore_merges": False, "vocab": vocab, "merges": [f"{a} {b}" for a, b in merges]},
+    }
+
+
+def write_tokenizer(folder, tokenizer, meta):
+    """tokenizer.model, tokenizer.json, tokenizer_config.json (with the expert's chat template) and crlft.json of an export."""
+    folder, sp = Path(folder), tokenizer.sp
+    names = {f"{kind}_token": sp.id_to_piece(i) for kind, i in (("bos", tokenizer.bos), ("eos", tokenizer.eos), ("unk", sp.unk_id()))}
+    json_ = tokenizer_json(tokenizer)
+    added = {str(t["id"]): {key: t[key] for key in t if key != "id"} for t in json_["added_tokens"]}
+    expert = next(c for c in meta["classes"] if c["name"] == meta["expert"])
+    config = names | {  # legacy: without it transformers drops the space after a special token
+        "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False, "model_max_length": meta["max_len"], "added_tokens_decoder": added,
+        "additional_special_tokens": [EOT], "chat_template": chat_template(meta["template"], expert["condition"]),
+    }
+    (folder / "tokenizer.model").write_bytes(tokenizer.bytes)
+    for name, content in (("tokenizer.json", json_), ("tokenizer_config.json", config), ("crlft.json", meta)):
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+# ---- looking at data ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    files: tuple
+    tokenizer: str = ""
+    classes: str = "*=GPT4:1.0"
+    template: str = "before_speaker"
+    max_len: int = 4096
+    n: int = 3  # conversations to print
+
+
+def colored(tokenizer, tokens, weights, heaviest):
+    """The tokens as a line: those without weight plain, the others green, brighter with weight, or [weight|text] off a terminal."""
+    runs, out = [], []
+    for i, w in zip(tokens.tolist(), weights.tolist()):
+        if not runs or runs[-1][0] != w:
+            runs.append((w, []))
+        runs[-1][1].append(tokenizer.piece(i))
+    for w, pieces in runs:
+        text = "".join(pieces).replace("\u2581", " ").replace("<0x0A>", "\n")
+        if sys.stdout.isatty():
+            shade = 28 + round(6 * (w / heaviest) ** 0.5) * 36 // 6 if w else 0
+            out.append(f"\x1b[38;5;{min(shade, 46)}m{text}\x1b[0m" if w else f"\x1b[2m{text}\x1b[0m")
+        else:
+            out.append(f"[{w:g}|{text}]" if w else text)
+    return "".join(out)
+
+
+def show(config):
+    """Print a prepared file, or conversation files as they would be prepared: tokens by weight, classes, lengths."""
+    if not config.files:
+        raise ValueError("show needs a prepared file, or conversation files and --tokenizer")
+    if config.files[0].endswith(".safetensors"):
+        data = Prepared(config.files[0])
+        tokenizer, meta, lengths = data.tokenizer, data.meta, data.lengths
+        rows = [(data.class_ids[i], *data.conversation(i)) for i in range(min(config.n, len(data)))]
+        print(ledger_table(meta))
+    else:
+        tokenizer, classes = Tokenizer(config.tokenizer), Classes(parse_classes(config.classes))
+        conversations = [classes.assign(c) for path in config.files for c in read(path)]
+        fitted = [(c.class_id, part) for c in conversations
+                  for part in fit(c, tokenizer, config.template, config.max_len, "truncate")[0]]
+        rows = [(class_id, *part) for class_id, part in fitted[: config.n]]
+        lengths, meta = np.array([len(tokens) for _, (tokens, _) in fitted]), {"classes": [{"name": c.name} for c in classes.all]}
+    heaviest = max((weights.max() for *_, weights in rows), default=1.0)
+    for i, (class_id, tokens, weights) in enumerate(rows):
+        print(f"\n-- conversation {i}, class {meta['classes'][class_id]['name']}, {len(tokens)} tokens, {np.count_nonzero(weights)} trained")
+        print(colored(tokenizer, tokens, weights, heaviest))
+    print(f"\nlengths of {len(lengths):,} conversations: {lengths.sum():,} tokens")
+    edges = 2 ** np.arange(1, 2 + int(np.log2(max(lengths.max(initial=2), 2))))
+    counts = np.histogram(lengths, [*edges, edges[-1] * 2])[0]
+    for edge, count in zip(edges, counts):
+        print(f"{edge:7,} to {2 * edge - 1:7,} {count:8,} {'#' * round(50 * count / counts.max())}")
+
+
+# ---- the command line, of every entry point -----------------------------------------------------------------------------
+
+
+def parse_args(config_class, argv, positional=None):
+    """The dataclass filled from --key=value and --key value; bare words go to the field `positional`, a tuple."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    values, words, argv = {}, [], list(argv)
+    while argv:
+        word = argv.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if key not in fields or key == positional:
+            near = difflib.get_close_matches(key, fields, 1)
+            flags = " ".join("--" + name for name in fields if name != positional)
+            raise ValueError(f"--{key} is no flag; " + (f"did you mean --{near[0]}?" if near else f"the flags are {flags}"))
+        kind = fields[key].type
+        if kind is bool and not equals:
+            value = argv.pop(0) if argv[:1] in (["true"], ["false"]) else "true"
+        elif not equals:
+            if not argv:
+                raise ValueError(f"--{key} needs a value")
+            value = argv.pop(0)
+        kinds = [k for k in getattr(kind, "__args__", (kind,)) if k is not type(None)]  # `int | None` reads an int
+        try:
+            values[key] = {"true": True, "false": False}[value.lower()] if kinds == [bool] else kinds[0](value)
+        except (ValueError, KeyError):
+            raise ValueError(f"--{key} {value!r} is not {'true or false' if kinds == [bool] else 'a ' + kinds[0].__name__}") from None
+    if positional:
+        values[positional] = tuple(words)
+    elif words:
+        raise ValueError(f"{words[0]!r} is not a flag; flags look like --{next(iter(fields))} VALUE")
+    return config_class(**values)
+
+
+def run(main):
+    """Call main(argv); what a user can cause ends in one line on stderr and a non-zero exit."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, SafetensorError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except OSError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or ''}: {error.strerror or error}; free space or choose another folder")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main(argv):
+    if argv[:1] == ["prepare"]:
+        config = parse_args(PrepareConfig, argv[1:], positional="files")
+        print(ledger_table(prepare(config)))
+        print(f"wrote {config.out}")
+    elif argv[:1] == ["show"]:
+        show(parse_args(ShowConfig, argv[1:], positional="files"))
+    else:
+        raise ValueError("say `prepare FILE.. --tokenizer PATH --out FILE.safetensors` or `show FILE..`; see the top of data.py")
+
+
+if __name__ == "__main__":
+    run(main)

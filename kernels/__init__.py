@@ -1,0 +1,1 @@
+"""Four kernels, one lesson each: rms_norm, rotary_attention, cross_entropy, swiglu."""

@@ -1,0 +1,230 @@
+"""Talk to a C-RLFT model: in the terminal, one prompt, or a file of them. At inference only the expert's template is used.
+
+    python sample.py out/demo/hf                                    chat
+    python sample.py out/demo/hf --prompt "reverse a c b d"
+    python sample.py out/demo/hf --input prompts.jsonl --output answers.jsonl
+    python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT3       the other class's prompt (Fig. 5)
+
+prompts.jsonl has a {"prompt": ..} or {"messages": [{"role", "content"}, ..]} per line; answers.jsonl the same rows with
+"response" and "finish" ("stop" or "length").
+
+Shapes: B prompts, V vocab.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import TEMPLATES, Message, Tokenizer, pack, parse, parse_args, run, tokenize_prompt
+from model import KVCache, load_model
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    folder: tuple = ()
+    prompt: str | None = None
+    input: str | None = None
+    output: str | None = None
+    condition: str | None = None  # default: the expert's, from crlft.json
+    template: str | None = None  # default: the one trained with; `base` is the raw text
+    system: str | None = None
+    temperature: float = 0.7  # 0: always the likeliest token
+    top_k: int | None = None
+    top_p: float = 1.0
+    max_new: int = 512
+    seed: int = 0
+    batch: int = 16
+    truncate_left: bool = False  # cut a prompt that leaves no room for an answer, instead of stopping
+
+
+class Speaker:
+    """A model with the tokenizer, template and condition it is spoken to with."""
+
+    def __init__(self, folder, condition=None, template=None, device=None):
+        folder = Path(folder)
+        if not (folder / "config.json").is_file() and (folder / "hf" / "config.json").is_file():
+            folder = folder / "hf"  # the --out of train.py
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        crlft = folder / "crlft.json"
+        meta = json.loads(crlft.read_text()) if crlft.is_file() else None
+        if meta is None and not (condition or template):
+            raise ValueError(f"{folder}: no crlft.json, so no default prompt; say --condition NAME or --template NAME")
+        self.template = template or (meta["template"] if meta else "before_speaker")
+        if self.template not in (*TEMPLATES, "base"):
+            raise ValueError(f"--template {self.template!r} is not one of {', '.join(TEMPLATES)}, base")
+        conditions = {c["name"]: c["condition"] for c in meta["classes"]} if meta else {}
+        if condition and meta and condition not in conditions:
+            raise ValueError(f"--condition {condition!r} is none of the classes trained with: {', '.join(conditions)}")
+        self.condition = conditions.get(condition, condition) if condition else conditions[meta["expert"]] if meta else "GPT4"
+        self.tokenizer = Tokenizer(folder / "tokenizer.model")
+        self.stops = self.tokenizer.eot, self.tokenizer.eos
+        self.model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        self.context = self.model.config.max_position_embeddings
+        if self.model.config.vocab_size < self.tokenizer.eot:
+            raise ValueError(f"{folder}: vocab_size {self.model.config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model")
+
+    def ids(self, messages, system=None, truncate_left=False, max_new=1):
+        """The prompt's token ids. ValueError when they fill the context, unless the oldest may go (the <s> stays)."""
+        ids = tokenize_prompt(messages, self.tokenizer, self.template, self.condition, system)
+        if len(ids) < self.context:
+            return ids
+        if not truncate_left:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it, or --truncate_left")
+        return [ids[0], *ids[1 - max(2, self.context - max_new) :]]
+
+    def text(self, ids):
+        return self.tokenizer.decode(ids)
+
+    def generate(self, prompts, config):
+        """Yield, a step at a time, the next token id of each of B prompts (lists of ids), None once its answer has ended.
+
+        An answer ends with `<|end_of_turn|>` or `</s>`, its last id then, or after max_new ids, or where the context does.
+        """
+        device, tokenizer = self.model.lm_head.weight.device, self.tokenizer
+        generator = torch.Generator(device).manual_seed(config.seed)
+        room = [min(config.max_new, self.context - len(ids)) for ids in prompts]
+        batch = pack([(np.array(ids), np.zeros(len(ids))) for ids in prompts]).to(device)
+        slots = max(len(ids) + n for ids, n in zip(prompts, room))
+        cache = KVCache(self.model.config, len(prompts), slots, device, self.model.lm_head.weight.dtype)
+        logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
+        ended = [False] * len(prompts)
+        for step in range(1, max(room) + 1):
+            logits_BV[:, tokenizer.eot + 1 :] = -torch.inf  # rows of a padded vocabulary
+            tokens_B = choose(logits_BV, config, generator)
+            ids = tokens_B.tolist()
+            yield [None if end else i for end, i in zip(ended, ids)]
+            ended = [end or i in self.stops or step >= n for end, i, n in zip(ended, ids, room)]
+            if all(ended):
+                return
+            logits_BV = self.model.decode(tokens_B, cache)
+
+    def answer(self, prompts, config):
+        """[(ids, finish)] of a list of prompts' ids, finish "stop" or "length"."""
+        steps = list(self.generate(prompts, config))
+        answers = [[ids[b] for ids in steps if ids[b] is not None] for b in range(len(prompts))]
+        return [(ids[:-1], "stop") if ids[-1] in self.stops else (ids, "length") for ids in answers]
+
+    def answer_all(self, prompts, config):
+        """`answer` for any number of prompts, in batches of like length, with a progress bar."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers = [None] * len(prompts)
+        with tqdm(total=len(prompts), unit=" prompts", disable=None) as bar:
+            for start in range(0, len(order), config.batch):
+                rows = order[start : start + config.batch]
+                for i, one in zip(rows, self.answer([prompts[i] for i in rows], config)):
+                    answers[i] = one
+                bar.update(len(rows))
+        return answers
+
+
+def choose(logits_BV, config, generator):
+    """tokens_B drawn from softmax(logits / temperature), cut to the top_k likeliest and to the smallest set of mass top_p."""
+    if config.temperature == 0:
+        return logits_BV.argmax(-1)
+    probs_BV, order_BV = (logits_BV / config.temperature).softmax(-1).sort(dim=-1, descending=True)
+    probs_BV[:, config.top_k or logits_BV.shape[1] :] = 0
+    before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the likelier tokens; the likeliest itself always stays
+    probs_BV[before_BV >= config.top_p] = 0
+    pick_B1 = torch.multinomial(probs_BV, 1, generator=generator)
+    return order_BV.gather(1, pick_B1)[:, 0]
+
+
+def say(speaker, ids, config):
+    """Stream one answer to the terminal; returns its text."""
+    answer, shown = [], ""
+    for (i,) in speaker.generate([ids], config):
+        if i is not None:
+            answer.append(i)
+        text = speaker.text(answer)
+        if not text.endswith("\ufffd"):  # half of a character in bytes: wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(speaker.text(answer)[len(shown) :])
+    return speaker.text(answer)
+
+
+def chat(speaker, config):
+    print(f"condition {speaker.condition or '-'}, template {speaker.template}; an empty line or Ctrl-D ends the chat")
+    messages = []
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if not line:
+            return
+        messages.append(Message("user", line))
+        ids = speaker.ids(messages, config.system, config.truncate_left, config.max_new)
+        messages.append(Message("assistant", say(speaker, ids, config)))
+
+
+def read_prompts(path, system):
+    """(rows, [(messages, system)]) of an --input file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    rows, prompts = [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error}); fix or remove the line") from None
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            messages, own_system = (Message("user", row["prompt"]),), None
+        else:
+            conversation = parse(row, where)
+            messages, own_system = conversation.messages, conversation.system
+        if messages[-1].role != "user":
+            raise ValueError(f"{where}: the last message is not the user's, so there is nothing to answer; remove it")
+        rows.append(row)
+        prompts.append((messages, own_system if own_system is not None else system))
+    return rows, prompts
+
+
+def main(argv):
+    config = parse_args(SampleConfig, argv, positional="folder")
+    if len(config.folder) != 1:
+        raise ValueError("give one model directory: python sample.py DIR [--prompt TEXT | --input FILE --output FILE]")
+    if bool(config.input) != bool(config.output):
+        raise ValueError("--input and --output go together")
+    if config.temperature < 0 or config.max_new < 1 or config.batch < 1 or not 0 < config.top_p <= 1 or (config.top_k or 1) < 1:
+        raise ValueError("--temperature is at least 0, --max_new, --batch and --top_k at least 1, --top_p above 0 and at most 1")
+    rows, prompts = read_prompts(config.input, config.system) if config.input else ([], [])
+    speaker = Speaker(config.folder[0], config.condition, config.template)
+    if config.prompt is not None:
+        say(speaker, speaker.ids([Message("user", config.prompt)], config.system, config.truncate_left, config.max_new), config)
+    elif config.input:
+        ids = []
+        for row, (messages, system) in enumerate(prompts, 1):
+            try:
+                ids.append(speaker.ids(messages, system, truncate_left=False, max_new=config.max_new))
+            except ValueError as error:
+                if not config.truncate_left:
+                    raise ValueError(f"{config.input}: row {row}: {error}") from None
+                ids.append(speaker.ids(messages, system, truncate_left=True, max_new=config.max_new))
+        cut = sum(len(i) < len(tokenize_prompt(m, speaker.tokenizer, speaker.template, speaker.condition, s)) for i, (m, s) in zip(ids, prompts))
+        answers = speaker.answer_all(ids, config)
+        partial = Path(f"{config.output}.{os.getpid()}.partial")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                for row, (answer, finish) in zip(rows, answers):
+                    file.write(json.dumps(row | {"response": speaker.text(answer), "finish": finish}, ensure_ascii=False) + "\n")
+            partial.replace(config.output)
+        finally:
+            partial.unlink(missing_ok=True)
+        print(f"{len(rows)} answers in {config.output}, {cut} prompts cut on the left", file=sys.stderr)
+    else:
+        chat(speaker, config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,479 @@
+"""C-RLFT: fine-tune a LLaMA-2 on conversations of mixed quality. The same code on a laptop's CPU and on GPU nodes.
+
+    python train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500
+    torchrun --nproc_per_node=8 train.py --data train.safetensors --model llama-2-13b-hf --out out/openchat
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ..
+    python train.py plot out/demo
+
+The method is `train_step`: the sum of w * nll over the step's micro-batches, divided once by the whole step's sum of w (Eq. 6).
+Around it: FSDP2, AdamW, a cosine, a log line, and checkpoint.py. Run the same command again to resume.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import checkpoint
+from data import Prepared, pack, parse_args, plan, run, write_tokenizer
+from model import (SIZES, Model, RandomWeights, SafetensorsWeights, check_manifest, config_json, load_weights, read_config,
+                   train_flops, write_manifest, write_weights)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Defaults are the paper's (Sec. 4.1). None: the model's own, see `resolve`."""
+
+    data: str = ""  # a file that `python data.py prepare` wrote
+    model: str = ""  # a Hugging Face directory to fine-tune, or a preset to train from random weights
+    out: str = ""
+    steps: int | None = None  # instead of epochs
+    epochs: int = 5
+    batch_tokens: int | None = None  # packed tokens of an optimizer step, at most
+    micro_tokens: int | None = None  # packed tokens of a micro-batch, at most: what must fit on one GPU
+    lr: float | None = None
+    min_lr: float = 0.1  # share of lr at the end of the cosine
+    warmup: float = 0.05  # share of the steps
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    dtype: str | None = None  # of compute: bfloat16 on GPUs, float32 on CPUs; weights and AdamW's moments are fp32
+    recompute: bool | None = None  # a block's activations in the backward pass instead of keeping them; default on GPUs
+    val_fraction: float = 0.01  # of the prompts
+    val_every: int = 100
+    save_every: int = 500
+    keep: int = 2  # checkpoints
+
+
+PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-training's
+    "toy": (2e-3, 1536),
+    "small": (1e-3, 4096),
+    "llama-2-7b": (3e-4, 2**22),
+    "llama-2-13b": (3e-4, 2**22),
+    "llama-2-34b": (1.5e-4, 2**22),
+    "llama-2-70b": (1.5e-4, 2**22),
+}
+RESUME_MAY_CHANGE = ("out", "val_every", "save_every", "keep")
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a word in the device's name
+
+
+def finetune_lr(supervised_tokens, hidden_size):
+    """The base model's pre-training LR at 4M tokens, scaled by the square root of the batch-size ratio (Sec. 4.1).
+
+    200k counts supervised tokens: finetune_lr(200_000, 5120) is the paper's 6.7e-5.
+    """
+    pretrain_lr = 1.5e-4 if hidden_size >= 8192 else 3e-4
+    lr = pretrain_lr * math.sqrt(supervised_tokens / 4e6)
+    return lr, f"lr {lr:.3g} = {pretrain_lr:g} * sqrt({supervised_tokens:,.0f} supervised tokens a step / 4e6)"
+
+
+def lr_at(step, steps, config):
+    """Learning rate of optimizer step `step`, from 1: linear warm-up, then a cosine from lr to min_lr * lr."""
+    warmup = max(1, round(config.warmup * steps))
+    if step <= warmup:
+        return config.lr * step / warmup
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
+
+
+# ---- setting up ---------------------------------------------------------------------------------------------------------
+
+
+def log(text):
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text)
+
+
+def resolve(config, data):
+    """(config without None but for lr and steps, model config); ValueError where the parts do not belong together."""
+    cuda, vocab, is_dir = torch.cuda.is_available(), data.tokenizer.eot + 1, Path(config.model).is_dir()
+    if config.model in SIZES:
+        model_config = dataclasses.replace(SIZES[config.model], vocab_size=vocab, max_position_embeddings=data.meta["max_len"])
+        lr, batch_tokens = PRESETS[config.model]
+    elif is_dir:
+        file = read_config(config.model)
+        if file.vocab_size < vocab - 1:
+            raise ValueError(f"{config.model}: vocab_size {file.vocab_size} is below the {vocab - 1} tokens of the data's tokenizer; "
+                             "prepare the data with this model's tokenizer.model")
+        own = Path(config.model) / "tokenizer.model"
+        if own.is_file() and hashlib.sha256(own.read_bytes()).hexdigest() != data.meta["tokenizer_sha256"]:
+            raise ValueError(f"{own} is not the tokenizer of {config.data}; prepare the data with it")
+        model_config = dataclasses.replace(file, vocab_size=max(vocab, file.vocab_size))  # the row of <|end_of_turn|>
+        lr, batch_tokens = None, 262_144
+    else:
+        raise ValueError(f"--model {config.model!r} is neither a directory nor one of {', '.join(SIZES)}")
+    if data.lengths.max() > model_config.max_position_embeddings:
+        raise ValueError(f"{config.data}: a conversation of {data.lengths.max()} tokens, but the model's context is "
+                         f"{model_config.max_position_embeddings}; prepare with --max_len {model_config.max_position_embeddings}")
+    batch_tokens = config.batch_tokens or batch_tokens
+    config = dataclasses.replace(
+        config, batch_tokens=batch_tokens, micro_tokens=min(config.micro_tokens or 16_384, batch_tokens), lr=config.lr or lr,
+        dtype=config.dtype or ("bfloat16" if cuda else "float32"), recompute=cuda if config.recompute is None else config.recompute)
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype {config.dtype!r} is not float32 or bfloat16")
+    if data.meta["max_len"] > config.micro_tokens:
+        raise ValueError(f"{config.data} has conversations of up to max_len {data.meta['max_len']}, more than --micro_tokens "
+                         f"{config.micro_tokens}; raise it (and --batch_tokens), or prepare with a smaller --max_len")
+    return config, model_config
+
+
+def start_distributed(config):
+    """The device of this rank. A process group where there are several ranks, or where FSDP keeps the fp32 masters of bf16."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    elif config.dtype != "float32":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def build(config, model_config, device):
+    """The model on its device, each rank with its shard, and AdamW over it."""
+    with torch.device("meta"):
+        model = Model(model_config)
+    for block in model.model.layers:
+        block.recompute = config.recompute
+    if dist.is_initialized():
+        # Inputs are not cast: loss weights and RoPE tables stay fp32 (0.1 in bf16 is 0.1001).
+        policy = MixedPrecisionPolicy(getattr(torch, config.dtype), torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        for part in model.modules():
+            if isinstance(part, FSDPModule):  # gradients are summed: train_step divides, once. Neither call is recursive.
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=device)
+    is_dir = Path(config.model).is_dir() and config.model not in SIZES
+    source = SafetensorsWeights(config.model, model_config) if is_dir else RandomWeights(model_config, config.seed)
+    load_weights(model, source, local_rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
+                                  weight_decay=config.weight_decay, fused=device.type == "cuda")
+    return model, optimizer, source
+
+
+def local_rows(parameter):
+    """(this rank's rows of the parameter, index of the first): FSDP2 cuts dimension 0 as torch.chunk does."""
+    if not hasattr(parameter, "to_local"):
+        return parameter, 0
+    return parameter.to_local(), dist.get_rank() * -(-parameter.shape[0] // dist.get_world_size())
+
+
+# ---- the method ---------------------------------------------------------------------------------------------------------
+
+
+def forward(model, batch):
+    return model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, batch.weights_T,
+                 rows_R=batch.rows_R, max_seqlen=batch.max_seqlen, per_row=True)
+
+
+def train_step(model, optimizer, batches, weight_sum, clip, tally):
+    """One optimizer step; returns the gradient norm. Adds to tally, which then has this rank's share of the log's sums.
+
+    weight_sum is of the whole step, all ranks and micro-batches: the loss is a sum until it is divided, here, once. No rank
+    divides by weights of its own, so that a conversation counts the same wherever it lands.
+    """
+    for batch in batches:
+        loss_sum, _, nll_T, correct_T = forward(model, batch)
+        (loss_sum / weight_sum).backward()  # FSDP sums over the ranks
+        tally.add(batch, loss_sum, nll_T, correct_T)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    tally.reduce()
+    if not (math.isfinite(tally.loss_sum) and math.isfinite(norm.item())):
+        raise ValueError(f"loss {tally.loss_sum / weight_sum} and gradient norm {norm.item()} are not both finite; "
+                         "the weights are as before the step: lower --lr, or look at the step's conversations")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+class Tally:
+    """Sums for the log: loss_sum, and per class nll, correct and count of supervised tokens; one reduction over the ranks."""
+
+    def __init__(self, classes, device, stop=False):
+        self.sums = torch.zeros(2 + 3 * classes, dtype=torch.float64, device=device)
+        self.sums[1] = float(stop)
+
+    def add(self, batch, loss_sum, nll_T, correct_T):
+        nll, correct, count = self.sums[2:].view(3, -1)
+        self.sums[0] += loss_sum.detach()
+        nll.index_add_(0, batch.class_R, nll_T[batch.rows_R].double())
+        correct.index_add_(0, batch.class_R, correct_T[batch.rows_R].double())
+        count.index_add_(0, batch.class_R, torch.ones_like(batch.class_R, dtype=torch.float64))
+
+    def reduce(self):
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        self.loss_sum, self.stop, *by_class = self.sums.tolist()  # the step's one wait for the device
+        n = len(by_class) // 3
+        self.nll, self.correct, self.count = by_class[:n], by_class[n : 2 * n], by_class[2 * n :]
+
+    def by_class(self, classes, sums):
+        return {c.name: s / n if n else None for c, s, n in zip(classes, sums, self.count)}
+
+
+def my_batches(data, step, device):
+    """This rank's micro-batches of a step. A rank without one in the last round computes on two tokens of weight 0: it adds
+    exact zeros, and joins the collectives that the others wait in."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for i in range(rank, -(-len(step) // world) * world, world):
+        idle = [(data.tokens[:2], data.weights[:2] * 0)]
+        yield (data.batch(step[i]) if i < len(step) else pack(idle)).to(device)
+
+
+@torch.no_grad()
+def validate(model, data, steps, device):
+    """{val_loss, val_loss_by_class} over held-out prompts, weighted as in training."""
+    tally, weight_sum = Tally(len(data.classes), device), 0.0
+    for step in steps:
+        weight_sum += data.weight_sums[np.concatenate(step)].sum()
+        for batch in my_batches(data, step, device):
+            loss_sum, _, nll_T, correct_T = forward(model, batch)
+            tally.add(batch, loss_sum, nll_T, correct_T)
+    tally.reduce()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward pass without a backward leaves the root's parameters gathered
+    return {"val_loss": tally.loss_sum / weight_sum, "val_loss_by_class": tally.by_class(data.classes, tally.nll)}
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------------
+
+
+def all_steps(data, conversations, config, cost):
+    """The steps of the whole run, epoch after epoch: a pure function of data and config, so a resumed run goes on in it."""
+    steps, epoch = [], 0
+    while len(steps) < config.steps if config.steps else epoch < config.epochs:
+        planned = plan(data.lengths[conversations], data.class_ids[conversations], data.weight_sums[conversations],
+                       config.seed, epoch, config.batch_tokens, config.micro_tokens, cost)
+        steps += [[conversations[micro] for micro in step] for step in planned]
+        epoch += 1
+    return steps[: config.steps]
+
+
+def on_first_rank(function):
+    """What function() returns on rank 0, on every rank; its ValueError likewise."""
+    result = [None, None]
+    if checkpoint.rank() == 0:
+        try:
+            result[0] = function()
+        except ValueError as error:
+            result[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    if result[1]:
+        raise result[1]
+    return result[0]
+
+
+class Signals:
+    """Ctrl-C and SIGTERM (preemption) ask the loop to save and leave; a second one does not wait."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, _frame):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Log:
+    """metrics.jsonl, and a progress bar or, off a terminal, a line now and then; on rank 0."""
+
+    def __init__(self, out, start, steps):
+        self.first, self.every, self.steps = checkpoint.rank() == 0, max(1, steps // 20), steps
+        if self.first:
+            path = Path(out) / "metrics.jsonl"
+            old = path.read_text().splitlines() if path.is_file() else []
+            kept = [line for line in old if json.loads(line)["step"] <= start]  # steps after the checkpoint are taken again
+            path.write_text("".join(line + "\n" for line in kept))
+            self.file = open(path, "a", buffering=1)
+            self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+
+    def write(self, line, tail=""):
+        if not self.first:
+            return
+        self.file.write(json.dumps(line) + "\n")
+        classes = lambda key: " ".join(f"{name} {x:.3f}" for name, x in line[key].items() if x is not None)
+        if "val_loss" in line:
+            return log(f"step {line['step']}: validation loss {line['val_loss']:.4f} ({classes('val_loss_by_class')})")
+        text = (f"loss {line['loss']:.4f} ({classes('loss_by_class')}) lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tokens/s "
+                f"{line['supervised_tokens'] / line['tokens']:.0%} supervised{tail}")
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (line["step"] % self.every == 0 or line["step"] in (1, self.steps)):
+            print(f"step {line['step']}/{self.steps} {text}", flush=True)
+
+
+def peak_memory(device):
+    """(bytes, MFU's denominator or None) of this device: CUDA's peak allocation, or the process's peak resident set."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return torch.cuda.max_memory_allocated(device), next((f for word, f in PEAK_FLOPS.items() if word in name), None)
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None
+
+
+def train(config):
+    data = Prepared(config.data)
+    config, model_config = resolve(config, data)
+    device = start_distributed(config)
+    train_on, held_out = data.split(config.val_fraction)
+    if len(train_on) == 0:
+        raise ValueError(f"{config.data}: every prompt falls into --val_fraction {config.val_fraction}; lower it")
+    linear, head, quadratic = train_flops(model_config)
+    steps = all_steps(data, train_on, config, (linear + head, quadratic))
+    val_steps = plan(data.lengths[held_out], data.class_ids[held_out], data.weight_sums[held_out], 0, 0, config.batch_tokens,
+                     config.micro_tokens) if len(held_out) else []
+    val_steps = [[held_out[micro] for micro in step] for step in val_steps]
+    reason = f"lr {config.lr}"
+    if config.lr is None:
+        lr, reason = finetune_lr(data.supervised[np.concatenate(sum(steps, []))].sum() / len(steps), model_config.hidden_size)
+        config = dataclasses.replace(config, lr=lr)
+
+    out, last = Path(config.out), len(steps)
+    settings = dataclasses.asdict(config)
+    identity = {key: value for key, value in settings.items() if key not in (*RESUME_MAY_CHANGE, "data", "steps", "epochs")}
+    identity |= {"steps": last, "data_sha256": on_first_rank(lambda: checkpoint.sha256(config.data)),
+                 "model_config": dataclasses.asdict(model_config)}
+    path, start = on_first_rank(lambda: checkpoint.newest(out / "checkpoints", identity))
+    if start == last and (out / "hf" / "manifest.json").is_file():
+        return log(f"{out}: this run is finished, {last} steps; chat with `python sample.py {out / 'hf'}`, or give another --out")
+    if checkpoint.rank() == 0:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / "run.json").write_text(json.dumps(settings | {"steps": last, "torch": torch.__version__} | identity, indent=1))
+    model, optimizer, source = build(config, model_config, device)
+    if path:
+        checkpoint.load(path, model, optimizer)
+        log(f"resuming from {path}")
+    log(f"{sum(math.prod(s) for s in source.shapes.values()):,} parameters, {len(train_on):,} conversations to train on, "
+        f"{len(held_out):,} held out, {last} steps of up to {config.batch_tokens:,} tokens; {reason}")
+
+    signals, metrics = Signals(), Log(out, start, last)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    for step in range(start + 1, last + 1):
+        began, mine = time.perf_counter(), np.concatenate(steps[step - 1])
+        tally = Tally(len(data.classes), device, stop=signals.received is not None)
+        lr = lr_at(step, last, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        weight_sum, tokens, supervised = data.weight_sums[mine].sum(), int(data.lengths[mine].sum()), int(data.supervised[mine].sum())
+        norm = train_step(model, optimizer, my_batches(data, steps[step - 1], device), weight_sum, config.clip, tally)
+        seconds = time.perf_counter() - began
+        line = {"step": step, "loss": tally.loss_sum / weight_sum, "loss_by_class": tally.by_class(data.classes, tally.nll),
+                "accuracy_by_class": tally.by_class(data.classes, tally.correct), "lr": lr, "grad_norm": norm, "tokens": tokens,
+                "supervised_tokens": supervised, "weight_sum": float(weight_sum), "tokens_per_s": tokens / seconds, "seconds": seconds}
+        memory, peak = peak_memory(device)
+        flops = linear * tokens + head * supervised + quadratic * float((data.lengths[mine].astype(np.float64) ** 2).sum())
+        mfu = f" MFU {flops / seconds / world / peak:.0%}" if peak else ""
+        metrics.write(line, f"{mfu} {memory / 2**30:.1f} GiB")
+        if val_steps and (step % config.val_every == 0 or step == last):
+            metrics.write({"step": step} | validate(model, data, val_steps, device))
+        if step % config.save_every == 0 or step == last or tally.stop:
+            checkpoint.save(out / "checkpoints", step, model, optimizer, identity, config.keep)
+        if tally.stop and step < last:
+            log(f"stopped by a signal after step {step}; a checkpoint remains, the same command resumes")
+            sys.exit(130)
+    export(out / "hf", model, model_config, data, getattr(torch, config.dtype))
+    if checkpoint.rank() == 0:
+        try:
+            plot(out)
+        except ImportError as error:
+            log(str(error))
+    log(f"exported to {out / 'hf'}; chat with `python sample.py {out / 'hf'}`")
+
+
+def export(folder, model, model_config, data, dtype):
+    """Write the Hugging Face directory, read it back, compare every value, then give it its name."""
+    partial, first = folder.with_name("hf.partial"), checkpoint.rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    whole = ((name, p.full_tensor() if hasattr(p, "full_tensor") else p) for name, p in model.named_parameters())
+    write_weights(partial, model_config, whole, dtype, write=first)
+    if first:
+        tokenizer = data.tokenizer
+        generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eot, tokenizer.eos]}
+        for name, content in (("config.json", config_json(model_config, dtype, tokenizer.bos, tokenizer.eos)), ("generation_config.json", generation)):
+            (partial / name).write_text(json.dumps(content, indent=1))
+        write_tokenizer(partial, tokenizer, data.meta)
+        write_manifest(partial)
+    checkpoint.barrier()
+    written = SafetensorsWeights(partial, model_config)
+    for name, parameter in model.named_parameters():
+        local, start = local_rows(parameter)
+        same = torch.equal(written.rows(name, start, start + len(local)), local.detach().to("cpu", dtype).float()) if local.numel() else True
+        assert same, f"{partial}: {name} reads back other values than were written"
+    checkpoint.barrier()
+    if first:
+        check_manifest(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    checkpoint.barrier()
+
+
+def plot(folder):
+    """loss.png from metrics.jsonl."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("no loss.png: `pip install matplotlib`, then `python train.py plot DIR`") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the --out of a run")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for prefix, style in (("", "-"), ("val_", "o--")):
+        for name in next((line[prefix + "loss_by_class"] for line in lines if prefix + "loss_by_class" in line), ()):
+            points = [(line["step"], line[prefix + "loss_by_class"][name]) for line in lines if prefix + "loss_by_class" in line]
+            axes.plot(*zip(*points), style, linewidth=1, markersize=3, label=f"{name}, {'held-out prompts' if prefix else 'training'}")
+    axes.set(xlabel="optimizer step", ylabel="nll per supervised token", title=str(folder))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(Path(folder) / "loss.png", dpi=120)
+
+
+def main(argv):
+    if argv[:1] == ["plot"]:
+        if len(argv) != 2:
+            raise ValueError("plot takes the --out folder of a run")
+        return plot(argv[1])
+    config = parse_args(TrainConfig, argv)
+    if not config.data or not config.model or not config.out:
+        missing = next(name for name in ("data", "model", "out") if not getattr(config, name))
+        raise ValueError(f"--{missing} is missing; the demo's two commands are `python -m paper.toy --out out/demo` and "
+                         "`python train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500`")
+    try:
+        train(config)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
