@@ -11,12 +11,15 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no accident
 
 
 def rank():

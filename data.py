@@ -227,6 +227,9 @@ class Tokenizer:
         self.bos, self.eos, self.eot = self.sp.bos_id(), self.sp.eos_id(), self.sp.get_piece_size()
         if self.bos < 0 or self.eos < 0:
             raise ValueError("tokenizer.model has no <s> or </s>; C-RLFT starts every conversation with <s>")
+        whole_scores = all(self.sp.get_score(i).is_integer() for i in range(self.eot))  # BPE's are ranks, unigram's log-probs
+        if not whole_scores or self.sp.decode(self.sp.encode("  a  b ")) != "  a  b ":
+            raise ValueError("tokenizer.model is no BPE model that keeps spaces, Llama-2's kind; use the base model's own")
 
     def __reduce__(self):
         return Tokenizer, (self.bytes,)
@@ -595,15 +598,12 @@ def tokenizer_json(tokenizer):
     pieces = [sp.id_to_piece(i) for i in range(size)]
     normal = [i for i in range(size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    joined = [i for i in normal if len(pieces[i]) > 1]
-    scores = [sp.get_score(i) for i in joined]
-    if any(s != -float(k) for k, s in enumerate(scores)) or sp.decode(sp.encode("  a  b ")) != "  a  b ":
-        raise ValueError("tokenizer.model is no BPE model that keeps spaces (Llama-2's kind); no tokenizer.json can be made of it")
-    known = {pieces[i] for i in normal}
-    merges = []
-    for i in joined:
+    scores = [sp.get_score(i) for i in normal]
+    known, merges = {pieces[i] for i in normal}, []
+    for i, score in zip(normal, scores):
         cuts = [(pieces[i][:k], pieces[i][k:]) for k in range(1, len(pieces[i]))]
-        merges += sorted((pair for pair in cuts if known.issuperset(pair)), key=lambda pair: [vocab[p] for p in pair])
+        merges += [(-score, -len(a), -len(b), a, b) for a, b in cuts if a in known and b in known]
+    merges.sort()  # equal scores (Llama-2's runs of spaces): the longest left part first, as joining from the left gives it
     special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
     added = [(i, pieces[i]) for i in special] + [(size, EOT)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -625,7 +625,7 @@ def tokenizer_json(tokenizer):
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
         "model": {"type": "BPE", "dropout": None, "unk_token": pieces[sp.unk_id()], "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": any(map(sp.is_byte, range(size))),
-                  "ignore_merges": False, "vocab": vocab, "merges": [f"{a} {b}" for a, b in merges]},
+                  "ignore_merges": False, "vocab": vocab, "merges": [f"{a} {b}" for *_, a, b in merges]},
     }
 
 
@@ -721,17 +721,18 @@ def parse_args(config_class, argv, positional=None):
             flags = " ".join("--" + name for name in fields if name != positional)
             raise ValueError(f"--{key} is no flag; " + (f"did you mean --{near[0]}?" if near else f"the flags are {flags}"))
         kind = fields[key].type
-        if kind is bool and not equals:
-            value = argv.pop(0) if argv[:1] in (["true"], ["false"]) else "true"
-        elif not equals:
+        kind = next(k for k in getattr(kind, "__args__", (kind,)) if k is not type(None))  # `int | None` reads an int
+        if not equals:
+            if kind is bool and argv[:1] not in (["true"], ["false"]):
+                argv.insert(0, "true")  # a bare --flag
             if not argv:
                 raise ValueError(f"--{key} needs a value")
             value = argv.pop(0)
-        kinds = [k for k in getattr(kind, "__args__", (kind,)) if k is not type(None)]  # `int | None` reads an int
         try:
-            values[key] = {"true": True, "false": False}[value.lower()] if kinds == [bool] else kinds[0](value)
+            values[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise ValueError(f"--{key} {value!r} is not {'true or false' if kinds == [bool] else 'a ' + kinds[0].__name__}") from None
+            wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+            raise ValueError(f"--{key} {value!r} is not {wanted}") from None
     if positional:
         values[positional] = tuple(words)
     elif words:

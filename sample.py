@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data import TEMPLATES, Message, Tokenizer, pack, parse, parse_args, run, tokenize_prompt
-from model import KVCache, load_model
+from model import KVCache, load_model, read_config
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Speaker:
         folder = Path(folder)
         if not (folder / "config.json").is_file() and (folder / "hf" / "config.json").is_file():
             folder = folder / "hf"  # the --out of train.py
+        config = read_config(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         crlft = folder / "crlft.json"
         meta = json.loads(crlft.read_text()) if crlft.is_file() else None
@@ -65,10 +66,10 @@ class Speaker:
         self.condition = conditions.get(condition, condition) if condition else conditions[meta["expert"]] if meta else "GPT4"
         self.tokenizer = Tokenizer(folder / "tokenizer.model")
         self.stops = self.tokenizer.eot, self.tokenizer.eos
+        if config.vocab_size < self.tokenizer.eot:
+            raise ValueError(f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model")
         self.model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        self.context = self.model.config.max_position_embeddings
-        if self.model.config.vocab_size < self.tokenizer.eot:
-            raise ValueError(f"{folder}: vocab_size {self.model.config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model")
+        self.context = config.max_position_embeddings
 
     def ids(self, messages, system=None, truncate_left=False, max_new=1):
         """The prompt's token ids. ValueError when they fill the context, unless the oldest may go (the <s> stays)."""

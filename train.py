@@ -103,11 +103,14 @@ def log(text):
 
 def resolve(config, data):
     """(config without None but for lr and steps, model config); ValueError where the parts do not belong together."""
-    cuda, vocab, is_dir = torch.cuda.is_available(), data.tokenizer.eot + 1, Path(config.model).is_dir()
+    for name in ("steps", "epochs", "batch_tokens", "micro_tokens", "lr", "eps", "clip", "val_every", "save_every", "keep"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
+    cuda, vocab = torch.cuda.is_available(), data.tokenizer.eot + 1
     if config.model in SIZES:
         model_config = dataclasses.replace(SIZES[config.model], vocab_size=vocab, max_position_embeddings=data.meta["max_len"])
         lr, batch_tokens = PRESETS[config.model]
-    elif is_dir:
+    elif Path(config.model).is_dir():
         file = read_config(config.model)
         if file.vocab_size < vocab - 1:
             raise ValueError(f"{config.model}: vocab_size {file.vocab_size} is below the {vocab - 1} tokens of the data's tokenizer; "
@@ -148,6 +151,21 @@ def start_distributed(config):
     return device
 
 
+def on_first_rank(function):
+    """What function() returns on rank 0, on every rank; its ValueError likewise."""
+    result = [None, None]
+    if checkpoint.rank() == 0:
+        try:
+            result[0] = function()
+        except ValueError as error:
+            result[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    if result[1]:
+        raise result[1]
+    return result[0]
+
+
 def build(config, model_config, device):
     """The model on its device, each rank with its shard, and AdamW over it."""
     with torch.device("meta"):
@@ -165,8 +183,11 @@ def build(config, model_config, device):
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
-    is_dir = Path(config.model).is_dir() and config.model not in SIZES
-    source = SafetensorsWeights(config.model, model_config) if is_dir else RandomWeights(model_config, config.seed)
+    if config.model in SIZES:
+        source = RandomWeights(model_config, config.seed)
+    else:
+        on_first_rank(lambda: check_manifest(config.model))
+        source = SafetensorsWeights(config.model, model_config)
     load_weights(model, source, local_rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
@@ -198,14 +219,26 @@ def train_step(model, optimizer, batches, weight_sum, clip, tally):
         loss_sum, _, nll_T, correct_T = forward(model, batch)
         (loss_sum / weight_sum).backward()  # FSDP sums over the ranks
         tally.add(batch, loss_sum, nll_T, correct_T)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = clip_gradients([local_rows(p.grad)[0] for p in model.parameters()], clip)
     tally.reduce()
-    if not (math.isfinite(tally.loss_sum) and math.isfinite(norm.item())):
-        raise ValueError(f"loss {tally.loss_sum / weight_sum} and gradient norm {norm.item()} are not both finite; "
-                         "the weights are as before the step: lower --lr, or look at the step's conversations")
+    if not (math.isfinite(tally.loss_sum) and math.isfinite(norm)):
+        raise FloatingPointError(f"loss {tally.loss_sum / weight_sum} and gradient norm {norm} are not both finite")
     optimizer.step()
     optimizer.zero_grad()
+    return norm
+
+
+def clip_gradients(gradients, clip):
+    """Scale this rank's gradient shards so that the norm over all ranks is at most clip; returns the norm before.
+
+    Summed in fp64, the norm does not depend on how the gradient is sharded, and so neither does the step.
+    """
+    square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).square().sum()
+    if dist.is_initialized():
+        dist.all_reduce(square)
+    norm = square.sqrt()
+    for g in gradients:
+        g.mul_((clip / norm).clamp(max=1.0).float())
     return norm.item()
 
 
@@ -270,21 +303,6 @@ def all_steps(data, conversations, config, cost):
         steps += [[conversations[micro] for micro in step] for step in planned]
         epoch += 1
     return steps[: config.steps]
-
-
-def on_first_rank(function):
-    """What function() returns on rank 0, on every rank; its ValueError likewise."""
-    result = [None, None]
-    if checkpoint.rank() == 0:
-        try:
-            result[0] = function()
-        except ValueError as error:
-            result[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
-    if result[1]:
-        raise result[1]
-    return result[0]
 
 
 class Signals:
@@ -381,7 +399,11 @@ def train(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
         weight_sum, tokens, supervised = data.weight_sums[mine].sum(), int(data.lengths[mine].sum()), int(data.supervised[mine].sum())
-        norm = train_step(model, optimizer, my_batches(data, steps[step - 1], device), weight_sum, config.clip, tally)
+        try:
+            norm = train_step(model, optimizer, my_batches(data, steps[step - 1], device), weight_sum, config.clip, tally)
+        except FloatingPointError as error:
+            raise ValueError(f"step {step}: {error}, the run stops; lower --lr, or look at conversations {mine[:8].tolist()}.. of "
+                             f"{config.data}; the same command resumes from the last checkpoint") from None
         seconds = time.perf_counter() - began
         line = {"step": step, "loss": tally.loss_sum / weight_sum, "loss_by_class": tally.by_class(data.classes, tally.nll),
                 "accuracy_by_class": tally.by_class(data.classes, tally.correct), "lr": lr, "grad_norm": norm, "tokens": tokens,

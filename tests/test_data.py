@@ -1,0 +1,333 @@
+"""data.py: the golden token lists of the public trainer, formats, classes, the ledger, the step plan and the batch."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import (EOT, Classes, Conversation, Message, PrepareConfig, Prepared, Tokenizer, chat_template, fit, glob_match, pack,
+                  parse_classes, plan, prepare, read, tokenize, tokenize_prompt, write_tokenizer)
+
+TABLE = "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
+HELLO = [1, 402, 7982, 29946, 4911, 29901, 15043, 32000, 402, 7982, 29946, 4007, 22137, 29901]
+HI = [6324, 32000]
+HOW = [402, 7982, 29946, 4911, 29901, 1128, 526, 366, 9826, 29973, 32000, 402, 7982, 29946, 4007, 22137, 29901]
+
+
+def user(text):
+    return Message("user", text)
+
+
+def talk(*texts, weight=1.0, **fields):
+    """user, assistant, user, ..."""
+    messages = tuple(Message(("user", "assistant")[i % 2], t, weight * (i % 2)) for i, t in enumerate(texts))
+    return Conversation(messages, condition="GPT4", class_id=0, **fields)
+
+
+# ---- tokens
+
+
+def test_golden_prompts(llama_tokenizer):
+    prompt = lambda *m, template="before_speaker": tokenize_prompt(m, llama_tokenizer, template, "GPT4")
+    assert prompt(user("Hello")) == HELLO
+    assert prompt(user("Hello"), Message("assistant", "Hi"), user("How are you today?")) == HELLO + HI + HOW
+    assert prompt(user("Hello"), template="beginning") == [
+        1, 4007, 22137, 338, 402, 7982, 29946, 32000, 4911, 29901, 15043, 32000, 4007, 22137, 29901]
+    assert prompt(user("Hello"), template="before_assistant") == [1, 4911, 29901, 15043, 32000, 402, 7982, 29946, 4007, 22137, 29901]
+    assert prompt(user("Hello"), template="none") == [1, 4911, 29901, 15043, 32000, 4007, 22137, 29901]
+    assert prompt(user("Hello"), template="base") == [1, 15043]
+
+
+def test_training_tokens_continue_the_prompt_and_only_the_answer_has_weight(llama_tokenizer):
+    tokens, weights = tokenize(talk("Hello", "Hi", weight=0.1), llama_tokenizer)
+    assert tokens.tolist() == HELLO + HI and tokens.dtype == np.int32
+    assert weights.tolist() == [0.0] * len(HELLO) + [np.float32(0.1)] * 2 and weights.dtype == np.float32
+
+
+def test_a_system_text_stands_first_without_a_role(llama_tokenizer):
+    tokens, weights = tokenize(talk("Hello", "Hi", system="Be brief."), llama_tokenizer)
+    system = llama_tokenizer.encode("Be brief.")
+    assert tokens.tolist() == [1, *system, 32000, *HELLO[1:], *HI] and weights[: len(system) + 2].sum() == 0
+
+
+def test_special_tokens_in_text_stay_text(llama_tokenizer):
+    for text in ("</s>", "<s>", EOT, "<unk>", f"a{EOT}b"):
+        ids = llama_tokenizer.encode(text)
+        assert not {0, 1, 2, 32000} & set(ids) and llama_tokenizer.decode(ids) == text
+
+
+# ---- reading
+
+
+SHAREGPT = {"model": "Model: GPT-4", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+OPENCHAT_2023 = {"id": "x", "model": "Model: GPT-4", "items": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+OPENAI = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+OPENCHAT = {"items": [{"role": "user", "content": "q", "weight": 0.0}, {"role": "assistant", "content": "a", "weight": 0.3}],
+            "condition": "GPT3", "system": ""}
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_formats_are_told_apart_by_content_and_mix(tmp_path, as_array):
+    rows, path = [SHAREGPT, OPENCHAT_2023, OPENAI, OPENCHAT], tmp_path / "any.name"
+    text = json.dumps(rows, indent=1) if as_array else "\r\n".join(map(json.dumps, rows)) + "\n\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows editors save it
+    got = read(path)
+    assert [[(m.role, m.text) for m in c.messages] for c in got] == [[("user", "q"), ("assistant", "a")]] * 4
+    assert [c.label for c in got] == ["Model: GPT-4", "Model: GPT-4", "", ""]
+    assert [c.system for c in got] == [None, None, "s", None]
+    assert got[3].condition == "GPT3" and got[3].messages[1].weight == 0.3
+
+
+@pytest.mark.parametrize("line, problem", [
+    ('{"conversations": [', "not JSON"), ("[1, 2", "not JSON"), ("7", "where a conversation object belongs"),
+    ('{"id": 1}', "no messages"), ('{"messages": []}', "no messages"), ('{"messages": ["hi"]}', "not an object"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool' is not one of"),
+    ('{"messages": [{"role": "user"}]}', "no text"), ('{"messages": [{"role": "system", "content": "x"}]}', "only a system"),
+    ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "does not stand first"),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": -1}]}', "weight -1"),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": NaN}]}', "weight nan"),
+    ('{"messages": [{"role": "user", "content": "x", "weight": 1}]}', "only assistant text"),
+    ('{"model": 4, "messages": [{"role": "user", "content": "x"}]}', "model 4"),
+])
+def test_a_bad_line_is_named_with_its_place(tmp_path, line, problem):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(SHAREGPT) + "\n" + line)
+    with pytest.raises(ValueError, match=f"bad.jsonl:2: .*{problem}"):
+        read(path)
+
+
+# ---- classes
+
+
+def test_the_first_glob_wins_and_only_star_and_question_mark_are_special():
+    classes = Classes(parse_classes("Model: GPT-4=GPT4:1.0,[ab]=odd:2,gpt?=near:0.5,*=GPT3:0.1"))
+    name = lambda label: classes.all[classes.assign(talk("q", "a", label=label).__class__((user("q"),), label)).class_id].name
+    assert [name(label) for label in ("Model: GPT-4", "model: gpt-4", "a", "[ab]", "gptX", "gptXY", "")] == [
+        "GPT4", "GPT3", "GPT3", "odd", "near", "GPT3", "GPT3"]
+    assert glob_match("a*", "a\nb") and not glob_match("a.b", "axb")
+
+
+def test_split_at_the_last_equals_and_the_last_colon():
+    ((glob, c),) = parse_classes("a=b: c=Who: Me:0.5")
+    assert (glob, c.condition, c.weight) == ("a=b: c", "Who: Me", 0.5)
+
+
+def test_beta_turns_rewards_into_weights():
+    """Eq. 6: weight = exp((r_c - 1) / beta), the expert's 1; alpha 0 and beta 1 / ln 10 are the paper's 0.1."""
+    weights = [c.weight for _, c in parse_classes("a=A:1,*=B:0", beta=1 / math.log(10))]
+    assert weights == [1.0, pytest.approx(0.1)]
+
+
+@pytest.mark.parametrize("text", ["GPT4", "a=b", "a=:1", "a=b:x", "a=b:-1", "a=b:nan", "a=b:1,"])
+def test_a_malformed_table_stops(text):
+    with pytest.raises(ValueError, match="--classes"):
+        parse_classes(text)
+
+
+def test_a_label_without_class_and_an_answer_without_weight_stop():
+    with pytest.raises(ValueError, match="f:3: label 'x' matches no class"):
+        Classes(parse_classes("a=A:1")).assign(Conversation((user("q"),), "x", where="f:3"))
+    with pytest.raises(ValueError, match="f:3: an answer without weight"):
+        Classes().assign(Conversation((user("q"), Message("assistant", "a")), condition="C", where="f:3"))
+
+
+def test_a_message_weight_overrides_its_class_and_rows_may_bring_their_condition():
+    classes = Classes(parse_classes(TABLE))
+    row = Conversation((user("q"), Message("assistant", "a", 0.7), user("q"), Message("assistant", "b")), "Model: GPT-4")
+    assert [m.weight for m in classes.assign(row).messages] == [0.0, 0.7, 0.0, 1.0]
+    own = classes.assign(dataclasses.replace(row, condition="GPT3"))
+    assert own.condition == "GPT3" and [m.weight for m in own.messages] == [0.0, 0.7, 0.0, 0.1]
+
+
+def test_every_arm_of_table_2_is_a_table(toy, tmp_path):
+    def arm(classes, template="before_speaker"):
+        return prepare(PrepareConfig((str(toy / "train.jsonl"),), str(toy / "tokenizer.model"), str(tmp_path / "x.safetensors"), classes, template=template))
+
+    weights = lambda meta: [c["weight"] for c in meta["classes"]]
+    assert weights(arm(TABLE)) == [1.0, 0.1]
+    assert weights(arm("Model: GPT-4=GPT4:1.0,*=GPT3:1.0")) == [1.0, 1.0]
+    assert [c["condition"] for c in arm(TABLE, "none")["classes"]] == ["", ""]
+    only = arm("Model: GPT-4=GPT4:1.0,*=GPT3:0", "none")  # weight 0 for a class: its conversations are dropped, counted
+    assert only["counts"]["GPT3"]["dropped_conversations"] == 5500 and len(Prepared(tmp_path / "x.safetensors")) == 500
+
+
+# ---- the ledger
+
+
+def balanced(n):
+    return n["tokens_read"] + n["added_by_split"] == n["trained"] + n["prompt"] + n["truncated"] + n["dropped"] + n["trailing_cut"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_the_ledger_balances_to_the_token(toy_tokenizer, draw):
+    text = st.text("abc ", max_size=12)
+    roles = st.sampled_from(["user", "assistant"])
+    turns = draw.draw(st.lists(st.tuples(roles, text, st.sampled_from([0.0, 0.1, 1.0])), min_size=1, max_size=9))
+    messages = tuple(Message(r, t, w if r == "assistant" else 0.0) for r, t, w in turns)
+    conversation = Conversation(messages, condition="GPT4", system=draw.draw(st.none() | text))
+    how, max_len = draw.draw(st.sampled_from(["truncate", "split", "drop"])), draw.draw(st.integers(2, 80))
+    template = draw.draw(st.sampled_from(sorted(data.TEMPLATES)))
+    kept, ledger = fit(conversation, toy_tokenizer, template, max_len, how)
+    assert balanced(ledger)
+    assert ledger["trained"] == sum(np.count_nonzero(w) for _, w in kept) and ledger["prompt"] == sum((w == 0).sum() for _, w in kept)
+    for tokens, weights in kept:
+        assert len(tokens) == len(weights) <= max_len and weights[-1] > 0 and weights[0] == 0
+    if any(m.role == "assistant" and not m.text.strip() for m in messages) or how == "drop" and ledger["tokens_read"] > max_len:
+        assert not kept
+    if how != "split":
+        assert ledger["added_by_split"] == 0 and len(kept) <= 1
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer(toy):
+    return Tokenizer(toy / "tokenizer.model")
+
+
+def test_split_cuts_at_turns_and_repeats_the_head(toy_tokenizer):
+    long = talk("copy a b", "a b", "sort c a", "a c", "copy d", "d", system="a b c")
+    exchange = lambda *m: tokenize(talk(*m, system="a b c"), toy_tokenizer)[0].tolist()
+    first_two = exchange("copy a b", "a b", "sort c a", "a c")
+    kept, ledger = fit(long, toy_tokenizer, "before_speaker", len(first_two), "split")
+    assert [tokens.tolist() for tokens, _ in kept] == [first_two, exchange("copy d", "d")]
+    assert ledger["added_by_split"] == 5 and ledger["truncated"] == 0  # <s> a b c EOT
+    kept, ledger = fit(long, toy_tokenizer, "before_speaker", len(first_two), "truncate")
+    assert [tokens.tolist() for tokens, _ in kept] == [first_two] and ledger["truncated"] + ledger["trailing_cut"] > 0
+
+
+def test_an_unanswered_turn_is_cut_and_a_conversation_without_answer_is_dropped(toy_tokenizer):
+    kept, ledger = fit(talk("copy a", "a", "copy b"), toy_tokenizer, "before_speaker", 99, "truncate")
+    assert kept[0][0].tolist() == tokenize(talk("copy a", "a"), toy_tokenizer)[0].tolist() and ledger["trailing_cut"] == 7
+    for c in (talk("copy a"), talk("copy a", "")):
+        kept, ledger = fit(c, toy_tokenizer, "before_speaker", 99, "truncate")
+        assert not kept and ledger["dropped"] == ledger["tokens_read"] and ledger["dropped_conversations"] == 1
+    assert len(fit(talk("", "a"), toy_tokenizer, "before_speaker", 99, "truncate")[0]) == 1  # an empty question stays
+
+
+def test_real_files_are_prepared_and_counted(assets, tmp_path):
+    files = [str(assets / "conversations" / name) for name in ("mixed_quality.jsonl", "sharegpt_format.json")]
+    meta = prepare(PrepareConfig(tuple(files), str(assets / "llama2" / "tokenizer.model"), str(tmp_path / "x.safetensors"), TABLE))
+    file = Prepared(tmp_path / "x.safetensors")
+    n = meta["counts"]
+    assert all(map(balanced, n.values())) and meta["expert"] == "GPT4"
+    assert n["GPT4"]["conversations"] == 805 and n["GPT3"]["conversations"] == 5632 - 805 + 500
+    assert n["GPT3"]["dropped_conversations"] == 2 and len(file) == 5632 + 500 - 2 and file.lengths.max() <= 4096
+    assert len(file.tokens) == sum(c["trained"] + c["prompt"] for c in n.values())
+    assert file.supervised.sum() == sum(c["trained"] for c in n.values())
+    train, val = file.split(0.05)
+    assert len(val) and not set(file.group[train].tolist()) & set(file.group[val].tolist())
+    assert len(set(file.group[file.class_ids == 0].tolist())) == 805
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---- plan and batch
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 400), st.integers(1, 6), st.integers(0, 3))
+def test_plan_uses_every_conversation_once_within_capacity(seed, n, M, epoch):
+    rng = np.random.default_rng(seed)
+    lengths, class_ids = rng.integers(2, 101, n), rng.integers(0, 3, n)
+    args = lengths, class_ids, np.ones(n), seed, epoch, 250 * M + 3, 250, (1.0, 0.01)
+    steps = plan(*args)
+    assert sorted(np.concatenate([m for step in steps for m in step]).tolist()) == list(range(n))
+    assert all(len(step) <= M and all(0 < lengths[m].sum() <= 250 for m in step) for step in steps)
+    again = plan(*args)
+    assert all(np.array_equal(a, b) for s, t in zip(steps, again) for a, b in zip(s, t)) and len(steps) == len(again)
+
+
+def test_plan_deals_the_experts_in_proportion_and_reshuffles():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(7, 0.8, 7000), 16, 4096).astype(np.int64)
+    class_ids = (rng.random(7000) > 6 / 70).astype(np.int64)
+    weight_sums = np.where(class_ids == 0, 1.0, 0.1) * lengths
+    steps = plan(lengths, class_ids, weight_sums, 0, 0, 131072, 16384, (1.0, 0.0))
+    bound = -(-lengths.sum() // 131072)
+    assert len(steps) <= bound + 1
+    share = [weight_sums[i][class_ids[i] == 0].sum() / weight_sums[i].sum() for i in map(np.concatenate, steps)]
+    pooled = weight_sums[class_ids == 0].sum() / weight_sums.sum()
+    assert max(abs(s / pooled - 1) for s in share) < 0.03
+    other = plan(lengths, class_ids, weight_sums, 0, 1, 131072, 16384, (1.0, 0.0))
+    assert sorted(steps[0][0].tolist()) != sorted(other[0][0].tolist())
+
+
+def test_plan_refuses_what_has_no_plan():
+    one = np.array([5]), np.array([0])
+    with pytest.raises(ValueError, match="does not fit"):
+        plan(*one, np.ones(1), 0, 0, 100, 4)
+    with pytest.raises(ValueError, match="all 0"):
+        plan(*one, np.zeros(1), 0, 0, 100, 10)
+    with pytest.raises(ValueError, match="no conversation"):
+        plan(np.array([], int), np.array([], int), np.array([]), 0, 0, 100, 10)
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=6))
+def test_label_and_weight_of_a_row_belong_to_the_next_token_of_its_conversation(lengths):
+    rng = np.random.default_rng(sum(lengths))
+    talks = [(rng.integers(0, 99, n).astype(np.int32), (rng.random(n) * (rng.random(n) > 0.5)).astype(np.float32)) for n in lengths]
+    batch, t = pack(talks, np.arange(len(lengths)) % 3), 0
+    for c, (tokens, weights) in enumerate(talks):
+        for i in range(len(tokens)):
+            last = i == len(tokens) - 1
+            assert batch.tokens_T[t] == tokens[i] and batch.positions_T[t] == i
+            assert batch.labels_T[t] == (0 if last else tokens[i + 1]) and batch.weights_T[t] == (0 if last else weights[i + 1])
+            if batch.weights_T[t]:
+                assert batch.class_R[(batch.rows_R == t).nonzero()[0, 0]] == c % 3
+            t += 1
+    assert batch.cu_seqlens.tolist() == [0, *np.cumsum(lengths)] and batch.max_seqlen == max(lengths)
+    assert torch_equal(batch.rows_R, batch.weights_T.nonzero()[:, 0])
+
+
+def torch_equal(a, b):
+    return a.tolist() == b.tolist()
+
+
+# ---- the tokenizer of an export, with transformers as the judge
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(llama_tokenizer, tmp_path_factory):
+    """template -> AutoTokenizer of a folder that write_tokenizer filled."""
+    def load(template):
+        from transformers import AutoTokenizer
+
+        folder = tmp_path_factory.mktemp("tokenizer")
+        meta = {"template": template, "max_len": 4096, "expert": "GPT4", "classes": [{"name": "GPT4", "condition": "GPT4", "weight": 1.0}]}
+        write_tokenizer(folder, llama_tokenizer, meta)
+        return AutoTokenizer.from_pretrained(folder)
+    return load
+
+
+def as_chat(conversation):
+    system = [{"role": "system", "content": conversation.system}] if conversation.system is not None else []
+    return system + [{"role": m.role, "content": m.text} for m in conversation.messages]
+
+
+@pytest.mark.parametrize("template", sorted(data.TEMPLATES))
+def test_chat_template_gives_our_ids(llama_tokenizer, hf_tokenizer, assets, template):
+    theirs = hf_tokenizer(template)
+    files = [assets / "conversations" / name for name in ("mixed_quality.jsonl", "sharegpt_format.json")]
+    conversations = [c for path in files for c in read(path)]
+    special = ("<s>", "</s>", "<unk>", EOT)
+    plain = [c for c in conversations if all(m.text and not any(s in m.text for s in special) for m in c.messages)]
+    assert len(plain) > 6100
+    plain = plain if template == "before_speaker" else plain[::40]
+    plain += [dataclasses.replace(c, system="Answer in  one word.\n") for c in plain[-50:]]
+    for c in plain:
+        c = dataclasses.replace(c, condition="GPT4", messages=tuple(dataclasses.replace(m, weight=0.0) for m in c.messages))
+        assert theirs.apply_chat_template(as_chat(c)) == tokenize(c, llama_tokenizer, template)[0].tolist(), c.where
+    prompt = [{"role": "user", "content": "Hello"}]
+    ours = tokenize_prompt([user("Hello")], llama_tokenizer, template, "GPT4")
+    assert theirs.apply_chat_template(prompt, add_generation_prompt=True) == ours
+    assert theirs.decode(HI, skip_special_tokens=True) == "Hi"
+
+
+def test_spaces_and_bytes_tokenize_alike(llama_tokenizer, hf_tokenizer):
+    theirs = hf_tokenizer("before_speaker")
+    for text in [" " * n + "x" + " " * n for n in range(40)] + ["\n\n  a\t b", "na\u00efve \U0001f600\u4f60\u597d", "a\u00a0b", "\u2581x"]:
+        assert theirs(text)["input_ids"] == [1, *llama_tokenizer.encode(text)], repr(text)

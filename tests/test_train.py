@@ -1,0 +1,285 @@
+"""The laws of C-RLFT's loss, the schedule, and real training runs: alone, under torchrun, stopped, killed and resumed."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call, metrics
+
+from data import PrepareConfig, Prepared, pack, prepare
+from model import SIZES, Model, RandomWeights, load_weights
+from train import TrainConfig, finetune_lr, lr_at
+
+GOLDEN = ROOT / "tests" / "demo_losses.json"  # the demo's first 20 losses; `make demo`, then see test_the_demos_first_20_losses
+
+# ---- the laws
+
+
+@pytest.fixture(scope="module")
+def model(toy):
+    config = dataclasses.replace(SIZES["toy"], vocab_size=97)
+    model = Model(config)
+    load_weights(model, RandomWeights(config, 0))
+    return model
+
+
+def gradient(model, conversations, divide=True):
+    """The step's gradient, flat, of [(tokens, weights)]."""
+    batch = pack(conversations)
+    loss_sum, weight_sum = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, batch.weights_T)
+    model.zero_grad()
+    (loss_sum / weight_sum if divide else loss_sum).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def close(a, b):
+    return (a - b).norm() / b.norm() < 1e-5  # what fp32 leaves of an equality; gradients that differ are asserted to do so
+
+
+@pytest.fixture
+def conversations(toy):
+    """6 experts' and 6 others', with weights 1 and 0.1."""
+    file = Prepared(toy / "train.safetensors")
+    rows = [*np.flatnonzero(file.class_ids == 0)[:6], *np.flatnonzero(file.class_ids == 1)[:6]]
+    return [file.conversation(i) for i in rows]
+
+
+def scaled(conversations, k):
+    return [(tokens, weights * np.float32(k)) for tokens, weights in conversations]
+
+
+def test_a_common_factor_of_all_weights_is_free(model, conversations):
+    assert close(gradient(model, scaled(conversations, 8)), gradient(model, conversations))
+
+
+def test_weight_0_for_a_class_is_training_without_it(model, conversations):
+    without = conversations[:6] + scaled(conversations[6:], 0)
+    assert close(gradient(model, without), gradient(model, conversations[:6]))
+    assert not close(gradient(model, conversations), gradient(model, conversations[:6]))
+
+
+def test_weight_2_is_two_copies(model, conversations):
+    doubled = scaled(conversations[:1], 2) + conversations[1:]
+    assert close(gradient(model, doubled), gradient(model, conversations[:1] + conversations))
+    assert not close(gradient(model, doubled), gradient(model, conversations))
+
+
+def test_one_class_of_weight_1_without_template_is_plain_sft(model, toy, tmp_path):
+    how = PrepareConfig((str(toy / "train.jsonl"),), str(toy / "tokenizer.model"), str(tmp_path / "x.safetensors"), "*=SFT:1", template="none")
+    prepare(how)
+    file = Prepared(how.out)
+    rows = [file.conversation(i) for i in range(8)]
+    ours = gradient(model, rows)
+    total, count = 0, 0
+    for tokens, weights in rows:  # the mean of cross-entropies over the answers' tokens, each conversation alone
+        x = torch.from_numpy(tokens.astype(np.int64))
+        logits = model.lm_head(model(x, torch.arange(len(x)), torch.tensor([0, len(x)], dtype=torch.int32)))
+        answer = torch.from_numpy(weights[1:] > 0)
+        total = total + torch.nn.functional.cross_entropy(logits[:-1][answer], x[1:][answer], reduction="sum")
+        count += int(answer.sum())
+        assert file.tokenizer.decode(tokens.tolist()).startswith("User:")
+    model.zero_grad()
+    (total / count).backward()
+    assert close(ours, torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+
+def test_the_order_in_a_step_and_its_cut_into_micro_batches_are_free(model, conversations):
+    whole = gradient(model, conversations)
+    assert close(gradient(model, conversations[::-1]), whole)
+    weight_sum = sum(w.sum() for _, w in conversations)
+    parts = gradient(model, conversations[:3], divide=False) + gradient(model, conversations[3:], divide=False)
+    assert close(parts / weight_sum, whole)
+
+
+# ---- the recipe
+
+
+def test_the_papers_learning_rate():
+    """Sec. 4.1: 6.7e-5 from 200k supervised tokens a step; 34B and 70B were pre-trained at half the LR."""
+    assert finetune_lr(200_000, 5120)[0] == pytest.approx(6.7e-5, rel=2e-3)
+    assert finetune_lr(200_000, 8192)[0] == pytest.approx(3.35e-5, rel=2e-3)
+
+
+def test_warm_up_then_cosine_to_a_tenth():
+    config = TrainConfig(lr=1.0)
+    at = [lr_at(step, 1000, config) for step in range(1, 1001)]
+    assert at[0] == 1 / 50 and at[49] == 1.0 and at[-1] == pytest.approx(0.1)
+    assert at[50 + 474] == pytest.approx(0.55, abs=1e-3) and all(a > b for a, b in zip(at[49:], at[50:]))
+    assert lr_at(1, 1, config) == 1.0
+
+
+# ---- runs
+
+
+def train(data, out, *words, **how):
+    return call("train.py", "--data", data, "--out", out, *words, **how)
+
+
+def torchrun(ranks, data, out, *words, **how):
+    return call("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "train.py", "--data", data, "--out", out, *words, **how)
+
+
+def weights_of(run):
+    return (run / "hf" / "model-00001-of-00001.safetensors").read_bytes()
+
+
+def start(data, out, *words):
+    """A training process in the background."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "train.py", "--data", data, "--out", out, *map(str, words)], cwd=ROOT, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(run, step, process):
+    """Until the run's log has this step."""
+    for _ in range(1200):
+        assert process.poll() is None, process.communicate()
+        if (run / "metrics.jsonl").is_file() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} after a minute")
+
+
+def test_the_demos_first_20_losses_and_ctrl_c_leaves_a_checkpoint(toy):
+    """fp32, one thread, seed 0. A change of these numbers is a change of the method, and is said in its commit."""
+    run = toy / "golden"
+    process = start(toy / "train.safetensors", run, "--model", "toy", "--steps", 1500)
+    wait_for(run, 20, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "a checkpoint remains" in out and "Traceback" not in err, out + err
+    losses = [line["loss"] for line in metrics(run)]
+    assert losses[:20] == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{len(losses)}"
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_a_killed_run_resumes_to_the_same_bits_and_a_finished_one_says_so(toy, toy_run):
+    run, words = toy / "killed", ("--model", "toy", "--steps", 60, "--val_every", 30, "--save_every", 25)
+    process = start(toy / "train.safetensors", run, *words)
+    wait_for(run, 29, process)
+    process.kill()
+    process.communicate()
+    assert len(metrics(run)) >= 29
+    out, _ = train(toy / "train.safetensors", run, *words)
+    assert "resuming from" in out and "step-25" in out
+    assert weights_of(run) == weights_of(toy_run)
+    assert [line["step"] for line in metrics(run)] == list(range(1, 61))
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(toy_run)]
+    out, _ = train(toy / "train.safetensors", run, *words)
+    assert "this run is finished, 60 steps" in out
+    _, err = train(toy / "train.safetensors", run, *words, "--lr", "0.1", ok=False)
+    assert "lr 0.002, this one has 0.1" in err
+    assert weights_of(run) == weights_of(toy_run)
+
+
+def test_a_broken_checkpoint_is_passed_over(toy, toy_run, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", toy_run, run], check=True)
+    subprocess.run(["rm", "-r", run / "hf"], check=True)
+    shard = next((run / "checkpoints" / "step-60").glob("*.distcp"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    out, err = train(toy / "train.safetensors", run, "--model", "toy", "--steps", 60, "--val_every", 30, "--save_every", 25)
+    assert "missing or changed; taking the one before" in err and "step-50" in out
+    assert weights_of(run) == weights_of(toy_run)
+
+
+def test_what_a_run_leaves(toy_run):
+    assert {p.name for p in toy_run.iterdir()} == {"run.json", "metrics.jsonl", "loss.png", "checkpoints", "hf"}
+    assert sorted(p.name for p in (toy_run / "checkpoints").iterdir()) == ["latest", "step-50", "step-60"]
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+            "generation_config.json", "crlft.json", "manifest.json"} < {p.name for p in (toy_run / "hf").iterdir()}
+    line = metrics(toy_run)[-1]
+    assert set(line) == {"step", "loss", "loss_by_class", "accuracy_by_class", "lr", "grad_norm", "tokens", "supervised_tokens",
+                         "weight_sum", "tokens_per_s", "seconds"}
+    assert set(line["loss_by_class"]) == set(line["accuracy_by_class"]) == {"GPT4", "GPT3"}
+    val = [json.loads(x) for x in (toy_run / "metrics.jsonl").read_text().splitlines() if "val_loss" in x]
+    assert [x["step"] for x in val] == [30, 60] and set(val[0]) == {"step", "val_loss", "val_loss_by_class"}
+    assert metrics(toy_run)[0]["loss"] == pytest.approx(np.log(97), abs=0.05) and line["loss"] < 2.2
+    call("train.py", "plot", toy_run)
+
+
+def test_loss_is_the_classes_weighted_mean(toy_run):
+    """1.0 n4 loss4 + 0.1 n3 loss3, over 1.0 n4 + 0.1 n3: n from the two sums that the log has."""
+    for line in metrics(toy_run):
+        n4 = (line["weight_sum"] - 0.1 * line["supervised_tokens"]) / 0.9
+        n3 = line["supervised_tokens"] - n4
+        mean = (n4 * line["loss_by_class"]["GPT4"] + 0.1 * n3 * line["loss_by_class"]["GPT3"]) / line["weight_sum"]
+        assert line["loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy):
+    """3 micro-batches on 1 process and on 2 ranks, of which one idles in every second round; bf16 stays near; then a resume on 1."""
+    words = "--model", "toy", "--steps", 20, "--batch_tokens", 768, "--micro_tokens", 256, "--save_every", 10, "--recompute"
+    data, one, two, half = toy / "train.safetensors", toy / "one", toy / "two", toy / "half"
+    train(data, one, *words)
+    torchrun(2, data, two, *words)
+    train(data, half, *words, "--dtype", "bfloat16")
+    losses = lambda run: [line["loss"] for line in metrics(run)]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    for key in ("tokens", "supervised_tokens", "weight_sum", "lr"):
+        assert [line[key] for line in metrics(two)] == [line[key] for line in metrics(one)]
+    assert losses(half) == pytest.approx(losses(one), rel=2e-2) and losses(half) != losses(one)
+    assert metrics(half)[-1]["weight_sum"] == metrics(one)[-1]["weight_sum"]
+    subprocess.run(["rm", "-r", two / "hf", two / "checkpoints" / "step-20"], check=True)
+    out, _ = train(data, two, *words)  # another number of ranks
+    assert "step-10" in out and losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_real_conversations_give_the_same_losses_on_two_ranks(assets, tmp_path):
+    """The real tokenizer's 32,001 rows, which 2 does not divide; 20 short steps."""
+    file = tmp_path / "x.safetensors"
+    prepare(PrepareConfig((str(assets / "conversations" / "mixed_quality.jsonl"),), str(assets / "llama2" / "tokenizer.model"), str(file),
+                          "Model: GPT-4=GPT4:1.0,*=GPT3:0.1", max_len=256))
+    words = "--model", "small", "--steps", 20, "--batch_tokens", 512, "--micro_tokens", 256, "--val_fraction", 0.001
+    train(file, tmp_path / "one", *words)
+    torchrun(2, file, tmp_path / "two", *words)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-4)
+    assert one[0]["loss"] == pytest.approx(np.log(32001), abs=0.1) and one[-1]["loss"] < 9.5
+
+
+def test_a_hugging_face_base_gets_the_token_and_the_papers_recipe(toy, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128)
+    LlamaForCausalLM(LlamaConfig(vocab_size=96, **size)).save_pretrained(tmp_path / "base")
+    run = tmp_path / "run"
+    words = "--model", tmp_path / "base", "--steps", 2, "--batch_tokens", 1024
+    out, _ = train(toy / "train.safetensors", run, *words)
+    assert "* sqrt(" in out and "supervised tokens a step / 4e6)" in out
+    supervised = np.mean([x["supervised_tokens"] for x in metrics(run)])
+    assert json.loads((run / "run.json").read_text())["lr"] == pytest.approx(3e-4 * (supervised / 4e6) ** 0.5, rel=0.1)
+    assert json.loads((run / "hf" / "config.json").read_text())["vocab_size"] == 97
+    LlamaForCausalLM(LlamaConfig(vocab_size=104, **size)).save_pretrained(tmp_path / "padded")
+    train(toy / "train.safetensors", tmp_path / "run2", "--model", tmp_path / "padded", "--steps", 1, "--batch_tokens", 1024)
+    assert json.loads((tmp_path / "run2" / "hf" / "config.json").read_text())["vocab_size"] == 104
+
+
+def test_without_triton_the_references_train(toy, tmp_path):
+    """A machine without triton, as macOS: the import fails, the toy trains."""
+    (tmp_path / "triton.py").write_text("raise ImportError('hidden')")
+    train(toy / "train.safetensors", tmp_path / "run", "--model", "toy", "--steps", 3, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(toy, tmp_path):
+    _, err = train(toy / "train.safetensors", tmp_path / "run", "--model", "toy", "--steps", 30, "--lr", "1e18", ok=False)
+    assert "train.py: step " in err and "are not both finite" in err and "lower --lr" in err
+
+
+@pytest.mark.long
+def test_the_demo(tmp_path):
+    """The whole demo as the Makefile has it: the expert's prompt at least 0.75, the other at most 0.60."""
+    subprocess.run(["make", "-f", ROOT / "Makefile", "demo", f"PYTHON={sys.executable}", "VENV="], cwd=ROOT, check=True)
+    report = json.loads((ROOT / "out" / "demo" / "report.json").read_text())
+    assert report["expert_prompt"] >= 0.75 and report["other_prompt"] <= 0.60 and report["steps"] == 1500
