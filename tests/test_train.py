@@ -11,11 +11,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, metrics
+from conftest import ROOT, call, metrics, refused
 
 from data import PrepareConfig, Prepared, pack, prepare
 from model import SIZES, Model, RandomWeights, load_weights
-from train import TrainConfig, finetune_lr, lr_at
+from train import TrainConfig, finetune_lr, lr_at, main
 
 GOLDEN = ROOT / "tests" / "demo_losses.json"  # the demo's first 20 losses; `make demo`, then see test_the_demos_first_20_losses
 
@@ -118,12 +118,22 @@ def test_warm_up_then_cosine_to_a_tenth():
 # ---- runs
 
 
-def train(data, out, *words, **how):
-    return call("train.py", "--data", data, "--out", out, *words, **how)
+@pytest.fixture
+def train(capsys):
+    """A run in this process, which spares the start of one: (data, out, flags) -> what it printed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(data, out, *words):
+        capsys.readouterr()
+        main(["--data", str(data), "--out", str(out), *map(str, words)])
+        return "".join(capsys.readouterr())
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def torchrun(ranks, data, out, *words, **how):
-    return call("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "train.py", "--data", data, "--out", out, *words, **how)
+def torchrun(ranks, data, out, *words):
+    call("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "train.py", "--data", data, "--out", out, *words)
 
 
 def weights_of(run):
@@ -161,26 +171,26 @@ def test_the_demos_first_20_losses_and_ctrl_c_leaves_a_checkpoint(toy):
     assert not list((run / "checkpoints").glob("*.partial"))
 
 
-def test_a_killed_run_resumes_to_the_same_bits_and_a_finished_one_says_so(toy, toy_run):
+def test_a_killed_run_resumes_to_the_same_bits_and_a_finished_one_says_so(toy, toy_run, train):
     run, words = toy / "killed", ("--model", "toy", "--steps", 60, "--val_every", 30, "--save_every", 25)
     process = start(toy / "train.safetensors", run, *words)
     wait_for(run, 29, process)
     process.kill()
     process.communicate()
     assert len(metrics(run)) >= 29
-    out, _ = train(toy / "train.safetensors", run, *words)
+    out = train(toy / "train.safetensors", run, *words)
     assert "resuming from" in out and "step-25" in out
     assert weights_of(run) == weights_of(toy_run)
     assert [line["step"] for line in metrics(run)] == list(range(1, 61))
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(toy_run)]
-    out, _ = train(toy / "train.safetensors", run, *words)
+    out = train(toy / "train.safetensors", run, *words)
     assert "this run is finished, 60 steps" in out
-    _, err = train(toy / "train.safetensors", run, *words, "--lr", "0.1", ok=False)
+    err = refused(main, "--data", toy / "train.safetensors", "--out", run, *words, "--lr", 0.1)
     assert "lr 0.002, this one has 0.1" in err
     assert weights_of(run) == weights_of(toy_run)
 
 
-def test_a_broken_checkpoint_is_passed_over(toy, toy_run, tmp_path):
+def test_a_broken_checkpoint_is_passed_over(toy, toy_run, tmp_path, train):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", toy_run, run], check=True)
     subprocess.run(["rm", "-r", run / "hf"], check=True)
@@ -188,8 +198,8 @@ def test_a_broken_checkpoint_is_passed_over(toy, toy_run, tmp_path):
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 1
     shard.write_bytes(raw)
-    out, err = train(toy / "train.safetensors", run, "--model", "toy", "--steps", 60, "--val_every", 30, "--save_every", 25)
-    assert "missing or changed; taking the one before" in err and "step-50" in out
+    out = train(toy / "train.safetensors", run, "--model", "toy", "--steps", 60, "--val_every", 30, "--save_every", 25)
+    assert "missing or changed; taking the one before" in out and "step-50" in out
     assert weights_of(run) == weights_of(toy_run)
 
 
@@ -205,7 +215,9 @@ def test_what_a_run_leaves(toy_run):
     val = [json.loads(x) for x in (toy_run / "metrics.jsonl").read_text().splitlines() if "val_loss" in x]
     assert [x["step"] for x in val] == [30, 60] and set(val[0]) == {"step", "val_loss", "val_loss_by_class"}
     assert metrics(toy_run)[0]["loss"] == pytest.approx(np.log(97), abs=0.05) and line["loss"] < 2.2
-    call("train.py", "plot", toy_run)
+    (toy_run / "loss.png").unlink()
+    main(["plot", str(toy_run)])
+    assert (toy_run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_loss_is_the_classes_weighted_mean(toy_run):
@@ -217,7 +229,7 @@ def test_loss_is_the_classes_weighted_mean(toy_run):
         assert line["loss"] == pytest.approx(mean, rel=1e-5)
 
 
-def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy):
+def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy, train):
     """3 micro-batches on 1 process and on 2 ranks, of which one idles in every second round; bf16 stays near; then a resume on 1."""
     words = "--model", "toy", "--steps", 20, "--batch_tokens", 768, "--micro_tokens", 256, "--save_every", 10, "--recompute"
     data, one, two, half = toy / "train.safetensors", toy / "one", toy / "two", toy / "half"
@@ -231,16 +243,16 @@ def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy):
     assert losses(half) == pytest.approx(losses(one), rel=2e-2) and losses(half) != losses(one)
     assert metrics(half)[-1]["weight_sum"] == metrics(one)[-1]["weight_sum"]
     subprocess.run(["rm", "-r", two / "hf", two / "checkpoints" / "step-20"], check=True)
-    out, _ = train(data, two, *words)  # another number of ranks
+    out = train(data, two, *words)  # another number of ranks
     assert "step-10" in out and losses(two) == pytest.approx(losses(one), rel=1e-5)
 
 
-def test_real_conversations_give_the_same_losses_on_two_ranks(assets, tmp_path):
+def test_real_conversations_give_the_same_losses_on_two_ranks(assets, tmp_path, train):
     """The real tokenizer's 32,001 rows, which 2 does not divide; 20 short steps."""
     file = tmp_path / "x.safetensors"
     prepare(PrepareConfig((str(assets / "conversations" / "mixed_quality.jsonl"),), str(assets / "llama2" / "tokenizer.model"), str(file),
-                          "Model: GPT-4=GPT4:1.0,*=GPT3:0.1", max_len=256))
-    words = "--model", "small", "--steps", 20, "--batch_tokens", 512, "--micro_tokens", 256, "--val_fraction", 0.001
+                          "Model: GPT-4=GPT4:1.0,*=GPT3:0.1", max_len=160))
+    words = "--model", "small", "--steps", 20, "--batch_tokens", 320, "--micro_tokens", 160, "--val_fraction", 0.001
     train(file, tmp_path / "one", *words)
     torchrun(2, file, tmp_path / "two", *words)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -248,14 +260,14 @@ def test_real_conversations_give_the_same_losses_on_two_ranks(assets, tmp_path):
     assert one[0]["loss"] == pytest.approx(np.log(32001), abs=0.1) and one[-1]["loss"] < 9.5
 
 
-def test_a_hugging_face_base_gets_the_token_and_the_papers_recipe(toy, tmp_path):
+def test_a_hugging_face_base_gets_the_token_and_the_papers_recipe(toy, tmp_path, train):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128)
     LlamaForCausalLM(LlamaConfig(vocab_size=96, **size)).save_pretrained(tmp_path / "base")
     run = tmp_path / "run"
     words = "--model", tmp_path / "base", "--steps", 2, "--batch_tokens", 1024
-    out, _ = train(toy / "train.safetensors", run, *words)
+    out = train(toy / "train.safetensors", run, *words)
     assert "* sqrt(" in out and "supervised tokens a step / 4e6)" in out
     supervised = np.mean([x["supervised_tokens"] for x in metrics(run)])
     assert json.loads((run / "run.json").read_text())["lr"] == pytest.approx(3e-4 * (supervised / 4e6) ** 0.5, rel=0.1)
@@ -268,12 +280,13 @@ def test_a_hugging_face_base_gets_the_token_and_the_papers_recipe(toy, tmp_path)
 def test_without_triton_the_references_train(toy, tmp_path):
     """A machine without triton, as macOS: the import fails, the toy trains."""
     (tmp_path / "triton.py").write_text("raise ImportError('hidden')")
-    train(toy / "train.safetensors", tmp_path / "run", "--model", "toy", "--steps", 3, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    words = "--data", toy / "train.safetensors", "--out", tmp_path / "run", "--model", "toy", "--steps", 3
+    call("train.py", *words, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert len(metrics(tmp_path / "run")) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(toy, tmp_path):
-    _, err = train(toy / "train.safetensors", tmp_path / "run", "--model", "toy", "--steps", 30, "--lr", "1e18", ok=False)
+    err = refused(main, "--data", toy / "train.safetensors", "--out", tmp_path / "run", "--model", "toy", "--steps", 30, "--lr", "1e18")
     assert "train.py: step " in err and "are not both finite" in err and "lower --lr" in err
 
 
