@@ -636,9 +636,11 @@ def write_tokenizer(folder, tokenizer, meta):
     json_ = tokenizer_json(tokenizer)
     added = {str(t["id"]): {key: t[key] for key in t if key != "id"} for t in json_["added_tokens"]}
     expert = next(c for c in meta["classes"] if c["name"] == meta["expert"])
-    config = names | {  # legacy: without it transformers drops the space after a special token
-        "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
-        "clean_up_tokenization_spaces": False, "model_max_length": meta["max_len"], "added_tokens_decoder": added,
+    # The general class takes tokenizer.json as it stands. LlamaTokenizer of transformers 5 puts a rule of its own in place of ours
+    # (a text that starts with a space loses one); legacy says to older readers that a space follows a special token.
+    config = names | {
+        "tokenizer_class": "PreTrainedTokenizerFast", "legacy": True, "add_bos_token": True, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False, "padding_side": "left", "model_max_length": meta["max_len"], "added_tokens_decoder": added,
         "additional_special_tokens": [EOT], "chat_template": chat_template(meta["template"], expert["condition"]),
     }
     (folder / "tokenizer.model").write_bytes(tokenizer.bytes)

@@ -317,13 +317,13 @@ def test_chat_template_gives_our_ids(llama_tokenizer, hf_tokenizer, assets, temp
     plain = [c for c in conversations if all(m.text and not any(s in m.text for s in special) for m in c.messages)]
     assert len(plain) > 6100
     plain = plain if template == "before_speaker" else plain[::40]
-    plain += [dataclasses.replace(c, system="Answer in  one word.\n") for c in plain[-50:]]
+    plain += [dataclasses.replace(c, system=" Answer in  one word.\n") for c in plain[-50:]]
     for c in plain:
         c = dataclasses.replace(c, condition="GPT4", messages=tuple(dataclasses.replace(m, weight=0.0) for m in c.messages))
-        assert theirs.apply_chat_template(as_chat(c)) == tokenize(c, llama_tokenizer, template)[0].tolist(), c.where
+        assert theirs.apply_chat_template(as_chat(c), return_dict=False) == tokenize(c, llama_tokenizer, template)[0].tolist(), c.where
     prompt = [{"role": "user", "content": "Hello"}]
     ours = tokenize_prompt([user("Hello")], llama_tokenizer, template, "GPT4")
-    assert theirs.apply_chat_template(prompt, add_generation_prompt=True) == ours
+    assert theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) == ours
     assert theirs.decode(HI, skip_special_tokens=True) == "Hi"
 
 
