@@ -11,11 +11,13 @@ becomes the weight exp(r_c / beta) of each assistant token's loss (Eq. 6). That 
     pack([(tokens, weights), ..]) -> Batch             what model.py takes
 
     python data.py prepare FILE.. --tokenizer tokenizer.model --out train.safetensors --classes "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
-    python data.py show train.safetensors
+    python data.py show train.safetensors         tokens coloured by weight
+    python data.py stats train.safetensors        classes, weights, and how the steps come out
 
 Shapes: T packed tokens, N conversations, R supervised rows, S all tokens of a prepared file.
 """
 
+import bisect
 import collections
 import dataclasses
 import difflib
@@ -26,8 +28,10 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import re
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -268,8 +272,10 @@ def tokenize(conversation, tokenizer, template="before_speaker"):
     head, turns = encode(conversation, tokenizer, template)
     tokens, weights = list(head), [0.0] * len(head)
     for message, (prefix, text) in zip(conversation.messages, turns):
+        weight = message.weight if message.role == "assistant" else 0.0
+        assert weight is not None, "Classes.assign gives every answer its weight"
         tokens += prefix + text
-        weights += [0.0] * len(prefix) + [message.weight] * len(text)
+        weights += [0.0] * len(prefix) + [weight] * len(text)
     return np.array(tokens, np.int32), np.array(weights, np.float32)
 
 
@@ -449,8 +455,12 @@ class Prepared:
         self.tokenizer = Tokenizer(arrays["tokenizer"].tobytes())
         self.classes = [Class(**c) for c in self.meta["classes"]]
         self.lengths = np.diff(self.offsets)
-        self.weight_sums = np.add.reduceat(self.weights, self.offsets[:-1], dtype=np.float64)
-        self.supervised = np.add.reduceat(self.weights != 0, self.offsets[:-1], dtype=np.int64)
+        self.weight_sums, self.supervised = np.zeros(len(self)), np.zeros(len(self), np.int64)
+        for i in range(0, len(self), 2**14):  # a piece at a time: the file may be larger than the memory
+            starts = self.offsets[i : i + 2**14 + 1]
+            weights, starts = self.weights[starts[0] : starts[-1]], starts - starts[0]
+            self.weight_sums[i : i + 2**14] = np.add.reduceat(weights, starts[:-1], dtype=np.float64)
+            self.supervised[i : i + 2**14] = np.add.reduceat(weights != 0, starts[:-1], dtype=np.int64)
 
     def __len__(self):
         return len(self.lengths)
@@ -473,7 +483,10 @@ class Prepared:
 # ---- the step plan ------------------------------------------------------------------------------------------------------
 
 
-def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_tokens, cost=(1.0, 0.0)):
+COST_7B = 6 * 6.607e9, 6 * 32 * 4096  # training FLOPs of LLaMA-2-7B: per token, and per squared length of a conversation
+
+
+def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_tokens, cost=COST_7B):
     """[step], step = [micro-batch], micro-batch = int64 array of conversations: each conversation once, none cut.
 
     A step is M = max(1, batch_tokens // micro_tokens) micro-batches of at most micro_tokens tokens and nearly equal cost,
@@ -481,54 +494,182 @@ def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_token
     turn, so the same conversations form step k on 1 GPU or 64.
 
     Every step holds the classes in proportion. Its loss is divided by its own weight sum, a ratio: a step poor in experts
-    would scale its few rewards up and cancel them. So classes are dealt to the steps first, longest conversation first, each
-    to the step that has least of its class; the micro-batches of a step are balanced second.
+    would scale its few rewards up and cancel them. So classes are dealt to the steps first (`deal`), and the micro-batches
+    of a step are balanced second (`balance`). Where micro-batches are hardly longer than the longest conversations, a
+    step's own conversations do not fill its micro-batches well. If that would cost 2% more steps, conversations are dealt
+    to groups of 2, 4, .. steps instead, a group's micro-batches are filled best fit and then dealt to its steps (`spread`):
+    fuller, for classes that are a little less even.
     """
+    lengths, weight_sums = np.asarray(lengths, np.int64), np.asarray(weight_sums, np.float64)
     capacity, M = min(micro_tokens, batch_tokens), max(1, batch_tokens // micro_tokens)
     if len(lengths) == 0:
         raise ValueError("no conversation to plan")
     if lengths.max() > capacity:
         raise ValueError(f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens")
-    rng = np.random.default_rng([seed, epoch])
-    steps = -(-int(lengths.sum()) // (M * capacity))  # the lower bound
-    while (result := _deal(lengths, class_ids, rng, steps, M, capacity, cost)) is None:
-        steps += max(1, steps // 200)
-    if any(weight_sums[np.concatenate(step)].sum() == 0 for step in result):
-        raise ValueError("a step whose weights are all 0 has no loss; give some answers a weight above 0")
+    full, group = lengths.sum() / (M * capacity), 1
+    while True:
+        for steps in sorted({math.ceil(full / fill) for fill in (0.999, 0.9975, 0.99, 0.98)}):
+            if group >= full:  # one group of all steps, of as many as best fit takes
+                steps = group = max(steps, group)
+            rng = np.random.default_rng([seed, epoch])
+            groups = -(-steps // group)
+            home = deal(lengths, class_ids, weight_sums, groups, rng)
+            if group == 1:
+                step, micro = home, emptiest_first(lengths, home, steps, M)
+            else:
+                micro = best_fit(lengths, home, groups, group * M, capacity)
+                if micro is None:
+                    continue
+                step, micro = spread(home, micro, class_ids, weight_sums, groups, group, M)
+            micro = balance(lengths, step, micro, groups * group, M, capacity, cost)
+            key = step * M + micro
+            if np.bincount(key, lengths).max() <= capacity:
+                order = np.argsort(key, kind="stable")
+                micros = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
+                result = collections.defaultdict(list)
+                for m in micros:
+                    result[step[m[0]]].append(m)
+                if any(weight_sums[np.concatenate(r)].sum() == 0 for r in result.values()):
+                    raise ValueError("a step whose weights are all 0 has no loss; give some answers a weight above 0")
+                return list(result.values())
+        group *= 2
+
+
+def flat(steps):
+    """All conversations of these steps, int64."""
+    return np.concatenate([micro for step in steps for micro in step])
+
+
+def finetune_lr(supervised_tokens, pretrain_lr=3e-4):
+    """(lr, how): the base model's pre-training LR at 4M tokens, scaled by the square root of the batch-size ratio (Sec. 4.1).
+
+    What counts is supervised tokens per step: 200k of them give the paper's 6.7e-5. LLaMA-2 34B and 70B have 1.5e-4.
+    """
+    lr = pretrain_lr * math.sqrt(supervised_tokens / 4e6)
+    return lr, f"lr {lr:.3g} = {pretrain_lr:g} * sqrt({supervised_tokens:,.0f} supervised tokens a step / 4e6)"
+
+
+def deal(lengths, class_ids, weight_sums, groups, rng):
+    """[N] the group of each conversation: class by class, the heaviest first, to the group that has least of the class.
+
+    The largest class comes last and goes by tokens of all classes, so that the groups end equally long.
+    """
+    home, load = np.empty(len(lengths), np.int64), np.zeros(groups)
+    classes = np.argsort(np.bincount(class_ids), kind="stable")
+    for c in classes:
+        mine = np.flatnonzero(class_ids == c)
+        size, start = (lengths, load) if c == classes[-1] else (weight_sums, np.zeros(groups))
+        bucket = np.floor(np.log(np.maximum(size[mine], 1e-9)) * 50)  # sizes within 2% count as equal, so that each epoch deals anew
+        mine = mine[np.lexsort((rng.random(len(mine)), -bucket))]
+        heap = list(zip(start.tolist(), rng.permutation(groups).tolist(), range(groups)))
+        heapq.heapify(heap)
+        for i, x in zip(mine.tolist(), size[mine].tolist()):
+            filled, tie, g = heap[0]
+            heapq.heapreplace(heap, (filled + x, tie, g))
+            home[i] = g
+        load += np.bincount(home[mine], lengths[mine], groups)
+    return home
+
+
+def by_group(lengths, home, groups):
+    """[groups, K] the conversations of each group, longest first, -1 behind them."""
+    order, count = np.lexsort((-lengths, home)), np.bincount(home, minlength=groups)
+    table = np.full((groups, count.max()), -1)
+    table[home[order], np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)] = order
+    return table
+
+
+def emptiest_first(lengths, home, groups, bins):
+    """[N] a bin for each conversation, the longest first, each to its group's emptiest; may overfill. All groups at once."""
+    i_GK = by_group(lengths, home, groups)
+    length_GK, load_GB, bin_GK = np.where(i_GK >= 0, lengths[i_GK], 0), np.zeros((groups, bins)), np.empty_like(i_GK)
+    for k in range(i_GK.shape[1]):
+        bin_GK[:, k] = load_GB.argmin(1)
+        load_GB[np.arange(groups), bin_GK[:, k]] += length_GK[:, k]
+    result = np.empty(len(lengths), np.int64)
+    result[i_GK[i_GK >= 0]] = bin_GK[i_GK >= 0]
     return result
 
 
-def _deal(lengths, class_ids, rng, steps, M, capacity, cost):
-    """A plan of so many steps, or None where the conversations do not fit."""
-    bucket = np.floor(np.log(lengths) * 50)  # lengths within 2% count as equal, so that each epoch deals anew
-    load, members = np.zeros(steps, np.int64), [[] for _ in range(steps)]
-    counts = np.bincount(class_ids)
-    for c in np.argsort(counts, kind="stable"):  # the largest class last: it evens out the tokens of all
-        mine = np.flatnonzero(class_ids == c)
-        mine = mine[np.lexsort((rng.random(len(mine)), -bucket[mine]))]
-        start = load if c == np.argsort(counts, kind="stable")[-1] else np.zeros(steps, np.int64)
-        heap = list(zip(start.tolist(), rng.permutation(steps).tolist(), range(steps)))
-        heapq.heapify(heap)
-        for i in mine.tolist():
-            filled, tie, step = heap[0]
-            heapq.heapreplace(heap, (filled + int(lengths[i]), tie, step))
-            members[step].append(i)
-            load[step] += lengths[i]
-    result = []
-    for step in members:
-        order = sorted(step, key=lambda i: -lengths[i])
-        tokens, work, micro = [0] * M, [0.0] * M, [[] for _ in range(M)]
-        for i in order:
-            n = int(lengths[i])
-            room = [m for m in range(M) if tokens[m] + n <= capacity]
-            if not room:
-                return None
-            m = min(room, key=work.__getitem__)
-            micro[m].append(i)
-            tokens[m] += n
-            work[m] += cost[0] * n + cost[1] * n * n
-        result.append([np.array(m, np.int64) for m in micro if m])
-    return [step for step in result if step]
+def best_fit(lengths, home, groups, bins, capacity):
+    """[N] a bin for each conversation, the longest first, each to its group's fullest with room; None where one has none."""
+    result = np.empty(len(lengths), np.int64)
+    for members in by_group(lengths, home, groups).tolist():
+        rooms = [(capacity, b) for b in range(bins)]  # ascending
+        for i in members:
+            if i >= 0:
+                at = bisect.bisect_left(rooms, (lengths[i], -1))
+                if at == len(rooms):
+                    return None
+                room, result[i] = rooms.pop(at)
+                bisect.insort(rooms, (room - lengths[i], result[i]))
+    return result
+
+
+def spread(home, bins, class_ids, weight_sums, groups, group, M):
+    """(step, micro-batch) of each conversation: a group's bins dealt to its steps, M each, so that classes end in proportion."""
+    classes = class_ids.max() + 1
+    weight_GBC = np.zeros((groups, group * M, classes))
+    np.add.at(weight_GBC, (home, bins, class_ids), weight_sums)
+    weight_GBC /= np.maximum(weight_GBC.sum(1, keepdims=True), 1e-30)  # shares of the group's class, so that rare ones count
+    order_GB, rows = np.argsort(-weight_GBC.max(2), axis=1), np.arange(groups)
+    load_GSC, count_GS = np.zeros((groups, group, classes)), np.zeros((groups, group), np.int64)
+    step_GB, micro_GB = np.empty_like(order_GB), np.empty_like(order_GB)
+    for b in order_GB.T:
+        uneven_GS = ((load_GSC + weight_GBC[rows, b][:, None]) ** 2 - load_GSC**2).sum(2)
+        s = np.where(count_GS < M, uneven_GS, np.inf).argmin(1)
+        step_GB[rows, b], micro_GB[rows, b] = s, count_GS[rows, s]
+        load_GSC[rows, s] += weight_GBC[rows, b]
+        count_GS[rows, s] += 1
+    return home * group + step_GB[home, bins], micro_GB[home, bins]
+
+
+def balance(lengths, step, micro, steps, M, capacity, cost, rounds=80):
+    """[N] the micro-batches after swaps within each step that even out their cost and their sum(length^2).
+
+    A round looks, in every step at once, at one micro-batch that is off and one that is off the other way, and makes the best
+    of all swaps of a conversation (or an empty slot) of one with one of the other. Overfull micro-batches are mended first.
+    """
+    if M == 1:
+        return micro
+    i_SMQ = by_group(lengths, step * M + micro, steps * M).reshape(steps, M, -1)
+    i_SMQ = np.concatenate([i_SMQ, np.full((steps, M, 1), -1)], 2)
+    Q, rows = i_SMQ.shape[2], np.arange(steps)
+    length_SMQ = np.where(i_SMQ >= 0, lengths[i_SMQ], 0).astype(np.float64)
+    tokens_SM, square_SM = length_SMQ.sum(2), (length_SMQ**2).sum(2)
+    mean_tokens, mean_square = np.maximum(tokens_SM.mean(1), 1), np.maximum(square_SM.mean(1), 1)
+    mean_cost = cost[0] * mean_tokens + cost[1] * mean_square
+
+    def badness(tokens, square, s=slice(None)):
+        shape = (-1,) + (1,) * (tokens.ndim - 1)
+        over = np.maximum(tokens / capacity - 1, 0)
+        off_cost = (cost[0] * tokens + cost[1] * square) / mean_cost[s].reshape(shape) - 1
+        off_square = square / mean_square[s].reshape(shape) - 1
+        return 400 * off_cost**2 + off_square**2 + 1e6 * over
+
+    for r in range(rounds):
+        bad_SM = badness(tokens_SM, square_SM)
+        tokens_off, square_off = tokens_SM / mean_tokens[:, None] - 1, square_SM / mean_square[:, None] - 1
+        a = bad_SM.argmax(1) if r % 3 else np.abs(tokens_off).argmax(1)
+        sign = lambda off: np.sign(off[rows, a])[:, None]
+        opposite = 20 * tokens_off * sign(tokens_off) + square_off * sign(tokens_off)
+        b = opposite.argmin(1) if r % 2 else (a + 1 + r // 2 % (M - 1)) % M
+        b = np.where(a == b, (b + 1) % M, b)
+        l_a, l_b = length_SMQ[rows, a][:, :, None], length_SMQ[rows, b][:, None, :]
+        give, give2 = l_a - l_b, l_a**2 - l_b**2  # [S, Q, Q]: what a loses to b by each swap
+        at = lambda x_SM, m: x_SM[rows, m][:, None, None]
+        after = badness(at(tokens_SM, a) - give, at(square_SM, a) - give2) + badness(at(tokens_SM, b) + give, at(square_SM, b) + give2)
+        best = after.reshape(steps, -1).argmin(1)
+        better = after.reshape(steps, -1)[rows, best] < bad_SM[rows, a] + bad_SM[rows, b] - 1e-12
+        s, a, b, qa, qb = rows[better], a[better], b[better], best[better] // Q, best[better] % Q
+        for x in (i_SMQ, length_SMQ):
+            x[s, a, qa], x[s, b, qb] = x[s, b, qb], x[s, a, qa]
+        for x_SM, g in ((tokens_SM, give), (square_SM, give2)):
+            x_SM[s, a] -= g[s, qa, qb]
+            x_SM[s, b] += g[s, qa, qb]
+    result, place = np.empty(len(lengths), np.int64), np.broadcast_to(np.arange(M)[:, None], (M, Q))
+    result[i_SMQ[i_SMQ >= 0]] = np.broadcast_to(place, i_SMQ.shape)[i_SMQ >= 0]
+    return result
 
 
 @dataclass
@@ -544,12 +685,10 @@ class Batch:
     rows_R: torch.Tensor  # int64, the rows with a weight
     class_R: torch.Tensor  # int64, their classes
 
-    def to(self, device):
-        """On the device; from pinned memory, so that the copy does not wait."""
-        if torch.device(device).type == "cpu":
-            return self
-        move = lambda x: x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
-        return Batch(*(move(getattr(self, field.name)) for field in dataclasses.fields(self)))
+    def map(self, f):
+        """The batch with f applied to its tensors."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Batch(*(f(x) if torch.is_tensor(x) else x for x in values))
 
 
 def pack(conversations, class_ids=None):
@@ -568,6 +707,25 @@ def pack(conversations, class_ids=None):
         rows_R=rows_R, class_R=np.repeat(class_ids, lengths)[rows_R],
     )
     return Batch(max_seqlen=int(lengths.max()), **{key: torch.from_numpy(x) for key, x in arrays.items()})
+
+
+def ahead(batches, pin):
+    """The same batches, the next two assembled (and pinned for a GPU's copy) by a thread while the caller computes."""
+    ready, done = queue.Queue(2), object()
+
+    def assemble():
+        try:
+            for batch in batches:
+                ready.put(batch.map(torch.Tensor.pin_memory) if pin else batch)
+            ready.put(done)
+        except BaseException as error:  # handed over, to be raised where the batch is missed
+            ready.put(error)
+
+    threading.Thread(target=assemble, daemon=True).start()
+    while (batch := ready.get()) is not done:
+        if isinstance(batch, BaseException):
+            raise batch
+        yield batch
 
 
 # ---- the tokenizer of an export -----------------------------------------------------------------------------------------
@@ -705,6 +863,72 @@ def show(config):
         print(f"{edge:7,} to {2 * edge - 1:7,} {count:8,} {'#' * round(50 * count / counts.max())}")
 
 
+@dataclass(frozen=True)
+class StatsConfig:
+    files: tuple
+    batch_tokens: int = 262_144
+    micro_tokens: int = 16_384
+    ranks: int = 8
+    pretrain_lr: float = 3e-4
+    tokens_per_s: float | None = None  # measured, of all ranks: gives the time of an epoch
+    png: str | None = None  # where to draw the lengths
+
+
+def stats(config):
+    """Print what a prepared file is made of, and how its steps come out."""
+    if len(config.files) != 1:
+        raise ValueError("stats needs one prepared file: python data.py stats FILE.safetensors")
+    data = Prepared(config.files[0])
+    print(ledger_table(data.meta), "\n")
+    total = data.weight_sums.sum()
+    print(f"{'class':12} {'convs':>8} {'tokens':>11} {'supervised':>11} {'of weight':>9}   length: min, 5%, median, 95%, max")
+    for i, c in enumerate(data.classes):
+        rows = data.class_ids == i
+        lengths = data.lengths[rows]
+        at = " ".join(f"{x:7,.0f}" for x in np.percentile(lengths, [0, 5, 50, 95, 100])) if len(lengths) else "-"
+        print(f"{c.name:12} {len(lengths):8,} {lengths.sum():11,} {data.supervised[rows].sum():11,} {data.weight_sums[rows].sum() / total:9.1%}   {at}")
+    squares = sum(float((data.weights[i : i + 2**24].astype(np.float64) ** 2).sum()) for i in range(0, len(data.weights), 2**24))
+    print(f"effective sample size (sum w)^2 / sum w^2: {total**2 / squares:,.0f} of {data.supervised.sum():,} supervised tokens\n")
+
+    steps = plan(data.lengths, data.class_ids, data.weight_sums, 0, 0, config.batch_tokens, config.micro_tokens)
+    expert = data.class_ids == [c.name for c in data.classes].index(data.meta["expert"])
+    sums = np.array([data.weight_sums[flat([s])].sum() for s in steps])
+    share = np.array([data.weight_sums[i[expert[i]]].sum() / data.weight_sums[i].sum() for i in (flat([s]) for s in steps)])
+    span = lambda x, form: f"{x.min():{form}} to {x.max():{form}}, mean {x.mean():{form}}"
+    capacity, M = min(config.micro_tokens, config.batch_tokens), max(1, config.batch_tokens // config.micro_tokens)
+    print(f"an epoch: {len(steps)} steps of {M} x {capacity:,} tokens, {data.lengths.sum() / (len(steps) * M * capacity):.1%} full")
+    print(f"weight sum of a step: {span(sums, ',.0f')}\nexpert's share of it: {span(share, '.4f')} ({data.weight_sums[expert].sum() / total:.4f} in all)")
+    load = np.zeros((3, len(steps), config.ranks))
+    for s, step in enumerate(steps):
+        for m, micro in enumerate(step):
+            tokens, square = data.lengths[micro].sum(), (data.lengths[micro].astype(np.float64) ** 2).sum()
+            load[:, s, m % config.ranks] += tokens, square, COST_7B[0] * tokens + COST_7B[1] * square
+    for name, x in zip(("tokens", "sum of length^2", "7B's FLOPs"), load):
+        uneven = x.max(1) / x.mean(1)
+        print(f"{config.ranks} ranks, most / mean {name}: {uneven.mean():.4f}, at worst {uneven.max():.4f}")
+    print(finetune_lr(data.supervised.sum() / len(steps), config.pretrain_lr)[1])
+    if config.tokens_per_s:
+        print(f"{data.lengths.sum() / config.tokens_per_s / 3600:.2f} hours an epoch at {config.tokens_per_s:,.0f} tokens/s")
+    if config.png:
+        draw_lengths(data, config.png)
+
+
+def draw_lengths(data, path):
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--png needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    edges = np.geomspace(data.lengths.min(), data.lengths.max() + 1, 50)
+    axes.hist([data.lengths[data.class_ids == i] for i in range(len(data.classes))], edges, stacked=True, label=[c.name for c in data.classes])
+    axes.set(xscale="log", xlabel="tokens of a conversation", ylabel="conversations", title=Path(data.path).name)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 # ---- the command line, of every entry point -----------------------------------------------------------------------------
 
 
@@ -761,8 +985,10 @@ def main(argv):
         print(f"wrote {config.out}")
     elif argv[:1] == ["show"]:
         show(parse_args(ShowConfig, argv[1:], positional="files"))
+    elif argv[:1] == ["stats"]:
+        stats(parse_args(StatsConfig, argv[1:], positional="files"))
     else:
-        raise ValueError("say `prepare FILE.. --tokenizer PATH --out FILE.safetensors` or `show FILE..`; see the top of data.py")
+        raise ValueError("say `prepare FILE.. --tokenizer PATH --out FILE.safetensors` `show FILE..` or `stats FILE.safetensors`; see the top of data.py")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Around it: FSDP2, AdamW, a cosine, a log line, and checkpoint.py. Run the same c
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import checkpoint
-from data import Prepared, pack, parse_args, plan, run, write_tokenizer
+from data import Prepared, ahead, finetune_lr, flat, pack, parse_args, plan, run, write_tokenizer
 from model import (SIZES, Model, RandomWeights, SafetensorsWeights, check_manifest, config_json, load_weights, read_config,
                    train_flops, write_manifest, write_weights)
 
@@ -72,16 +73,6 @@ PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-train
 }
 RESUME_MAY_CHANGE = ("out", "val_every", "save_every", "keep")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a word in the device's name
-
-
-def finetune_lr(supervised_tokens, hidden_size):
-    """The base model's pre-training LR at 4M tokens, scaled by the square root of the batch-size ratio (Sec. 4.1).
-
-    200k counts supervised tokens: finetune_lr(200_000, 5120) is the paper's 6.7e-5.
-    """
-    pretrain_lr = 1.5e-4 if hidden_size >= 8192 else 3e-4
-    lr = pretrain_lr * math.sqrt(supervised_tokens / 4e6)
-    return lr, f"lr {lr:.3g} = {pretrain_lr:g} * sqrt({supervised_tokens:,.0f} supervised tokens a step / 4e6)"
 
 
 def lr_at(step, steps, config):
@@ -194,11 +185,16 @@ def build(config, model_config, device):
     return model, optimizer, source
 
 
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def local_rows(parameter):
     """(this rank's rows of the parameter, index of the first): FSDP2 cuts dimension 0 as torch.chunk does."""
     if not hasattr(parameter, "to_local"):
         return parameter, 0
-    return parameter.to_local(), dist.get_rank() * -(-parameter.shape[0] // dist.get_world_size())
+    rank, world = rank_and_world()
+    return parameter.to_local(), rank * -(-parameter.shape[0] // world)
 
 
 # ---- the method ---------------------------------------------------------------------------------------------------------
@@ -209,13 +205,14 @@ def forward(model, batch):
                  rows_R=batch.rows_R, max_seqlen=batch.max_seqlen, per_row=True)
 
 
-def train_step(model, optimizer, batches, weight_sum, clip, tally):
+def train_step(model, optimizer, batches, device, weight_sum, clip, tally):
     """One optimizer step; returns the gradient norm. Adds to tally, which then has this rank's share of the log's sums.
 
     weight_sum is of the whole step, all ranks and micro-batches: the loss is a sum until it is divided, here, once. No rank
     divides by weights of its own, so that a conversation counts the same wherever it lands.
     """
     for batch in batches:
+        batch = to_device(batch, device)
         loss_sum, _, nll_T, correct_T = forward(model, batch)
         (loss_sum / weight_sum).backward()  # FSDP sums over the ranks
         tally.add(batch, loss_sum, nll_T, correct_T)
@@ -267,24 +264,32 @@ class Tally:
         return {c.name: s / n if n else None for c, s, n in zip(classes, sums, self.count)}
 
 
-def my_batches(data, step, device):
-    """This rank's micro-batches of a step. A rank without one in the last round computes on two tokens of weight 0: it adds
-    exact zeros, and joins the collectives that the others wait in."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for i in range(rank, -(-len(step) // world) * world, world):
-        idle = [(data.tokens[:2], data.weights[:2] * 0)]
-        yield (data.batch(step[i]) if i < len(step) else pack(idle)).to(device)
+def my_batches(data, steps, rank, world):
+    """This rank's micro-batches, rounds(step, world) of each step. A rank without one in the last round gets two tokens of
+    weight 0: it adds exact zeros, and joins the collectives that the others wait in."""
+    idle = [(data.tokens[:2], data.weights[:2] * 0)]
+    for step in steps:
+        for i in range(rank, rounds(step, world) * world, world):
+            yield data.batch(step[i]) if i < len(step) else pack(idle)
+
+
+def rounds(step, world):
+    return -(-len(step) // world)
+
+
+def to_device(batch, device):
+    return batch.map(lambda x: x.to(device, non_blocking=True))
 
 
 @torch.no_grad()
 def validate(model, data, steps, device):
     """{val_loss, val_loss_by_class} over held-out prompts, weighted as in training."""
-    tally, weight_sum = Tally(len(data.classes), device), 0.0
-    for step in steps:
-        weight_sum += data.weight_sums[np.concatenate(step)].sum()
-        for batch in my_batches(data, step, device):
-            loss_sum, _, nll_T, correct_T = forward(model, batch)
-            tally.add(batch, loss_sum, nll_T, correct_T)
+    tally = Tally(len(data.classes), device)
+    weight_sum = data.weight_sums[flat(steps)].sum()
+    for batch in my_batches(data, steps, *rank_and_world()):
+        batch = to_device(batch, device)
+        loss_sum, _, nll_T, correct_T = forward(model, batch)
+        tally.add(batch, loss_sum, nll_T, correct_T)
     tally.reduce()
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass without a backward leaves the root's parameters gathered
@@ -294,15 +299,22 @@ def validate(model, data, steps, device):
 # ---- the run ------------------------------------------------------------------------------------------------------------
 
 
+def epoch_steps(data, conversations, config, epoch, cost=(1.0, 0.0)):
+    """plan() over these conversations of the data, and proof that each is used once."""
+    planned = plan(data.lengths[conversations], data.class_ids[conversations], data.weight_sums[conversations],
+                   config.seed, epoch, config.batch_tokens, config.micro_tokens, cost)
+    steps = [[conversations[micro] for micro in step] for step in planned]
+    assert np.array_equal(np.sort(flat(steps)), conversations)
+    return steps
+
+
 def all_steps(data, conversations, config, cost):
-    """The steps of the whole run, epoch after epoch: a pure function of data and config, so a resumed run goes on in it."""
-    steps, epoch = [], 0
-    while len(steps) < config.steps if config.steps else epoch < config.epochs:
-        planned = plan(data.lengths[conversations], data.class_ids[conversations], data.weight_sums[conversations],
-                       config.seed, epoch, config.batch_tokens, config.micro_tokens, cost)
-        steps += [[conversations[micro] for micro in step] for step in planned]
-        epoch += 1
-    return steps[: config.steps]
+    """(steps of the whole run, where each epoch ends): a pure function of data and config, so a resumed run goes on in it."""
+    steps, ends = [], []
+    while len(steps) < config.steps if config.steps else len(ends) < config.epochs:
+        steps += epoch_steps(data, conversations, config, len(ends), cost)
+        ends.append(len(steps))
+    return steps[: config.steps], ends
 
 
 class Signals:
@@ -363,13 +375,11 @@ def train(config):
     if len(train_on) == 0:
         raise ValueError(f"{config.data}: every prompt falls into --val_fraction {config.val_fraction}; lower it")
     linear, head, quadratic = train_flops(model_config)
-    steps = all_steps(data, train_on, config, (linear + head, quadratic))
-    val_steps = plan(data.lengths[held_out], data.class_ids[held_out], data.weight_sums[held_out], 0, 0, config.batch_tokens,
-                     config.micro_tokens) if len(held_out) else []
-    val_steps = [[held_out[micro] for micro in step] for step in val_steps]
+    steps, epoch_ends = all_steps(data, train_on, config, (linear + head, quadratic))
+    val_steps = epoch_steps(data, held_out, config, 0) if len(held_out) else []
     reason = f"lr {config.lr}"
     if config.lr is None:
-        lr, reason = finetune_lr(data.supervised[np.concatenate(sum(steps, []))].sum() / len(steps), model_config.hidden_size)
+        lr, reason = finetune_lr(data.supervised[flat(steps)].sum() / len(steps), 1.5e-4 if model_config.hidden_size >= 8192 else 3e-4)
         config = dataclasses.replace(config, lr=lr)
 
     out, last = Path(config.out), len(steps)
@@ -391,7 +401,8 @@ def train(config):
         f"{len(held_out):,} held out, {last} steps of up to {config.batch_tokens:,} tokens; {reason}")
 
     signals, metrics = Signals(), Log(out, start, last)
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = rank_and_world()
+    loader = ahead(my_batches(data, steps[start:], rank, world), pin=device.type == "cuda")
     for step in range(start + 1, last + 1):
         began, mine = time.perf_counter(), np.concatenate(steps[step - 1])
         tally = Tally(len(data.classes), device, stop=signals.received is not None)
@@ -400,11 +411,13 @@ def train(config):
             group["lr"] = lr
         weight_sum, tokens, supervised = data.weight_sums[mine].sum(), int(data.lengths[mine].sum()), int(data.supervised[mine].sum())
         try:
-            norm = train_step(model, optimizer, my_batches(data, steps[step - 1], device), weight_sum, config.clip, tally)
+            batches = itertools.islice(loader, rounds(steps[step - 1], world))
+            norm = train_step(model, optimizer, batches, device, weight_sum, config.clip, tally)
         except FloatingPointError as error:
             raise ValueError(f"step {step}: {error}, the run stops; lower --lr, or look at conversations {mine[:8].tolist()}.. of "
                              f"{config.data}; the same command resumes from the last checkpoint") from None
         seconds = time.perf_counter() - began
+        assert sum(tally.count) == supervised, "the step trained on other tokens than were planned"
         line = {"step": step, "loss": tally.loss_sum / weight_sum, "loss_by_class": tally.by_class(data.classes, tally.nll),
                 "accuracy_by_class": tally.by_class(data.classes, tally.correct), "lr": lr, "grad_norm": norm, "tokens": tokens,
                 "supervised_tokens": supervised, "weight_sum": float(weight_sum), "tokens_per_s": tokens / seconds, "seconds": seconds}
@@ -412,6 +425,9 @@ def train(config):
         flops = linear * tokens + head * supervised + quadratic * float((data.lengths[mine].astype(np.float64) ** 2).sum())
         mfu = f" MFU {flops / seconds / world / peak:.0%}" if peak else ""
         metrics.write(line, f"{mfu} {memory / 2**30:.1f} GiB")
+        if step in epoch_ends:
+            log(f"epoch {epoch_ends.index(step) + 1} done after step {step}: {len(train_on):,} conversations once each, "
+                f"{data.lengths[train_on].sum():,} tokens, {data.supervised[train_on].sum():,} of them supervised")
         if val_steps and (step % config.val_every == 0 or step == last):
             metrics.write({"step": step} | validate(model, data, val_steps, device))
         if step % config.save_every == 0 or step == last or tally.stop:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, call, metrics, refused
 
-from data import PrepareConfig, Prepared, pack, prepare
+from data import PrepareConfig, Prepared, finetune_lr, pack, prepare
 from model import SIZES, Model, RandomWeights, load_weights
-from train import TrainConfig, finetune_lr, lr_at, main
+from train import TrainConfig, lr_at, main
 
 GOLDEN = ROOT / "tests" / "demo_losses.json"  # the demo's first 20 losses; `make demo`, then see test_the_demos_first_20_losses
 
@@ -103,8 +103,8 @@ def test_the_order_in_a_step_and_its_cut_into_micro_batches_are_free(model, conv
 
 def test_the_papers_learning_rate():
     """Sec. 4.1: 6.7e-5 from 200k supervised tokens a step; 34B and 70B were pre-trained at half the LR."""
-    assert finetune_lr(200_000, 5120)[0] == pytest.approx(6.7e-5, rel=2e-3)
-    assert finetune_lr(200_000, 8192)[0] == pytest.approx(3.35e-5, rel=2e-3)
+    assert finetune_lr(200_000)[0] == pytest.approx(6.7e-5, rel=2e-3)
+    assert finetune_lr(200_000, 1.5e-4)[0] == pytest.approx(3.35e-5, rel=2e-3)
 
 
 def test_warm_up_then_cosine_to_a_tenth():
