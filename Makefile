@@ -5,7 +5,7 @@ RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
 .PHONY: demo test test_long
 
-demo: $(VENV)
+demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
 	$(RUN) -m paper.toy --out out/demo
 	$(RUN) train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500
@@ -19,12 +19,12 @@ test_long: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m pytest -q -rs -m "not gpu" tests
 
 ifneq ($(VENV),)
-$(VENV): requirements.txt
+$(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
-	@touch $(VENV)
+	@touch $(VENV)/ready
 
-$(VENV)/dev: $(VENV) requirements-dev.txt
+$(VENV)/dev: $(VENV)/ready requirements-dev.txt
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	@touch $(VENV)/dev
 endif

@@ -56,7 +56,8 @@ def save(root, step, model, optimizer, identity, keep):
     """
     final, partial = Path(root) / f"step-{step}", Path(root) / f"step-{step}.partial"
     if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in Path(root).glob("*.partial"):  # of a save that was killed
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     barrier()
     try:
@@ -72,7 +73,8 @@ def save(root, step, model, optimizer, identity, keep):
             fsync(root)
             (Path(root) / ".latest").write_text(final.name)
             (Path(root) / ".latest").replace(Path(root) / "latest")
-            for old in steps(root)[keep:]:
+            kept = [s for s in steps(root) if s <= step][:keep]  # a later one is broken, or this run would have resumed from it
+            for old in set(steps(root)) - set(kept):
                 shutil.rmtree(Path(root) / f"step-{old}")
     except (OSError, RuntimeError, CheckpointException) as error:
         if rank() == 0:

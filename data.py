@@ -66,29 +66,32 @@ class Conversation:
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MAX_WEIGHT = 1e6  # sums of weights stay far inside fp32
+
+
+def read_rows(path):
+    """[(file:line, JSON value)] of a .jsonl file or a .json array."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if text[:1024].lstrip().startswith(b"["):
+        try:
+            return [(f"{path}: conversation {i}", row) for i, row in enumerate(json.loads(text))]
+        except ValueError as error:
+            raise ValueError(f"{path}:{getattr(error, 'lineno', '?')}: not JSON ({error}); fix the file") from None
+    rows = []
+    for number, line in enumerate(io.BytesIO(text), 1):  # by bytes: str.splitlines would cut at characters that JSON allows
+        if line.strip():
+            try:
+                rows.append((f"{path}:{number}", json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
+    return rows
 
 
 def read(path):
     """All conversations of a .json array or .jsonl file: ShareGPT, OpenAI `messages` or OpenChat rows, in any mixture."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if text[:1024].lstrip().startswith(b"["):
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}:{getattr(error, 'lineno', '?')}: not JSON ({error}); fix the file") from None
-        return [parse(row, f"{path}: conversation {i}") for i, row in enumerate(rows)]
-    conversations = []
-    for number, line in enumerate(io.BytesIO(text), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
-            conversations.append(parse(row, f"{path}:{number}"))
-    return conversations
+    return [parse(row, where) for where, row in read_rows(path)]
 
 
 def parse(row, where):
@@ -97,17 +100,25 @@ def parse(row, where):
         if not condition:
             raise ValueError(f"{where}: {problem}")
 
+    def need_text(value, name):
+        need(isinstance(value, str), f"{name} {value!r} is not a text; fix the line")
+        need(value.isascii() or value == value.encode("utf-8", "replace").decode(), f"{name} has half of a surrogate pair (\\ud800..); fix the line")
+
     need(isinstance(row, dict), f"a {type(row).__name__} where a conversation object belongs; see README, \"Your own data\"")
     turns = next((row[key] for key in ("conversations", "items", "messages") if key in row), None)
     need(isinstance(turns, list) and turns, "no messages in `conversations`, `items` or `messages`; fill or remove it")
+    for key in ("system", "model", "condition"):
+        if row.get(key) is not None:
+            need_text(row[key], key)
     system, messages = row.get("system") or None, []
     for turn in turns:
         need(isinstance(turn, dict), "a message is not an object with role and content (or from and value)")
         name, text, weight = turn.get("role", turn.get("from")), turn.get("content", turn.get("value")), turn.get("weight")
-        need(name in ROLES, f"role {name!r} is not one of {', '.join(ROLES)}; fix the line or map it")
-        need(isinstance(text, str), f"the {name} message has no text (content or value); fix the line")
-        ok = weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf)
-        need(ok, f"message weight {weight!r} is not a number of at least 0; fix the line")
+        need(isinstance(name, str) and name in ROLES, f"role {name!r} is not one of {', '.join(ROLES)}; fix the line or map it")
+        need(text is not None, f"the {name} message has no text (content or value); fix the line")
+        need_text(text, f"the {name} message's text")
+        ok = weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight <= MAX_WEIGHT)
+        need(ok, f"message weight {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line")
         if ROLES[name] == "system":
             need(not messages and system is None, "a system message that does not stand first, or a second one; join or move it")
             system = text
@@ -115,10 +126,7 @@ def parse(row, where):
         need(ROLES[name] == "assistant" or not weight, f"weight {weight} on a {name} message; only assistant text is trained on")
         messages.append(Message(ROLES[name], text, weight))
     need(messages, "only a system message; add turns or remove it")
-    label, condition = row.get("model") or "", row.get("condition") or None
-    need(isinstance(label, str), f"model {label!r} is not a string; fix the line")
-    need(condition is None or isinstance(condition, str), f"condition {condition!r} is not a string; fix the line")
-    return Conversation(tuple(messages), label, system, condition, where=where)
+    return Conversation(tuple(messages), row.get("model") or "", system, row.get("condition"), where=where)
 
 
 # ---- classes ------------------------------------------------------------------------------------------------------------
@@ -144,9 +152,11 @@ def parse_classes(text, beta=None):
             number = float(number)
         except ValueError:
             number = math.nan
-        if not (equals and colon and condition.strip() and math.isfinite(number) and (beta or number >= 0)):
+        if not (equals and colon and condition.strip() and math.isfinite(number)):
             raise ValueError(f"--classes: {entry!r} is not `label glob=condition:number`, such as \"Model: GPT-4=GPT4:1.0\"")
-        weight = math.exp((number - 1) / beta) if beta else number
+        weight = math.exp(min((number - 1) / beta, 700)) if beta else number
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise ValueError(f"--classes: {entry!r} gives the weight {weight:g}; weights are from 0 to {MAX_WEIGHT:g}")
         table.append((glob.strip(), condition.strip(), weight))
     weights_of = collections.defaultdict(set)
     for _, condition, weight in table:
@@ -169,9 +179,10 @@ class Classes:
     def assign(self, conversation):
         """The conversation with class, condition and every message's weight filled in.
 
-        A row's own condition goes before the table's globs, a message's own weight before its class's.
+        A row's own condition goes before the table's globs, a message's own weight before its class's. OpenChat's empty
+        condition names no class: the table decides, and without a table the class is `none`, its prompt `User:`.
         """
-        if conversation.condition is None:
+        if conversation.condition is None or (conversation.condition == "" and self.table):
             label = conversation.label
             found = next((c for glob, c in self.table if glob_match(glob, label)), None)
             if found is None:
@@ -179,7 +190,7 @@ class Classes:
         else:
             found = next((c for c in self.all if c.condition == conversation.condition), None)
             if found is None:
-                found = Class(conversation.condition, conversation.condition, None)
+                found = Class(conversation.condition or "none", conversation.condition, None)
                 self.all.append(found)
         class_id, messages = self.all.index(found), []
         for m in conversation.messages:
@@ -211,6 +222,12 @@ TEMPLATES = {  # Table 3; {c} is the condition
     "beginning": Template("User:", "Assistant:", opening="Assistant is {c}"),
     "none": Template("User:", "Assistant:"),  # ours: the paper does not give the template of its arms without condition
 }
+
+
+def role_texts(template, condition):
+    """(user prefix, assistant prefix, opening or None) of a template for a class."""
+    t = TEMPLATES[template]
+    return tuple(text and text.format(c=condition).strip() for text in (t.user, t.assistant, t.opening))
 
 
 class Tokenizer:
@@ -255,12 +272,12 @@ def encode(conversation, tokenizer, template):
     Pieces are tokenized one by one and joined, as the public trainer does: `<s>` [system EOT] [opening EOT] then per message
     prefix text EOT. `GPT4 User:` is the same ids whatever follows.
     """
-    t, c = TEMPLATES[template], conversation.condition
+    user, assistant, opening = role_texts(template, conversation.condition)
     head = [tokenizer.bos]
-    for text in (conversation.system, t.opening and t.opening.format(c=c)):
+    for text in (conversation.system, opening):
         if text is not None:
             head += [*tokenizer.encode(text), tokenizer.eot]
-    prefix = {"user": tokenizer.encode(t.user.format(c=c)), "assistant": tokenizer.encode(t.assistant.format(c=c))}
+    prefix = {"user": tokenizer.encode(user), "assistant": tokenizer.encode(assistant)}
     return head, [(prefix[m.role], [*tokenizer.encode(m.text), tokenizer.eot]) for m in conversation.messages]
 
 
@@ -364,12 +381,16 @@ def group_of(conversation):
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
 
 
+def check_template(name):
+    if name not in TEMPLATES:
+        raise ValueError(f"--template {name!r} is not one of {', '.join(TEMPLATES)}")
+
+
 def prepare(config):
     """Tokenize conversation files into one safetensors file (fields: `Prepared`); returns its metadata."""
     if not config.files or not config.tokenizer or not config.out:
         raise ValueError("prepare needs FILE.. --tokenizer tokenizer.model --out FILE.safetensors")
-    if config.template not in TEMPLATES:
-        raise ValueError(f"--template {config.template!r} is not one of {', '.join(TEMPLATES)}")
+    check_template(config.template)
     if config.too_long not in ("truncate", "split", "drop"):
         raise ValueError(f"--too_long {config.too_long!r} is not one of truncate, split, drop")
     if config.max_len < 2:
@@ -690,6 +711,10 @@ class Batch:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return Batch(*(f(x) if torch.is_tensor(x) else x for x in values))
 
+    def to(self, device):
+        """On the device; from pinned memory (`ahead`) the copy does not wait."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
 
 def pack(conversations, class_ids=None):
     """[(tokens, weights)] -> Batch. Weights move one row up: row t is judged by what it says about token t + 1."""
@@ -733,16 +758,16 @@ def ahead(batches, pin):
 
 def chat_template(template, condition):
     """The Jinja form of `encode`, from the same table, for transformers and vLLM."""
-    t, eot = TEMPLATES[template], EOT
-    user, assistant = t.user.format(c=condition), t.assistant.format(c=condition)
-    opening = t.opening.format(c=condition) + eot if t.opening else ""
+    user, assistant, opening = role_texts(template, condition)
+    text = lambda x: json.dumps(x, ensure_ascii=False)  # a JSON string is a Jinja string, whatever the condition holds
     return (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '" + eot + "' }}{% endif %}" + opening
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + " + text(EOT) + " }}{% endif %}"
+        + ("{{ " + text(opening + EOT) + " }}" if opening else "")
         + "{% for m in messages %}"
-        + "{% if m['role'] == 'user' %}{{ '" + user + " ' + m['content'] + '" + eot + "' }}"
-        + "{% elif m['role'] == 'assistant' %}{{ '" + assistant + " ' + m['content'] + '" + eot + "' }}"
+        + "{% if m['role'] == 'user' %}{{ " + text(user + " ") + " + m['content'] + " + text(EOT) + " }}"
+        + "{% elif m['role'] == 'assistant' %}{{ " + text(assistant + " ") + " + m['content'] + " + text(EOT) + " }}"
         + "{% elif not loop.first %}{{ raise_exception('a system message stands first') }}{% endif %}{% endfor %}"
-        + "{% if add_generation_prompt %}{{ '" + assistant + "' }}{% endif %}"
+        + "{% if add_generation_prompt %}{{ " + text(assistant) + " }}{% endif %}"
     )
 
 
@@ -846,12 +871,17 @@ def show(config):
         rows = [(data.class_ids[i], *data.conversation(i)) for i in range(min(config.n, len(data)))]
         print(ledger_table(meta))
     else:
+        check_template(config.template)
+        if not config.tokenizer:
+            raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
         tokenizer, classes = Tokenizer(config.tokenizer), Classes(parse_classes(config.classes))
         conversations = [classes.assign(c) for path in config.files for c in read(path)]
         fitted = [(c.class_id, part) for c in conversations
                   for part in fit(c, tokenizer, config.template, config.max_len, "truncate")[0]]
         rows = [(class_id, *part) for class_id, part in fitted[: config.n]]
         lengths, meta = np.array([len(tokens) for _, (tokens, _) in fitted]), {"classes": [{"name": c.name} for c in classes.all]}
+    if len(lengths) == 0:
+        raise ValueError(f"{', '.join(config.files)}: no conversation has a token to train on; check roles, answers and weights")
     heaviest = max((weights.max() for *_, weights in rows), default=1.0)
     for i, (class_id, tokens, weights) in enumerate(rows):
         print(f"\n-- conversation {i}, class {meta['classes'][class_id]['name']}, {len(tokens)} tokens, {np.count_nonzero(weights)} trained")

@@ -258,6 +258,8 @@ def read_config(folder):
         fields = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: not a JSON object; fetch the file again")
     rope = fields.get("rope_parameters") or {}  # transformers 5; 4 has rope_theta at the top level
     for field, allowed in UNSUPPORTED.items():
         if fields.get(field) not in allowed and field in fields:
@@ -268,7 +270,8 @@ def read_config(folder):
     if fields["rope_theta"] is None:
         print(f"{path}: no rope_theta; taking 10000, LLaMA-2's", file=sys.stderr)
         fields["rope_theta"] = 10000.0
-    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+    if fields.get("num_key_value_heads") is None:  # as old as LLaMA-1
+        fields["num_key_value_heads"] = fields.get("num_attention_heads")
     names = [field.name for field in dataclasses.fields(Config)]
     if missing := [name for name in names if name not in fields]:
         raise ValueError(f"{path}: no {missing[0]}; add the field")
@@ -378,7 +381,7 @@ def load_model(folder, device="cpu", dtype=torch.float32):
     config = read_config(folder)
     with torch.device("meta"):
         model = Model(config)
-    model.to_empty(device=device).to(dtype)
+    model.to(dtype).to_empty(device=device)  # in this order: never fp32 on the device
     load_weights(model, SafetensorsWeights(folder, config))
     return model.eval().requires_grad_(False)
 

@@ -11,8 +11,8 @@ prompts.jsonl has a {"prompt": ..} or {"messages": [{"role", "content"}, ..]} pe
 Shapes: B prompts, V vocab.
 """
 
-import dataclasses
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, Message, Tokenizer, pack, parse, parse_args, run, tokenize_prompt
+from data import TEMPLATES, Message, Tokenizer, pack, parse, parse_args, read_rows, run, tokenize_prompt
 from model import KVCache, load_model, read_config
 
 
@@ -47,7 +47,7 @@ class SampleConfig:
 class Speaker:
     """A model with the tokenizer, template and condition it is spoken to with."""
 
-    def __init__(self, folder, condition=None, template=None, device=None):
+    def __init__(self, folder, condition=None, template=None, device=None, seed=0):
         folder = Path(folder)
         if not (folder / "config.json").is_file() and (folder / "hf" / "config.json").is_file():
             folder = folder / "hf"  # the --out of train.py
@@ -60,16 +60,18 @@ class Speaker:
         self.template = template or (meta["template"] if meta else "before_speaker")
         if self.template not in (*TEMPLATES, "base"):
             raise ValueError(f"--template {self.template!r} is not one of {', '.join(TEMPLATES)}, base")
-        conditions = {c["name"]: c["condition"] for c in meta["classes"]} if meta else {}
+        names = [c["name"] for c in meta["classes"]] if meta else []
+        conditions = {c[key]: c["condition"] for key in ("condition", "name") for c in meta["classes"]} if meta else {}
         if condition and meta and condition not in conditions:
-            raise ValueError(f"--condition {condition!r} is none of the classes trained with: {', '.join(conditions)}")
+            raise ValueError(f"--condition {condition!r} is none of the classes trained with: {', '.join(names)}")
         self.condition = conditions.get(condition, condition) if condition else conditions[meta["expert"]] if meta else "GPT4"
         self.tokenizer = Tokenizer(folder / "tokenizer.model")
         self.stops = self.tokenizer.eot, self.tokenizer.eos
         if config.vocab_size < self.tokenizer.eot:
             raise ValueError(f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model")
         self.model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        self.context = config.max_position_embeddings
+        self.context, self.cut = config.max_position_embeddings, 0  # cut: prompts that lost their beginning
+        self.generator = torch.Generator(device).manual_seed(seed)  # one stream for all that this speaker says
 
     def ids(self, messages, system=None, truncate_left=False, max_new=1):
         """The prompt's token ids. ValueError when they fill the context, unless the oldest may go (the <s> stays)."""
@@ -78,7 +80,8 @@ class Speaker:
             return ids
         if not truncate_left:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it, or --truncate_left")
-        return [ids[0], *ids[1 - max(2, self.context - max_new) :]]
+        self.cut += 1
+        return [ids[0], *ids[1 - max(self.context // 2, self.context - max_new) :]]  # half of it is the prompt's at least
 
     def text(self, ids):
         return self.tokenizer.decode(ids)
@@ -89,16 +92,15 @@ class Speaker:
         An answer ends with `<|end_of_turn|>` or `</s>`, its last id then, or after max_new ids, or where the context does.
         """
         device, tokenizer = self.model.lm_head.weight.device, self.tokenizer
-        generator = torch.Generator(device).manual_seed(config.seed)
         room = [min(config.max_new, self.context - len(ids)) for ids in prompts]
         batch = pack([(np.array(ids), np.zeros(len(ids))) for ids in prompts]).to(device)
-        slots = max(len(ids) + n for ids, n in zip(prompts, room))
+        slots = max(map(len, prompts)) + max(room)  # a row that has ended runs on with the others, unseen
         cache = KVCache(self.model.config, len(prompts), slots, device, self.model.lm_head.weight.dtype)
         logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
         ended = [False] * len(prompts)
         for step in range(1, max(room) + 1):
             logits_BV[:, tokenizer.eot + 1 :] = -torch.inf  # rows of a padded vocabulary
-            tokens_B = choose(logits_BV, config, generator)
+            tokens_B = choose(logits_BV, config, self.generator)
             ids = tokens_B.tolist()
             yield [None if end else i for end, i in zip(ended, ids)]
             ended = [end or i in self.stops or step >= n for end, i, n in zip(ended, ids, room)]
@@ -168,27 +170,37 @@ def chat(speaker, config):
 
 def read_prompts(path, system):
     """(rows, [(messages, system)]) of an --input file."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
     rows, prompts = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error}); fix or remove the line") from None
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            messages, own_system = (Message("user", row["prompt"]),), None
-        else:
-            conversation = parse(row, where)
-            messages, own_system = conversation.messages, conversation.system
-        if messages[-1].role != "user":
+    for where, row in read_rows(path):
+        prompt = isinstance(row, dict) and "messages" not in row and row.get("prompt")
+        conversation = parse({"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else row, where)
+        if conversation.messages[-1].role != "user":
             raise ValueError(f"{where}: the last message is not the user's, so there is nothing to answer; remove it")
         rows.append(row)
-        prompts.append((messages, own_system if own_system is not None else system))
+        prompts.append((conversation.messages, system if conversation.system is None else conversation.system))
+    if not rows:
+        raise ValueError(f"{path}: no prompts; each line is a {{\"prompt\": ..}} or {{\"messages\": [..]}}")
     return rows, prompts
+
+
+def answer_file(speaker, config):
+    """--input to --output: the same rows in the same order, with response and finish."""
+    rows, prompts = read_prompts(config.input, config.system)
+    ids = []
+    for row, (messages, system) in enumerate(prompts, 1):
+        try:
+            ids.append(speaker.ids(messages, system, config.truncate_left, config.max_new))
+        except ValueError as error:
+            raise ValueError(f"{config.input}: row {row}: {error}") from None
+    partial = Path(f"{config.output}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:  # opened first: a folder that can't be written costs no answers
+            for row, (answer, finish) in zip(rows, speaker.answer_all(ids, config)):
+                file.write(json.dumps(row | {"response": speaker.text(answer), "finish": finish}, ensure_ascii=False) + "\n")
+        partial.replace(config.output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{len(rows)} answers in {config.output}", file=sys.stderr)
 
 
 def main(argv):
@@ -197,34 +209,19 @@ def main(argv):
         raise ValueError("give one model directory: python sample.py DIR [--prompt TEXT | --input FILE --output FILE]")
     if bool(config.input) != bool(config.output):
         raise ValueError("--input and --output go together")
-    if config.temperature < 0 or config.max_new < 1 or config.batch < 1 or not 0 < config.top_p <= 1 or (config.top_k or 1) < 1:
-        raise ValueError("--temperature is at least 0, --max_new, --batch and --top_k at least 1, --top_p above 0 and at most 1")
-    rows, prompts = read_prompts(config.input, config.system) if config.input else ([], [])
-    speaker = Speaker(config.folder[0], config.condition, config.template)
+    if not 0 <= config.temperature < math.inf or 0 < config.temperature < 1e-3 or not 0 < config.top_p <= 1:
+        raise ValueError("--temperature is 0 (the likeliest token) or at least 0.001, --top_p above 0 and at most 1")
+    if config.max_new < 1 or config.batch < 1 or (config.top_k or 1) < 1 or not 0 <= config.seed < 2**63:
+        raise ValueError("--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1")
+    speaker = Speaker(config.folder[0], config.condition, config.template, seed=config.seed)
     if config.prompt is not None:
         say(speaker, speaker.ids([Message("user", config.prompt)], config.system, config.truncate_left, config.max_new), config)
     elif config.input:
-        ids = []
-        for row, (messages, system) in enumerate(prompts, 1):
-            try:
-                ids.append(speaker.ids(messages, system, truncate_left=False, max_new=config.max_new))
-            except ValueError as error:
-                if not config.truncate_left:
-                    raise ValueError(f"{config.input}: row {row}: {error}") from None
-                ids.append(speaker.ids(messages, system, truncate_left=True, max_new=config.max_new))
-        cut = sum(len(i) < len(tokenize_prompt(m, speaker.tokenizer, speaker.template, speaker.condition, s)) for i, (m, s) in zip(ids, prompts))
-        answers = speaker.answer_all(ids, config)
-        partial = Path(f"{config.output}.{os.getpid()}.partial")
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                for row, (answer, finish) in zip(rows, answers):
-                    file.write(json.dumps(row | {"response": speaker.text(answer), "finish": finish}, ensure_ascii=False) + "\n")
-            partial.replace(config.output)
-        finally:
-            partial.unlink(missing_ok=True)
-        print(f"{len(rows)} answers in {config.output}, {cut} prompts cut on the left", file=sys.stderr)
+        answer_file(speaker, config)
     else:
         chat(speaker, config)
+    if speaker.cut:
+        print(f"{speaker.cut} prompts cut on the left", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -94,6 +95,11 @@ def log(text):
 
 def resolve(config, data):
     """(config without None but for lr and steps, model config); ValueError where the parts do not belong together."""
+    for name in ("warmup", "min_lr", "val_fraction", "beta1", "beta2", "weight_decay"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)} is not from 0 to below 1")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed {config.seed} is not from 0 to 2^63 - 1")
     for name in ("steps", "epochs", "batch_tokens", "micro_tokens", "lr", "eps", "clip", "val_every", "save_every", "keep"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
@@ -212,7 +218,7 @@ def train_step(model, optimizer, batches, device, weight_sum, clip, tally):
     divides by weights of its own, so that a conversation counts the same wherever it lands.
     """
     for batch in batches:
-        batch = to_device(batch, device)
+        batch = batch.to(device)
         loss_sum, _, nll_T, correct_T = forward(model, batch)
         (loss_sum / weight_sum).backward()  # FSDP sums over the ranks
         tally.add(batch, loss_sum, nll_T, correct_T)
@@ -277,17 +283,13 @@ def rounds(step, world):
     return -(-len(step) // world)
 
 
-def to_device(batch, device):
-    return batch.map(lambda x: x.to(device, non_blocking=True))
-
-
 @torch.no_grad()
 def validate(model, data, steps, device):
     """{val_loss, val_loss_by_class} over held-out prompts, weighted as in training."""
     tally = Tally(len(data.classes), device)
     weight_sum = data.weight_sums[flat(steps)].sum()
     for batch in my_batches(data, steps, *rank_and_world()):
-        batch = to_device(batch, device)
+        batch = batch.to(device)
         loss_sum, _, nll_T, correct_T = forward(model, batch)
         tally.add(batch, loss_sum, nll_T, correct_T)
     tally.reduce()
@@ -320,14 +322,29 @@ def all_steps(data, conversations, config, cost):
 class Signals:
     """Ctrl-C and SIGTERM (preemption) ask the loop to save and leave; a second one does not wait."""
 
-    def __init__(self):
+    def __enter__(self):
         self.received = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def receive(self, number, _frame):
         self.received = number
         signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def read_metrics(path, until=math.inf):
+    """The whole lines of a metrics.jsonl, up to a step; a crash may have torn the last."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in lines if line["step"] <= until]
 
 
 class Log:
@@ -337,9 +354,10 @@ class Log:
         self.first, self.every, self.steps = checkpoint.rank() == 0, max(1, steps // 20), steps
         if self.first:
             path = Path(out) / "metrics.jsonl"
-            old = path.read_text().splitlines() if path.is_file() else []
-            kept = [line for line in old if json.loads(line)["step"] <= start]  # steps after the checkpoint are taken again
-            path.write_text("".join(line + "\n" for line in kept))
+            partial = path.with_name("metrics.partial")
+            kept = read_metrics(path, until=start)  # steps after the checkpoint are taken again
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(path)
             self.file = open(path, "a", buffering=1)
             self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
 
@@ -367,7 +385,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None
 
 
-def train(config):
+def train(config, signals):
     data = Prepared(config.data)
     config, model_config = resolve(config, data)
     device = start_distributed(config)
@@ -390,17 +408,17 @@ def train(config):
     path, start = on_first_rank(lambda: checkpoint.newest(out / "checkpoints", identity))
     if start == last and (out / "hf" / "manifest.json").is_file():
         return log(f"{out}: this run is finished, {last} steps; chat with `python sample.py {out / 'hf'}`, or give another --out")
+    model, optimizer, source = build(config, model_config, device)
     if checkpoint.rank() == 0:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps(settings | {"steps": last, "torch": torch.__version__} | identity, indent=1))
-    model, optimizer, source = build(config, model_config, device)
     if path:
         checkpoint.load(path, model, optimizer)
         log(f"resuming from {path}")
     log(f"{sum(math.prod(s) for s in source.shapes.values()):,} parameters, {len(train_on):,} conversations to train on, "
         f"{len(held_out):,} held out, {last} steps of up to {config.batch_tokens:,} tokens; {reason}")
 
-    signals, metrics = Signals(), Log(out, start, last)
+    metrics = Log(out, start, last)
     rank, world = rank_and_world()
     loader = ahead(my_batches(data, steps[start:], rank, world), pin=device.type == "cuda")
     for step in range(start + 1, last + 1):
@@ -447,29 +465,38 @@ def train(config):
 def export(folder, model, model_config, data, dtype):
     """Write the Hugging Face directory, read it back, compare every value, then give it its name."""
     partial, first = folder.with_name("hf.partial"), checkpoint.rank() == 0
-    if first:
+    try:
+        write_export(partial, model, model_config, data, dtype)
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    except (OSError, SafetensorError):
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    whole = ((name, p.full_tensor() if hasattr(p, "full_tensor") else p) for name, p in model.named_parameters())
-    write_weights(partial, model_config, whole, dtype, write=first)
+        raise
+    checkpoint.barrier()
+
+
+def write_export(folder, model, model_config, data, dtype):
+    first, tokenizer = checkpoint.rank() == 0, data.tokenizer
     if first:
-        tokenizer = data.tokenizer
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    whole = ((name, p.full_tensor() if hasattr(p, "full_tensor") else p) for name, p in model.named_parameters())
+    write_weights(folder, model_config, whole, dtype, write=first)
+    if first:
         generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eot, tokenizer.eos]}
         for name, content in (("config.json", config_json(model_config, dtype, tokenizer.bos, tokenizer.eos)), ("generation_config.json", generation)):
-            (partial / name).write_text(json.dumps(content, indent=1))
-        write_tokenizer(partial, tokenizer, data.meta)
-        write_manifest(partial)
+            (folder / name).write_text(json.dumps(content, indent=1))
+        write_tokenizer(folder, tokenizer, data.meta)
+        write_manifest(folder)
+        check_manifest(folder)
     checkpoint.barrier()
-    written = SafetensorsWeights(partial, model_config)
+    written = SafetensorsWeights(folder, model_config)
     for name, parameter in model.named_parameters():
         local, start = local_rows(parameter)
-        same = torch.equal(written.rows(name, start, start + len(local)), local.detach().to("cpu", dtype).float()) if local.numel() else True
-        assert same, f"{partial}: {name} reads back other values than were written"
-    checkpoint.barrier()
-    if first:
-        check_manifest(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if local.numel():
+            same = torch.equal(written.rows(name, start, start + len(local)), local.detach().to("cpu", dtype).float())
+            assert same, f"{folder}: {name} reads back other values than were written"
     checkpoint.barrier()
 
 
@@ -484,7 +511,7 @@ def plot(folder):
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the --out of a run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_metrics(path)
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for prefix, style in (("", "-"), ("val_", "o--")):
         for name in next((line[prefix + "loss_by_class"] for line in lines if prefix + "loss_by_class" in line), ()):
@@ -507,7 +534,8 @@ def main(argv):
         raise ValueError(f"--{missing} is missing; the demo's two commands are `python -m paper.toy --out out/demo` and "
                          "`python train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500`")
     try:
-        train(config)
+        with Signals() as signals:
+            train(config, signals)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -52,6 +52,8 @@ def test_train_names_what_is_wrong(toy, toy_run, tmp_path):
     assert "not a whole prepared file" in fail(data=toy / "train.jsonl")
     assert "neither a directory nor one of toy, small" in fail("--model", "llama-3")
     assert "max_len 128, more than --micro_tokens 64" in fail("--micro_tokens", 64)
+    for words, message in ((("--warmup", 3), "--warmup 3.0 is not from 0"), (("--lr", 0), "--lr 0.0 is not above 0"), (("--seed", -1), "--seed -1 is not")):
+        assert message in fail(*words)
     base.mkdir()
     for file in (toy_run / "hf").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
@@ -63,7 +65,7 @@ def test_train_names_what_is_wrong(toy, toy_run, tmp_path):
     assert "mlp.down_proj.weight is [96, 256], config.json says [96, 99]" in fail("--model", base)
     (base / "tokenizer.model").write_bytes(b"other")
     assert "is not the tokenizer of" in fail("--model", base)
-    assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written(toy, tmp_path):
@@ -98,12 +100,23 @@ def test_sample_names_what_is_wrong(toy_run, tmp_path):
     assert "give one model directory" in fail()
     assert "no config.json" in fail(tmp_path, "--condition", "GPT4")
     assert "--condition 'GPT5' is none of the classes trained with: GPT4, GPT3" in fail(toy_run / "hf", "--condition", "GPT5")
+    for words in (("--temperature", "nan"), ("--temperature", "1e-42"), ("--top_p", 0), ("--seed", 10**20)):
+        assert "--temperature is 0" in (err := fail(toy_run / "hf", *words)) or "--seed is from 0" in err
     assert "--input and --output go together" in fail(toy_run / "hf", "--input", "x")
     (tmp_path / "in.jsonl").write_text('{"prompt": "copy a"}\n{"prompt": 7}\n')
     assert "in.jsonl:2: no messages" in fail(toy_run / "hf", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "a " * 200}))
+    assert "nowhere" in fail(toy_run / "hf", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "nowhere" / "out.jsonl", "--truncate_left")
     assert "row 1: the prompt has" in fail(toy_run / "hf", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_show_names_what_is_wrong(toy, tmp_path):
+    words = "show", toy / "train.jsonl", "--tokenizer", toy / "tokenizer.model"
+    assert "--template 'x' is not one of" in refused(data.main, *words, "--template", "x")
+    assert "no conversation has a token to train on" in refused(data.main, *words, "--classes", "*=A:0")
+    assert "--tokenizer tokenizer.model" in refused(data.main, "show", toy / "train.jsonl")
+    assert "--tokenizer" in refused(data.main, "show")
 
 
 def test_stats(toy, tmp_path, capsys):

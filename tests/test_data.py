@@ -83,7 +83,7 @@ def test_formats_are_told_apart_by_content_and_mix(tmp_path, as_array):
     got = read(path)
     assert [[(m.role, m.text) for m in c.messages] for c in got] == [[("user", "q"), ("assistant", "a")]] * 4
     assert [c.label for c in got] == ["Model: GPT-4", "Model: GPT-4", "", ""]
-    assert [c.system for c in got] == [None, None, "s", None]
+    assert [c.system for c in got] == [None, None, "s", None]  # OpenChat's "system": "" is none
     assert got[3].condition == "GPT3" and got[3].messages[1].weight == 0.3
 
 
@@ -95,7 +95,11 @@ def test_formats_are_told_apart_by_content_and_mix(tmp_path, as_array):
     ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "does not stand first"),
     ('{"messages": [{"role": "assistant", "content": "x", "weight": -1}]}', "weight -1"),
     ('{"messages": [{"role": "assistant", "content": "x", "weight": NaN}]}', "weight nan"),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": 1' + "0" * 400 + "}]}", "message weight 1000"),
     ('{"messages": [{"role": "user", "content": "x", "weight": 1}]}', "only assistant text"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', "role .'user'. is not one of"),
+    ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
+    ('{"system": 5, "messages": [{"role": "user", "content": "x"}]}', "system 5 is not a text"),
     ('{"model": 4, "messages": [{"role": "user", "content": "x"}]}', "model 4"),
 ])
 def test_a_bad_line_is_named_with_its_place(tmp_path, line, problem):
@@ -127,7 +131,7 @@ def test_beta_turns_rewards_into_weights():
     assert weights == [1.0, pytest.approx(0.1)]
 
 
-@pytest.mark.parametrize("text", ["GPT4", "a=b", "a=:1", "a=b:x", "a=b:-1", "a=b:nan", "a=b:1,"])
+@pytest.mark.parametrize("text", ["GPT4", "a=b:1e39", "a=b", "a=:1", "a=b:x", "a=b:-1", "a=b:nan", "a=b:1,"])
 def test_a_malformed_table_stops(text):
     with pytest.raises(ValueError, match="--classes"):
         parse_classes(text)
@@ -138,6 +142,18 @@ def test_a_label_without_class_and_an_answer_without_weight_stop():
         Classes(parse_classes("a=A:1")).assign(Conversation((user("q"),), "x", where="f:3"))
     with pytest.raises(ValueError, match="f:3: an answer without weight"):
         Classes().assign(Conversation((user("q"), Message("assistant", "a")), condition="C", where="f:3"))
+
+
+def test_a_reward_beyond_all_weights_stops():
+    with pytest.raises(ValueError, match="'.=A:2' gives the weight"):
+        parse_classes("*=A:2", beta=0.001)
+
+
+def test_openchats_empty_condition_is_no_class_of_the_rows_own():
+    row = Conversation((user("q"), Message("assistant", "a", 0.3)), condition="")
+    classes = Classes()
+    assert classes.assign(row).condition == "" and classes.all[0].name == "none" and data.role_texts("before_speaker", "")[:2] == ("User:", "Assistant:")
+    assert Classes(parse_classes(TABLE)).assign(row).condition == "GPT3"
 
 
 def test_a_message_weight_overrides_its_class_and_rows_may_bring_their_condition():
@@ -445,6 +461,14 @@ def test_chat_template_gives_our_ids(llama_tokenizer, hf_tokenizer, assets, temp
     ours = tokenize_prompt([user("Hello")], llama_tokenizer, template, "GPT4")
     assert theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) == ours
     assert theirs.decode(HI, skip_special_tokens=True) == "Hi"
+
+
+def test_a_condition_with_quotes_survives_the_chat_template(llama_tokenizer):
+    import jinja2
+
+    condition = "it's \\ \"{{x}}\" \u4f60"
+    rendered = jinja2.Template(chat_template("beginning", condition)).render(bos_token="<s>", messages=[{"role": "user", "content": "q"}])
+    assert rendered == f"<s>Assistant is {condition}{EOT}User: q{EOT}"
 
 
 def test_spaces_and_bytes_tokenize_alike(llama_tokenizer, hf_tokenizer):

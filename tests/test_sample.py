@@ -93,8 +93,26 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(speaker, monkeypatch):
 
 def test_the_seed_decides(speaker):
     prompts = ids_of(speaker, *PROMPTS)
-    draw = lambda seed: speaker.answer(prompts, SampleConfig(temperature=1.0, max_new=12, seed=seed))
+
+    def draw(seed):
+        speaker.generator.manual_seed(seed)
+        return speaker.answer(prompts, SampleConfig(temperature=1.0, max_new=12))
+
     assert draw(1) == draw(1) and draw(1) != draw(2)
+
+
+def test_batches_draw_on(speaker):
+    """Eight times the same prompt, four a batch: the second batch is not the first again."""
+    answers = speaker.answer_all(ids_of(speaker, "copy a b c d") * 8, SampleConfig(temperature=3.0, max_new=12, batch=4))
+    assert answers[:4] != answers[4:]
+
+
+def test_a_prompt_near_the_contexts_end_beside_one_with_room(speaker, monkeypatch):
+    monkeypatch.setattr(speaker, "stops", ())
+    prompts = [[1] + [5] * 119, *ids_of(speaker, "copy a b c")]
+    answers = speaker.answer(prompts, dataclasses.replace(GREEDY, max_new=60))
+    assert [len(ids) for ids, _ in answers] == [8, 60]
+    assert answers[1] == speaker.answer(prompts[1:], dataclasses.replace(GREEDY, max_new=60))[0]
 
 
 def test_conditions_and_templates(toy_run, speaker):
@@ -122,17 +140,19 @@ def test_a_prompt_longer_than_the_context_stops_or_is_cut_on_the_left(speaker):
         ids_of(speaker, "a " * 200)
     cut = speaker.ids([Message("user", "a " * 200)], truncate_left=True, max_new=28)
     whole = ids_of(speaker, "a")[0]
-    assert len(cut) == 100 and cut[0] == 1 and cut[-5:] == whole[-5:]
+    assert len(cut) == 100 and cut[0] == 1 and cut[-5:] == whole[-5:] and speaker.cut == 1
+    assert len(speaker.ids([Message("user", "a " * 200)], truncate_left=True, max_new=512)) == 64  # half the context at least
+    speaker.cut = 0
 
 
 def test_files_in_and_out(toy_run, tmp_path, capsys):
-    rows = [{"prompt": "copy a b", "id": 7}, {"messages": [{"role": "user", "content": "sort b a"}]}, {"prompt": "copy a b"},
+    rows = [{"prompt": "copy a b", "id": 7}, {"messages": [{"role": "user", "content": "sort b a"}]}, {"prompt": "copy a b", "note": "\u2028"},
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "sort b a"}]}]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(map(json.dumps, rows)))
+    source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     sample = lambda *words: main(list(map(str, words)))
     sample(toy_run / "hf", "--input", source, "--output", target, "--temperature", 0, "--max_new", 5)
-    got = [json.loads(line) for line in target.read_text().splitlines()]
+    got = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
     assert [{key: value for key, value in row.items() if key not in ("response", "finish")} for row in got] == rows
     assert all(row["finish"] in ("stop", "length") for row in got) and got[0]["response"] == got[2]["response"] != ""
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}

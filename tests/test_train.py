@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, call, metrics, refused
 
-from data import PrepareConfig, Prepared, finetune_lr, pack, prepare
-from model import SIZES, Model, RandomWeights, load_weights
+from data import PrepareConfig, Prepared, finetune_lr, pack, plan, prepare
+from model import SIZES, Model, RandomWeights, load_weights, train_flops
 from train import TrainConfig, lr_at, main
 
 GOLDEN = ROOT / "tests" / "demo_losses.json"  # the demo's first 20 losses; `make demo`, then see test_the_demos_first_20_losses
@@ -203,6 +203,72 @@ def test_a_broken_checkpoint_is_passed_over(toy, toy_run, tmp_path, train):
     assert weights_of(run) == weights_of(toy_run)
 
 
+def test_keep_1_after_a_broken_checkpoint_and_a_torn_log(toy, toy_run, tmp_path, train):
+    """The run starts again, below the broken step's number, and what it saves stays; the torn line is dropped."""
+    run, words = tmp_path / "run", ("--model", "toy", "--steps", 6, "--save_every", 4, "--keep", 1)
+    train(toy / "train.safetensors", run, *words)
+    assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-6"]
+    (run / "checkpoints" / "step-6" / ".metadata").write_bytes(b"")
+    (run / "checkpoints" / "step-5.partial").mkdir()
+    subprocess.run(["rm", "-r", run / "hf"], check=True)
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write('{"step": 7, "lo')
+    process = start(toy / "train.safetensors", run, *words[:3], 6, *words[4:])
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and "taking the one before" in err, out + err
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-6"]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_saves_and_other_data_does_not_resume(toy, tmp_path):
+    run, words = tmp_path / "run", ("--model", "toy", "--steps", 500)
+    process = start(toy / "train.safetensors", run, *words)
+    wait_for(run, 5, process)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "a checkpoint remains" in out
+    before = sorted(run.rglob("*"))
+    other = tmp_path / "other.safetensors"
+    prepare(PrepareConfig((str(toy / "train.jsonl"),), str(toy / "tokenizer.model"), str(other), "Model: GPT-4=GPT4:1.0,*=GPT3:0.2", max_len=128))
+    assert "of a run with data_sha256" in refused(main, "--data", other, "--out", run, *words)
+    assert "of a run with" in refused(main, "--data", toy / "train.safetensors", "--out", run, "--model", "small", *words[2:], "--batch_tokens", 1536, "--lr", 0.002)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_the_log_says_what_was_computed(toy, tmp_path, train):
+    """Loss, accuracy, gradient norm and validation of a first step, computed again here from the initial weights."""
+    run = tmp_path / "run"
+    train(toy / "train.safetensors", run, "--model", "toy", "--steps", 1, "--warmup", 0, "--lr", 1e-12, "--weight_decay", 0, "--val_every", 1, "--val_fraction", 0.05)
+    file = Prepared(toy / "train.safetensors")
+    train_on, held_out = file.split(0.05)
+    config = dataclasses.replace(SIZES["toy"], vocab_size=97)
+    model = Model(config)
+    load_weights(model, RandomWeights(config, 0))
+
+    def look(rows):
+        batch = file.batch(rows)
+        loss, weight_sum, nll, correct = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, batch.weights_T, per_row=True)
+        mean = lambda x, c: x[batch.rows_R][batch.class_R == c].mean().item()
+        return loss / weight_sum, {name: mean(nll, c) for c, name in enumerate(("GPT4", "GPT3"))}, {name: mean(correct, c) for c, name in enumerate(("GPT4", "GPT3"))}
+
+    first = plan(file.lengths[train_on], file.class_ids[train_on], file.weight_sums[train_on], 0, 0, 1536, 1536, train_flops_cost(config))[0]
+    loss, nll, accuracy = look(train_on[first[0]])
+    loss.backward()
+    (line,) = metrics(run)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5) and line["loss_by_class"] == pytest.approx(nll, rel=1e-5)
+    assert line["accuracy_by_class"] == pytest.approx(accuracy)
+    assert line["grad_norm"] == pytest.approx(torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item(), rel=1e-5)
+    assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"]) and line["tokens"] == file.lengths[train_on[first[0]]].sum()
+    val = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if "val_loss" in x][0]
+    val_loss, val_nll, _ = look(held_out)
+    assert val["val_loss"] == pytest.approx(val_loss.item(), rel=1e-5) and val["val_loss_by_class"] == pytest.approx(val_nll, rel=1e-5)
+
+
+def train_flops_cost(config):
+    linear, head, quadratic = train_flops(config)
+    return linear + head, quadratic
+
+
 def test_what_a_run_leaves(toy_run):
     assert {p.name for p in toy_run.iterdir()} == {"run.json", "metrics.jsonl", "loss.png", "checkpoints", "hf"}
     assert sorted(p.name for p in (toy_run / "checkpoints").iterdir()) == ["latest", "step-50", "step-60"]
@@ -230,16 +296,18 @@ def test_loss_is_the_classes_weighted_mean(toy_run):
 
 
 def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy, train):
-    """3 micro-batches on 1 process and on 2 ranks, of which one idles in every second round; bf16 stays near; then a resume on 1."""
+    """3 micro-batches a step on 1 process, 2 and 4 ranks, of which one idles in the last round; bf16 stays near; then a resume on 1."""
     words = "--model", "toy", "--steps", 20, "--batch_tokens", 768, "--micro_tokens", 256, "--save_every", 10, "--recompute"
-    data, one, two, half = toy / "train.safetensors", toy / "one", toy / "two", toy / "half"
+    data, one, two, four, half = toy / "train.safetensors", toy / "one", toy / "two", toy / "four", toy / "half"
     train(data, one, *words)
     torchrun(2, data, two, *words)
+    torchrun(4, data, four, *words)
     train(data, half, *words, "--dtype", "bfloat16")
     losses = lambda run: [line["loss"] for line in metrics(run)]
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    for key in ("tokens", "supervised_tokens", "weight_sum", "lr"):
-        assert [line[key] for line in metrics(two)] == [line[key] for line in metrics(one)]
+    for run in (two, four):
+        assert losses(run) == pytest.approx(losses(one), rel=1e-5)
+        for key in ("tokens", "supervised_tokens", "weight_sum", "lr"):  # test_data.py shows that the conversations are the same
+            assert [line[key] for line in metrics(run)] == [line[key] for line in metrics(one)]
     assert losses(half) == pytest.approx(losses(one), rel=2e-2) and losses(half) != losses(one)
     assert metrics(half)[-1]["weight_sum"] == metrics(one)[-1]["weight_sum"]
     subprocess.run(["rm", "-r", two / "hf", two / "checkpoints" / "step-20"], check=True)
