@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, call, metrics, refused
 
+import checkpoint
 from data import PrepareConfig, Prepared, finetune_lr, pack, plan, prepare
 from model import SIZES, Model, RandomWeights, load_weights, train_flops
 from train import TrainConfig, lr_at, main
@@ -203,21 +204,34 @@ def test_a_broken_checkpoint_is_passed_over(toy, toy_run, tmp_path, train):
     assert weights_of(run) == weights_of(toy_run)
 
 
-def test_keep_1_after_a_broken_checkpoint_and_a_torn_log(toy, toy_run, tmp_path, train):
-    """The run starts again, below the broken step's number, and what it saves stays; the torn line is dropped."""
-    run, words = tmp_path / "run", ("--model", "toy", "--steps", 6, "--save_every", 4, "--keep", 1)
+def test_a_torn_log_and_leftovers_of_a_killed_save_do_not_stop_a_run(toy, tmp_path, train):
+    run, words = tmp_path / "run", ("--model", "toy", "--steps", 6, "--save_every", 4)
     train(toy / "train.safetensors", run, *words)
-    assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-6"]
-    (run / "checkpoints" / "step-6" / ".metadata").write_bytes(b"")
+    subprocess.run(["rm", "-r", run / "hf", run / "checkpoints" / "step-6"], check=True)
     (run / "checkpoints" / "step-5.partial").mkdir()
-    subprocess.run(["rm", "-r", run / "hf"], check=True)
     with open(run / "metrics.jsonl", "a") as log:
         log.write('{"step": 7, "lo')
-    process = start(toy / "train.safetensors", run, *words[:3], 6, *words[4:])
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0 and "taking the one before" in err, out + err
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-6"]
+    assert "step-4" in train(toy / "train.safetensors", run, *words)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-4", "step-6"]
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_keep_counts_whole_checkpoints_only(tmp_path):
+    """A broken step-6 is passed over, the run starts again below it, and what it saves stays."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save = lambda step, keep: checkpoint.save(tmp_path, step, model, optimizer, {"a": 1}, keep)
+    names = lambda: sorted(p.name for p in tmp_path.glob("step-*"))
+    save(6, 1)
+    (tmp_path / "step-6" / ".metadata").write_bytes(b"")
+    assert checkpoint.newest(tmp_path, {"a": 1}) == (None, 0)
+    save(4, 1)
+    assert names() == ["step-4"] and (tmp_path / "latest").read_text() == "step-4"
+    save(5, 2)
+    save(7, 2)
+    assert names() == ["step-5", "step-7"] and checkpoint.newest(tmp_path, {"a": 1}) == (tmp_path / "step-7", 7)
+    with pytest.raises(ValueError, match="a 1, this one has 2"):
+        checkpoint.newest(tmp_path, {"a": 2})
 
 
 def test_sigterm_saves_and_other_data_does_not_resume(toy, tmp_path):
