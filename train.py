@@ -72,7 +72,7 @@ PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-train
     "llama-2-34b": (1.5e-4, 2**22),
     "llama-2-70b": (1.5e-4, 2**22),
 }
-RESUME_MAY_CHANGE = ("out", "val_every", "save_every", "keep")
+RESUME_MAY_CHANGE = ("data", "out", "epochs", "val_every", "save_every", "keep")  # the data by name; its content is compared
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a word in the device's name
 
 
@@ -301,7 +301,7 @@ def validate(model, data, steps, device):
 # ---- the run ------------------------------------------------------------------------------------------------------------
 
 
-def epoch_steps(data, conversations, config, epoch, cost=(1.0, 0.0)):
+def epoch_steps(data, conversations, config, epoch, cost):
     """plan() over these conversations of the data, and proof that each is used once."""
     planned = plan(data.lengths[conversations], data.class_ids[conversations], data.weight_sums[conversations],
                    config.seed, epoch, config.batch_tokens, config.micro_tokens, cost)
@@ -376,13 +376,24 @@ class Log:
             print(f"step {line['step']}/{self.steps} {text}", flush=True)
 
 
-def peak_memory(device):
-    """(bytes, MFU's denominator or None) of this device: CUDA's peak allocation, or the process's peak resident set."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return torch.cuda.max_memory_allocated(device), next((f for word, f in PEAK_FLOPS.items() if word in name), None)
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None
+def log_line(step, data, conversations, tally, norm, lr, seconds):
+    """The line of metrics.jsonl of an optimizer step."""
+    tokens, supervised, weight_sum = (x[conversations].sum().item() for x in (data.lengths, data.supervised, data.weight_sums))
+    assert sum(tally.count) == supervised, "the step trained on other tokens than were planned"
+    return {"step": step, "loss": tally.loss_sum / weight_sum, "loss_by_class": tally.by_class(data.classes, tally.nll),
+            "accuracy_by_class": tally.by_class(data.classes, tally.correct), "lr": lr, "grad_norm": norm, "tokens": tokens,
+            "supervised_tokens": supervised, "weight_sum": weight_sum, "tokens_per_s": tokens / seconds, "seconds": seconds}
+
+
+def gauges(device, line, lengths, flops, world):
+    """For the terminal: peak memory, and on a GPU that we know MFU, the FLOPs of `train_flops` (real attention) over its peak."""
+    if device.type == "cpu":
+        import resource  # not on Windows
+        return f" {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    done = flops[0] * line["tokens"] + flops[1] * line["supervised_tokens"] + flops[2] * float((lengths.astype(np.float64) ** 2).sum())
+    peak = next((peak for word, peak in PEAK_FLOPS.items() if word in torch.cuda.get_device_name(device)), None)
+    mfu = f" MFU {done / line['seconds'] / world / peak:.0%}" if peak else ""
+    return f"{mfu} {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
 
 
 def train(config, signals):
@@ -392,26 +403,26 @@ def train(config, signals):
     train_on, held_out = data.split(config.val_fraction)
     if len(train_on) == 0:
         raise ValueError(f"{config.data}: every prompt falls into --val_fraction {config.val_fraction}; lower it")
-    linear, head, quadratic = train_flops(model_config)
-    steps, epoch_ends = all_steps(data, train_on, config, (linear + head, quadratic))
-    val_steps = epoch_steps(data, held_out, config, 0) if len(held_out) else []
+    flops = train_flops(model_config)
+    cost = flops[0] + flops[1], flops[2]
+    steps, epoch_ends = all_steps(data, train_on, config, cost)
+    val_steps = epoch_steps(data, held_out, config, 0, cost) if len(held_out) else []
     reason = f"lr {config.lr}"
     if config.lr is None:
         lr, reason = finetune_lr(data.supervised[flat(steps)].sum() / len(steps), 1.5e-4 if model_config.hidden_size >= 8192 else 3e-4)
         config = dataclasses.replace(config, lr=lr)
 
     out, last = Path(config.out), len(steps)
-    settings = dataclasses.asdict(config)
-    identity = {key: value for key, value in settings.items() if key not in (*RESUME_MAY_CHANGE, "data", "steps", "epochs")}
-    identity |= {"steps": last, "data_sha256": on_first_rank(lambda: checkpoint.sha256(config.data)),
-                 "model_config": dataclasses.asdict(model_config)}
+    settings = dataclasses.asdict(config) | {"steps": last, "model_config": dataclasses.asdict(model_config),
+                                             "data_sha256": on_first_rank(lambda: checkpoint.sha256(config.data))}
+    identity = {key: value for key, value in settings.items() if key not in RESUME_MAY_CHANGE}
     path, start = on_first_rank(lambda: checkpoint.newest(out / "checkpoints", identity))
     if start == last and (out / "hf" / "manifest.json").is_file():
         return log(f"{out}: this run is finished, {last} steps; chat with `python sample.py {out / 'hf'}`, or give another --out")
     model, optimizer, source = build(config, model_config, device)
     if checkpoint.rank() == 0:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (out / "run.json").write_text(json.dumps(settings | {"steps": last, "torch": torch.__version__} | identity, indent=1))
+        (out / "run.json").write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1))
     if path:
         checkpoint.load(path, model, optimizer)
         log(f"resuming from {path}")
@@ -422,27 +433,18 @@ def train(config, signals):
     rank, world = rank_and_world()
     loader = ahead(my_batches(data, steps[start:], rank, world), pin=device.type == "cuda")
     for step in range(start + 1, last + 1):
-        began, mine = time.perf_counter(), np.concatenate(steps[step - 1])
-        tally = Tally(len(data.classes), device, stop=signals.received is not None)
-        lr = lr_at(step, last, config)
+        began, mine = time.perf_counter(), flat(steps[step - 1 : step])
+        tally, lr = Tally(len(data.classes), device, stop=signals.received is not None), lr_at(step, last, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        weight_sum, tokens, supervised = data.weight_sums[mine].sum(), int(data.lengths[mine].sum()), int(data.supervised[mine].sum())
+        batches = itertools.islice(loader, rounds(steps[step - 1], world))
         try:
-            batches = itertools.islice(loader, rounds(steps[step - 1], world))
-            norm = train_step(model, optimizer, batches, device, weight_sum, config.clip, tally)
+            norm = train_step(model, optimizer, batches, device, data.weight_sums[mine].sum(), config.clip, tally)
         except FloatingPointError as error:
             raise ValueError(f"step {step}: {error}, the run stops; lower --lr, or look at conversations {mine[:8].tolist()}.. of "
                              f"{config.data}; the same command resumes from the last checkpoint") from None
-        seconds = time.perf_counter() - began
-        assert sum(tally.count) == supervised, "the step trained on other tokens than were planned"
-        line = {"step": step, "loss": tally.loss_sum / weight_sum, "loss_by_class": tally.by_class(data.classes, tally.nll),
-                "accuracy_by_class": tally.by_class(data.classes, tally.correct), "lr": lr, "grad_norm": norm, "tokens": tokens,
-                "supervised_tokens": supervised, "weight_sum": float(weight_sum), "tokens_per_s": tokens / seconds, "seconds": seconds}
-        memory, peak = peak_memory(device)
-        flops = linear * tokens + head * supervised + quadratic * float((data.lengths[mine].astype(np.float64) ** 2).sum())
-        mfu = f" MFU {flops / seconds / world / peak:.0%}" if peak else ""
-        metrics.write(line, f"{mfu} {memory / 2**30:.1f} GiB")
+        line = log_line(step, data, mine, tally, norm, lr, time.perf_counter() - began)
+        metrics.write(line, gauges(device, line, data.lengths[mine], flops, world))
         if step in epoch_ends:
             log(f"epoch {epoch_ends.index(step) + 1} done after step {step}: {len(train_on):,} conversations once each, "
                 f"{data.lengths[train_on].sum():,} tokens, {data.supervised[train_on].sum():,} of them supervised")
@@ -453,6 +455,7 @@ def train(config, signals):
         if tally.stop and step < last:
             log(f"stopped by a signal after step {step}; a checkpoint remains, the same command resumes")
             sys.exit(130)
+
     export(out / "hf", model, model_config, data, getattr(torch, config.dtype))
     if checkpoint.rank() == 0:
         try:
