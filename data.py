@@ -854,8 +854,8 @@ def colored(tokenizer, tokens, weights, heaviest):
     for w, pieces in runs:
         text = "".join(pieces).replace("\u2581", " ").replace("<0x0A>", "\n")
         if sys.stdout.isatty():
-            shade = 28 + round(6 * (w / heaviest) ** 0.5) * 36 // 6 if w else 0
-            out.append(f"\x1b[38;5;{min(shade, 46)}m{text}\x1b[0m" if w else f"\x1b[2m{text}\x1b[0m")
+            green = 55 + round(200 * min(1, w / heaviest) ** 0.5)
+            out.append(f"\x1b[38;2;0;{green};0m{text}\x1b[0m" if w else f"\x1b[2m{text}\x1b[0m")
         else:
             out.append(f"[{w:g}|{text}]" if w else text)
     return "".join(out)
@@ -867,7 +867,7 @@ def show(config):
         raise ValueError("show needs a prepared file, or conversation files and --tokenizer")
     if config.files[0].endswith(".safetensors"):
         data = Prepared(config.files[0])
-        tokenizer, meta, lengths = data.tokenizer, data.meta, data.lengths
+        tokenizer, meta, lengths, heaviest = data.tokenizer, data.meta, data.lengths, max(c.weight for c in data.classes)
         rows = [(data.class_ids[i], *data.conversation(i)) for i in range(min(config.n, len(data)))]
         print(ledger_table(meta))
     else:
@@ -880,12 +880,16 @@ def show(config):
                   for part in fit(c, tokenizer, config.template, config.max_len, "truncate")[0]]
         rows = [(class_id, *part) for class_id, part in fitted[: config.n]]
         lengths, meta = np.array([len(tokens) for _, (tokens, _) in fitted]), {"classes": [{"name": c.name} for c in classes.all]}
+        heaviest = max((weights.max() for _, (_, weights) in fitted), default=1.0)
     if len(lengths) == 0:
         raise ValueError(f"{', '.join(config.files)}: no conversation has a token to train on; check roles, answers and weights")
-    heaviest = max((weights.max() for *_, weights in rows), default=1.0)
     for i, (class_id, tokens, weights) in enumerate(rows):
         print(f"\n-- conversation {i}, class {meta['classes'][class_id]['name']}, {len(tokens)} tokens, {np.count_nonzero(weights)} trained")
         print(colored(tokenizer, tokens, weights, heaviest))
+        batch = pack([(tokens, weights)])
+        for t in (*batch.rows_R[:2].tolist(), *batch.rows_R[-1:].tolist()):  # the labels, where an answer starts and where the last ends
+            token, label = (tokenizer.piece(int(x[t])).replace("\u2581", " ") for x in (batch.tokens_T, batch.labels_T))
+            print(f"  row {t}: after {token!r} the model is to say {label!r}, weight {batch.weights_T[t]:g}")
     print(f"\nlengths of {len(lengths):,} conversations: {lengths.sum():,} tokens")
     edges = 2 ** np.arange(1, 2 + int(np.log2(max(lengths.max(initial=2), 2))))
     counts = np.histogram(lengths, [*edges, edges[-1] * 2])[0]
@@ -1002,6 +1006,9 @@ def run(main):
         main(sys.argv[1:])
     except (ValueError, SafetensorError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except BrokenPipeError:  # `.. | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or ''}: {error.strerror or error}; free space or choose another folder")
     except KeyboardInterrupt:

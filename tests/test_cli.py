@@ -134,6 +134,7 @@ def test_show_prints_tokens_by_weight(toy, capsys):
     data.main(["show", str(toy / "train.safetensors"), "--n", "1"])
     out = capsys.readouterr().out
     assert " GPT3 Assistant:[0.1| " in out and "5,500" in out and "expert: GPT4" in out
+    assert "after ':' the model is to say ' e', weight 0.1" in out and "after ' a' the model is to say '<|end_of_turn|>', weight 0.1" in out
     data.main(["show", str(toy / "train.jsonl"), "--tokenizer", str(toy / "tokenizer.model"), "--n=1"])
     out = capsys.readouterr().out
     assert "GPT4 Assistant:[1| " in out and "lengths of 6,000 conversations" in out

@@ -323,6 +323,22 @@ def test_plan_of_tight_micro_batches():
     assert 0.95 < share.min() and share.max() < 1.05
 
 
+def test_plan_of_the_real_file_and_of_50_conversations(assets, tmp_path):
+    """6 steps of 262,144 tokens with the experts in proportion; 50 conversations are one step, or few small ones."""
+    files = [str(assets / "conversations" / name) for name in ("mixed_quality.jsonl", "sharegpt_format.json")]
+    prepare(PrepareConfig(tuple(files), str(assets / "llama2" / "tokenizer.model"), str(tmp_path / "x.safetensors"), TABLE))
+    file = Prepared(tmp_path / "x.safetensors")
+    few = np.arange(50) * 100
+    for rows, batch, micro, most, even in ((np.arange(len(file)), 262_144, 16_384, 6, 0.01), (few, 262_144, 16_384, 1, 0.01), (few, 8192, 4096, 2, 0.05)):
+        args = file.lengths[rows], file.class_ids[rows].astype(int), file.weight_sums[rows]
+        steps = plan(*args, 0, 0, batch, micro)
+        assert np.array_equal(np.sort(data.flat(steps)), np.arange(len(rows))) and len(steps) <= most
+        (tokens, flops, _), share = measured(steps, *args, max(1, batch // micro), data.COST_7B)
+        assert tokens.max() <= micro and abs(share - 1).max() < even
+        if len(rows) > 50:
+            assert (flops.max(1) / flops.mean(1)).max() < 1.003
+
+
 @pytest.mark.long
 def test_plan_of_a_million_conversations():
     lengths, class_ids, weight_sums = sharegpt_like(1_000_000, 0)
