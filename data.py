@@ -77,14 +77,14 @@ def read_rows(path):
     if text[:1024].lstrip().startswith(b"["):
         try:
             return [(f"{path}: conversation {i}", row) for i, row in enumerate(json.loads(text))]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{getattr(error, 'lineno', '?')}: not JSON ({error}); fix the file") from None
     rows = []
     for number, line in enumerate(io.BytesIO(text), 1):  # by bytes: str.splitlines would cut at characters that JSON allows
         if line.strip():
             try:
                 rows.append((f"{path}:{number}", json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
     return rows
 
@@ -119,11 +119,11 @@ def parse(row, where):
         need_text(text, f"the {name} message's text")
         ok = weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight <= MAX_WEIGHT)
         need(ok, f"message weight {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line")
+        need(ROLES[name] == "assistant" or not weight, f"weight {weight} on a {name} message; only assistant text is trained on")
         if ROLES[name] == "system":
             need(not messages and system is None, "a system message that does not stand first, or a second one; join or move it")
             system = text
             continue
-        need(ROLES[name] == "assistant" or not weight, f"weight {weight} on a {name} message; only assistant text is trained on")
         messages.append(Message(ROLES[name], text, weight))
     need(messages, "only a system message; add turns or remove it")
     return Conversation(tuple(messages), row.get("model") or "", system, row.get("condition"), where=where)
@@ -141,7 +141,8 @@ class Class:
 
 def parse_classes(text, beta=None):
     """[(label glob, Class)] of "Model: GPT-4=GPT4:1.0,*=GPT3:0.1". With beta the numbers are rewards r_c and the weight is
-    exp((r_c - 1) / beta): Eq. 6 up to the common factor exp(1 / beta), which the division by the weight sum cancels."""
+    exp((r_c - 1) / beta): the factor between pi* and pi_c of Eq. 5, which Eq. 6 makes a loss weight, up to the common
+    exp(1 / beta), which the division by the weight sum cancels."""
     if beta is not None and not beta > 0:
         raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 is above 0")
     table = []
@@ -161,7 +162,7 @@ def parse_classes(text, beta=None):
     weights_of = collections.defaultdict(set)
     for _, condition, weight in table:
         weights_of[condition].add(weight)
-    name = lambda condition, weight: condition if len(weights_of[condition]) == 1 else f"{condition}:{weight:g}"
+    name = lambda condition, weight: condition if len(weights_of[condition]) == 1 else f"{condition}:{weight}"
     return [(glob, Class(name(condition, weight), condition, weight)) for glob, condition, weight in table]
 
 
@@ -171,7 +172,10 @@ def glob_match(glob, label):
 
 
 class Classes:
-    """The classes of one prepared file, in the order of their ids: the table's first, then the rows' own conditions."""
+    """The classes of one prepared file, in the order of their ids: the table's first, then the rows' own conditions.
+
+    A class is a source of data. Eq. 4 keeps the model near the source's own policy pi_c, not near the base model's.
+    """
 
     def __init__(self, table=()):
         self.table, self.all = list(table), list(dict.fromkeys(c for _, c in table))
@@ -190,7 +194,10 @@ class Classes:
         else:
             found = next((c for c in self.all if c.condition == conversation.condition), None)
             if found is None:
-                found = Class(conversation.condition or "none", conversation.condition, None)
+                name = conversation.condition or "none"
+                while name in {c.name for c in self.all}:
+                    name += "_"
+                found = Class(name, conversation.condition, None)
                 self.all.append(found)
         class_id, messages = self.all.index(found), []
         for m in conversation.messages:
@@ -381,20 +388,22 @@ def group_of(conversation):
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
 
 
-def check_template(name):
-    if name not in TEMPLATES:
-        raise ValueError(f"--template {name!r} is not one of {', '.join(TEMPLATES)}")
+def check_how(config):
+    if config.template not in TEMPLATES:
+        raise ValueError(f"--template {config.template!r} is not one of {', '.join(TEMPLATES)}")
+    if config.too_long not in ("truncate", "split", "drop"):
+        raise ValueError(f"--too_long {config.too_long!r} is not one of truncate, split, drop")
+    if config.max_len < 2:
+        raise ValueError(f"--max_len {config.max_len}: a conversation has at least 2 tokens")
 
 
 def prepare(config):
     """Tokenize conversation files into one safetensors file (fields: `Prepared`); returns its metadata."""
     if not config.files or not config.tokenizer or not config.out:
         raise ValueError("prepare needs FILE.. --tokenizer tokenizer.model --out FILE.safetensors")
-    check_template(config.template)
-    if config.too_long not in ("truncate", "split", "drop"):
-        raise ValueError(f"--too_long {config.too_long!r} is not one of truncate, split, drop")
-    if config.max_len < 2:
-        raise ValueError(f"--max_len {config.max_len}: a conversation has at least 2 tokens")
+    check_how(config)
+    if not config.out.endswith(".safetensors"):
+        raise ValueError(f"--out {config.out!r} does not end in .safetensors, as a prepared file does")
     tokenizer = Tokenizer(config.tokenizer)
     classes = Classes(parse_classes(config.classes, config.beta))
     conversations = [classes.assign(c) for path in config.files for c in read(path)]  # every line is checked before any work
@@ -483,6 +492,12 @@ class Prepared:
             self.weight_sums[i : i + 2**14] = np.add.reduceat(weights, starts[:-1], dtype=np.float64)
             self.supervised[i : i + 2**14] = np.add.reduceat(weights != 0, starts[:-1], dtype=np.int64)
 
+        counts = self.meta["counts"].values()  # the ledger holds to the token
+        trained, prompt = (sum(n[key] for n in counts) for key in ("trained", "prompt"))
+        if self.supervised.sum() != trained or self.offsets[-1] != trained + prompt or len(self.tokens) != self.offsets[-1]:
+            raise ValueError(f"{path}: {len(self.tokens):,} tokens, {self.supervised.sum():,} of them trained on, are not what its own counts say; "
+                             "prepare it again")
+
     def __len__(self):
         return len(self.lengths)
 
@@ -521,39 +536,49 @@ def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_token
     to groups of 2, 4, .. steps instead, a group's micro-batches are filled best fit and then dealt to its steps (`spread`):
     fuller, for classes that are a little less even.
     """
-    lengths, weight_sums = np.asarray(lengths, np.int64), np.asarray(weight_sums, np.float64)
+    lengths, class_ids, weight_sums = np.asarray(lengths, np.int64), np.asarray(class_ids, np.int64), np.asarray(weight_sums, np.float64)
     capacity, M = min(micro_tokens, batch_tokens), max(1, batch_tokens // micro_tokens)
     if len(lengths) == 0:
         raise ValueError("no conversation to plan")
     if lengths.max() > capacity:
-        raise ValueError(f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens")
-    full, group = lengths.sum() / (M * capacity), 1
-    while True:
-        for steps in sorted({math.ceil(full / fill) for fill in (0.999, 0.9975, 0.99, 0.98)}):
-            if group >= full:  # one group of all steps, of as many as best fit takes
-                steps = group = max(steps, group)
-            rng = np.random.default_rng([seed, epoch])
+        raise ValueError(f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens and --batch_tokens")
+    full, group = lengths.sum() / (M * capacity), 1  # full: steps, if nothing stayed empty
+    fills = (1.0, 0.999, 0.9975, 0.99, 0.98)
+    if full > 200:
+        fills = fills[1:]  # one step more is nothing to many, and a try costs time
+    while group == 1 or group < full:
+        for steps in sorted({math.ceil(full / fill) for fill in fills}):
             groups = -(-steps // group)
-            home = deal(lengths, class_ids, weight_sums, groups, rng)
-            if group == 1:
-                step, micro = home, emptiest_first(lengths, home, steps, M)
-            else:
-                micro = best_fit(lengths, home, groups, group * M, capacity)
-                if micro is None:
-                    continue
-                step, micro = spread(home, micro, class_ids, weight_sums, groups, group, M)
-            micro = balance(lengths, step, micro, groups * group, M, capacity, cost)
-            key = step * M + micro
-            if np.bincount(key, lengths).max() <= capacity:
-                order = np.argsort(key, kind="stable")
-                micros = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
-                result = collections.defaultdict(list)
-                for m in micros:
-                    result[step[m[0]]].append(m)
-                if any(weight_sums[np.concatenate(r)].sum() == 0 for r in result.values()):
-                    raise ValueError("a step whose weights are all 0 has no loss; give some answers a weight above 0")
-                return list(result.values())
+            if groups * group <= math.ceil(full / fills[-1]):
+                found = _plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, group > 1, M, capacity, cost)
+                if found:
+                    return found
         group *= 2
+    # Conversations that leave gaps wherever they go (all just above half a micro-batch, say): one group, of what best fit takes.
+    bins = best_fit(lengths, np.zeros(len(lengths), np.int64), 1, len(lengths), capacity)
+    return _plan(lengths, class_ids, weight_sums, seed, epoch, 1, -(-(int(bins.max()) + 1) // M), True, M, capacity, cost)
+
+
+def _plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, tight, M, capacity, cost):
+    """The plan in `groups` groups of `group` steps, filled best fit if tight; None where the conversations do not fit."""
+    home = deal(lengths, class_ids, weight_sums, groups, np.random.default_rng([seed, epoch]))
+    if not tight:
+        step, micro = home, emptiest_first(lengths, home, groups, M)
+    else:
+        micro = best_fit(lengths, home, groups, group * M, capacity)
+        if micro is None:
+            return None
+        step, micro = spread(home, micro, class_ids, weight_sums, groups, group, M)
+    micro = balance(lengths, step, micro, groups * group, M, capacity, cost)
+    key = step * M + micro
+    if np.bincount(key, lengths).max() > capacity:
+        return None
+    order, result = np.argsort(key, kind="stable"), collections.defaultdict(list)
+    for m in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
+        result[step[m[0]]].append(m)
+    if any(weight_sums[np.concatenate(r)].sum() == 0 for r in result.values()):
+        raise ValueError("a step whose weights are all 0 has no loss; give some answers a weight above 0")
+    return list(result.values())
 
 
 def flat(steps):
@@ -645,7 +670,7 @@ def spread(home, bins, class_ids, weight_sums, groups, group, M):
     return home * group + step_GB[home, bins], micro_GB[home, bins]
 
 
-def balance(lengths, step, micro, steps, M, capacity, cost, rounds=80):
+def balance(lengths, step, micro, steps, M, capacity, cost):
     """[N] the micro-batches after swaps within each step that even out their cost and their sum(length^2).
 
     A round looks, in every step at once, at one micro-batch that is off and one that is off the other way, and makes the best
@@ -668,7 +693,7 @@ def balance(lengths, step, micro, steps, M, capacity, cost, rounds=80):
         off_square = square / mean_square[s].reshape(shape) - 1
         return 400 * off_cost**2 + off_square**2 + 1e6 * over
 
-    for r in range(rounds):
+    for r in range(min(5 * M + 10, 400)):
         bad_SM = badness(tokens_SM, square_SM)
         tokens_off, square_off = tokens_SM / mean_tokens[:, None] - 1, square_SM / mean_square[:, None] - 1
         a = bad_SM.argmax(1) if r % 3 else np.abs(tokens_off).argmax(1)
@@ -676,18 +701,20 @@ def balance(lengths, step, micro, steps, M, capacity, cost, rounds=80):
         opposite = 20 * tokens_off * sign(tokens_off) + square_off * sign(tokens_off)
         b = opposite.argmin(1) if r % 2 else (a + 1 + r // 2 % (M - 1)) % M
         b = np.where(a == b, (b + 1) % M, b)
-        l_a, l_b = length_SMQ[rows, a][:, :, None], length_SMQ[rows, b][:, None, :]
+        take = np.unique(np.append((np.arange(48) * Q // 48 + r) % Q, Q - 1)) if Q > 48 else np.arange(Q)  # of many, some, by turns
+        l_a, l_b = length_SMQ[rows, a][:, take, None], length_SMQ[rows, b][:, None, take]
         give, give2 = l_a - l_b, l_a**2 - l_b**2  # [S, Q, Q]: what a loses to b by each swap
         at = lambda x_SM, m: x_SM[rows, m][:, None, None]
         after = badness(at(tokens_SM, a) - give, at(square_SM, a) - give2) + badness(at(tokens_SM, b) + give, at(square_SM, b) + give2)
         best = after.reshape(steps, -1).argmin(1)
         better = after.reshape(steps, -1)[rows, best] < bad_SM[rows, a] + bad_SM[rows, b] - 1e-12
-        s, a, b, qa, qb = rows[better], a[better], b[better], best[better] // Q, best[better] % Q
-        for x in (i_SMQ, length_SMQ):
-            x[s, a, qa], x[s, b, qb] = x[s, b, qb], x[s, a, qa]
+        s, a, b, qa, qb = rows[better], a[better], b[better], best[better] // len(take), best[better] % len(take)
         for x_SM, g in ((tokens_SM, give), (square_SM, give2)):
             x_SM[s, a] -= g[s, qa, qb]
             x_SM[s, b] += g[s, qa, qb]
+        qa, qb = take[qa], take[qb]
+        for x in (i_SMQ, length_SMQ):
+            x[s, a, qa], x[s, b, qb] = x[s, b, qb], x[s, a, qa]
     result, place = np.empty(len(lengths), np.int64), np.broadcast_to(np.arange(M)[:, None], (M, Q))
     result[i_SMQ[i_SMQ >= 0]] = np.broadcast_to(place, i_SMQ.shape)[i_SMQ >= 0]
     return result
@@ -839,8 +866,10 @@ class ShowConfig:
     files: tuple
     tokenizer: str = ""
     classes: str = "*=GPT4:1.0"
+    beta: float | None = None
     template: str = "before_speaker"
     max_len: int = 4096
+    too_long: str = "truncate"
     n: int = 3  # conversations to print
 
 
@@ -866,18 +895,20 @@ def show(config):
     if not config.files:
         raise ValueError("show needs a prepared file, or conversation files and --tokenizer")
     if config.files[0].endswith(".safetensors"):
+        if len(config.files) > 1:
+            raise ValueError(f"{config.files[1]}: show takes one prepared file, or conversation files")
         data = Prepared(config.files[0])
         tokenizer, meta, lengths, heaviest = data.tokenizer, data.meta, data.lengths, max(c.weight for c in data.classes)
         rows = [(data.class_ids[i], *data.conversation(i)) for i in range(min(config.n, len(data)))]
         print(ledger_table(meta))
     else:
-        check_template(config.template)
+        check_how(config)
         if not config.tokenizer:
             raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
-        tokenizer, classes = Tokenizer(config.tokenizer), Classes(parse_classes(config.classes))
+        tokenizer, classes = Tokenizer(config.tokenizer), Classes(parse_classes(config.classes, config.beta))
         conversations = [classes.assign(c) for path in config.files for c in read(path)]
         fitted = [(c.class_id, part) for c in conversations
-                  for part in fit(c, tokenizer, config.template, config.max_len, "truncate")[0]]
+                  for part in fit(c, tokenizer, config.template, config.max_len, config.too_long)[0]]
         rows = [(class_id, *part) for class_id, part in fitted[: config.n]]
         lengths, meta = np.array([len(tokens) for _, (tokens, _) in fitted]), {"classes": [{"name": c.name} for c in classes.all]}
         heaviest = max((weights.max() for _, (_, weights) in fitted), default=1.0)
@@ -912,6 +943,9 @@ def stats(config):
     """Print what a prepared file is made of, and how its steps come out."""
     if len(config.files) != 1:
         raise ValueError("stats needs one prepared file: python data.py stats FILE.safetensors")
+    for name in ("batch_tokens", "micro_tokens", "ranks", "pretrain_lr", "tokens_per_s"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
     data = Prepared(config.files[0])
     print(ledger_table(data.meta), "\n")
     total = data.weight_sums.sum()

@@ -388,8 +388,11 @@ def log_line(step, data, conversations, tally, norm, lr, seconds):
 def gauges(device, line, lengths, flops, world):
     """For the terminal: peak memory, and on a GPU that we know MFU, the FLOPs of `train_flops` (real attention) over its peak."""
     if device.type == "cpu":
-        import resource  # not on Windows
-        return f" {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+        try:
+            import resource
+        except ImportError:  # Windows
+            return ""
+        return f" {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20):.1f} GiB"
     done = flops[0] * line["tokens"] + flops[1] * line["supervised_tokens"] + flops[2] * float((lengths.astype(np.float64) ** 2).sum())
     peak = next((peak for word, peak in PEAK_FLOPS.items() if word in torch.cuda.get_device_name(device)), None)
     mfu = f" MFU {done / line['seconds'] / world / peak:.0%}" if peak else ""
@@ -427,7 +430,7 @@ def train(config, signals):
         checkpoint.load(path, model, optimizer)
         log(f"resuming from {path}")
     log(f"{sum(math.prod(s) for s in source.shapes.values()):,} parameters, {len(train_on):,} conversations to train on, "
-        f"{len(held_out):,} held out, {last} steps of up to {config.batch_tokens:,} tokens; {reason}")
+        f"{len(held_out):,} held out, {last} steps of up to {max(1, config.batch_tokens // config.micro_tokens)} x {config.micro_tokens:,} tokens; {reason}")
 
     metrics = Log(out, start, last)
     rank, world = rank_and_world()
@@ -446,8 +449,9 @@ def train(config, signals):
         line = log_line(step, data, mine, tally, norm, lr, time.perf_counter() - began)
         metrics.write(line, gauges(device, line, data.lengths[mine], flops, world))
         if step in epoch_ends:
-            log(f"epoch {epoch_ends.index(step) + 1} done after step {step}: {len(train_on):,} conversations once each, "
-                f"{data.lengths[train_on].sum():,} tokens, {data.supervised[train_on].sum():,} of them supervised")
+            trained, held = data.lengths[train_on].sum(), data.lengths[held_out].sum()
+            log(f"epoch {epoch_ends.index(step) + 1} done after step {step}: {len(train_on):,} conversations once each, {trained:,} tokens "
+                f"({data.supervised[train_on].sum():,} supervised) + {held:,} held out = {trained + held:,} of the file")
         if val_steps and (step % config.val_every == 0 or step == last):
             metrics.write({"step": step} | validate(model, data, val_steps, device))
         if step % config.save_every == 0 or step == last or tally.stop:

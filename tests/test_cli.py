@@ -39,6 +39,7 @@ def test_prepare_names_what_else_is_wrong(toy, tmp_path):
     assert "--max_len 'ten' is not a whole number" in prepare(toy, tmp_path, good, "--max_len=ten")
     assert "nowhere.model: no such tokenizer" in prepare(toy, tmp_path, good, "--tokenizer", "nowhere.model")
     assert "--template 'x' is not one of" in prepare(toy, tmp_path, good, "--template", "x", "--classes", "*=A:1")
+    assert "does not end in .safetensors" in prepare(toy, tmp_path, good, "--out", tmp_path / "source.jsonl", "--classes", "*=A:1")
     assert "no conversation has a token to train on" in prepare(toy, tmp_path, good, "--classes", "*=A:0")
 
 
@@ -117,6 +118,9 @@ def test_show_names_what_is_wrong(toy, tmp_path):
     assert "no conversation has a token to train on" in refused(data.main, *words, "--classes", "*=A:0")
     assert "--tokenizer tokenizer.model" in refused(data.main, "show", toy / "train.jsonl")
     assert "--tokenizer" in refused(data.main, "show")
+    assert "nofile: show takes one prepared file" in refused(data.main, "show", toy / "train.safetensors", "nofile")
+    for flag in ("--micro_tokens", "--ranks", "--tokens_per_s"):
+        assert f"{flag} 0" in refused(data.main, "stats", toy / "train.safetensors", flag, 0)
 
 
 def test_stats(toy, tmp_path, capsys):

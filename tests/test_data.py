@@ -97,6 +97,8 @@ def test_formats_are_told_apart_by_content_and_mix(tmp_path, as_array):
     ('{"messages": [{"role": "assistant", "content": "x", "weight": NaN}]}', "weight nan"),
     ('{"messages": [{"role": "assistant", "content": "x", "weight": 1' + "0" * 400 + "}]}", "message weight 1000"),
     ('{"messages": [{"role": "user", "content": "x", "weight": 1}]}', "only assistant text"),
+    ('{"messages": [{"role": "system", "content": "x", "weight": 1}]}', "only assistant text"),
+    ("[" * 100_000, "not JSON"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', "role .'user'. is not one of"),
     ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
     ('{"system": 5, "messages": [{"role": "user", "content": "x"}]}', "system 5 is not a text"),
@@ -154,6 +156,8 @@ def test_openchats_empty_condition_is_no_class_of_the_rows_own():
     classes = Classes()
     assert classes.assign(row).condition == "" and classes.all[0].name == "none" and data.role_texts("before_speaker", "")[:2] == ("User:", "Assistant:")
     assert Classes(parse_classes(TABLE)).assign(row).condition == "GPT3"
+    classes.assign(dataclasses.replace(row, condition="none"))
+    assert [c.name for c in classes.all] == ["none", "none_"]  # the ledger is kept by name
 
 
 def test_a_message_weight_overrides_its_class_and_rows_may_bring_their_condition():
@@ -310,7 +314,24 @@ def test_plan_of_70000_sharegpt_like_conversations(M, seed):
     assert uneven(flops).mean() <= 1.001 and uneven(flops).max() <= 1.003
     assert uneven(square).mean() <= 1.02 and uneven(square).max() <= 1.06
     assert 0.98 <= share.min() and share.max() <= 1.02
-    assert seconds < 3  # 0.15 to 0.5 s when nothing else runs
+    assert seconds < 1.5  # 0.15 to 0.7 s when nothing else runs
+
+
+@pytest.mark.parametrize("n, low, high, M, most", [(65, 2500, 2500, 2, 33), (1100, 2500, 2500, 2, 550), (2080, 2500, 2500, 32, 65),
+                                                  (5000, 2100, 3900, 16, 313), (32, 4096, 4096, 8, 4), (1000, 4096, 4096, 8, 125), (1, 7, 7, 3, 1)])
+def test_plan_of_conversations_that_leave_gaps(n, low, high, M, most):
+    """All above half a micro-batch, one fits in each; or all as long as one: no step more than that takes."""
+    lengths = np.random.default_rng(0).integers(low, high + 1, n)
+    steps = plan(lengths, np.arange(n) % 3, np.ones(n), 0, 0, M * 4096, 4096)
+    assert np.array_equal(np.sort(data.flat(steps)), np.arange(n)) and len(steps) <= most
+
+
+def test_plan_of_very_many_short_conversations():
+    """Thousands in a micro-batch: the swaps look at some of them, and memory stays small."""
+    lengths = np.append(np.random.default_rng(0).integers(10, 31, 100_000), 16_384)
+    began = time.process_time()
+    steps = plan(lengths, np.zeros(100_001, int), np.ones(100_001), 0, 0, 262_144, 16_384)
+    assert time.process_time() - began < 5 and len(data.flat(steps)) == 100_001 and len(steps) <= -(-lengths.sum() // 262_144) + 1
 
 
 def test_plan_of_tight_micro_batches():
@@ -399,7 +420,7 @@ def test_a_prepared_file_is_mapped_not_loaded(tmp_path):
     arrays = dict(tokens=np.ones(n, np.int32), weights=np.ones(n, np.float32), offsets=np.arange(0, n + 1, sentence, dtype=np.int64),
                   class_ids=np.zeros(n // sentence, np.int16), group=np.zeros(n // sentence, np.int64),
                   tokenizer=np.zeros(0, np.uint8))
-    data.save_file(arrays, tmp_path / "x.safetensors", metadata={"crlft": json.dumps({"classes": []})})
+    data.save_file(arrays, tmp_path / "x.safetensors", metadata={"crlft": json.dumps({"classes": [], "counts": {"x": {"trained": n, "prompt": 0}}})})
     script = ("import data, sys; data.Tokenizer = lambda model: None\n"
               "own = lambda: int([l for l in open('/proc/self/status') if l.startswith('RssAnon')][0].split()[1])\n"
               "before = own(); d = data.Prepared(sys.argv[1]); assert d.weight_sums.sum() == 2**25; d.batch([0, 1])\n"
