@@ -519,68 +519,6 @@ class Prepared:
 # ---- the step plan ------------------------------------------------------------------------------------------------------
 
 
-COST_7B = 6 * 6.607e9, 6 * 32 * 4096  # training FLOPs of LLaMA-2-7B: per token, and per squared length of a conversation
-
-
-def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_tokens, cost=COST_7B):
-    """[step], step = [micro-batch], micro-batch = int64 array of conversations: each conversation once, none cut.
-
-    A step is M = max(1, batch_tokens // micro_tokens) micro-batches of at most micro_tokens tokens and nearly equal cost,
-    linear * tokens + quadratic * sum(length^2). It does not know the number of ranks: they take a step's micro-batches in
-    turn, so the same conversations form step k on 1 GPU or 64.
-
-    Every step holds the classes in proportion. Its loss is divided by its own weight sum, a ratio: a step poor in experts
-    would scale its few rewards up and cancel them. So classes are dealt to the steps first (`deal`), and the micro-batches
-    of a step are balanced second (`balance`). Where micro-batches are hardly longer than the longest conversations, a
-    step's own conversations do not fill its micro-batches well. If that would cost 2% more steps, conversations are dealt
-    to groups of 2, 4, .. steps instead, a group's micro-batches are filled best fit and then dealt to its steps (`spread`):
-    fuller, for classes that are a little less even.
-    """
-    lengths, class_ids, weight_sums = np.asarray(lengths, np.int64), np.asarray(class_ids, np.int64), np.asarray(weight_sums, np.float64)
-    capacity, M = min(micro_tokens, batch_tokens), max(1, batch_tokens // micro_tokens)
-    if len(lengths) == 0:
-        raise ValueError("no conversation to plan")
-    if lengths.max() > capacity:
-        raise ValueError(f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens and --batch_tokens")
-    full, group = lengths.sum() / (M * capacity), 1  # full: steps, if nothing stayed empty
-    fills = (1.0, 0.999, 0.9975, 0.99, 0.98)
-    if full > 200:
-        fills = fills[1:]  # one step more is nothing to many, and a try costs time
-    while group == 1 or group < full:
-        for steps in sorted({math.ceil(full / fill) for fill in fills}):
-            groups = -(-steps // group)
-            if groups * group <= math.ceil(full / fills[-1]):
-                found = _plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, group > 1, M, capacity, cost)
-                if found:
-                    return found
-        group *= 2
-    # Conversations that leave gaps wherever they go (all just above half a micro-batch, say): one group, of what best fit takes.
-    bins = best_fit(lengths, np.zeros(len(lengths), np.int64), 1, len(lengths), capacity)
-    return _plan(lengths, class_ids, weight_sums, seed, epoch, 1, -(-(int(bins.max()) + 1) // M), True, M, capacity, cost)
-
-
-def _plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, tight, M, capacity, cost):
-    """The plan in `groups` groups of `group` steps, filled best fit if tight; None where the conversations do not fit."""
-    home = deal(lengths, class_ids, weight_sums, groups, np.random.default_rng([seed, epoch]))
-    if not tight:
-        step, micro = home, emptiest_first(lengths, home, groups, M)
-    else:
-        micro = best_fit(lengths, home, groups, group * M, capacity)
-        if micro is None:
-            return None
-        step, micro = spread(home, micro, class_ids, weight_sums, groups, group, M)
-    micro = balance(lengths, step, micro, groups * group, M, capacity, cost)
-    key = step * M + micro
-    if np.bincount(key, lengths).max() > capacity:
-        return None
-    order, result = np.argsort(key, kind="stable"), collections.defaultdict(list)
-    for m in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
-        result[step[m[0]]].append(m)
-    if any(weight_sums[np.concatenate(r)].sum() == 0 for r in result.values()):
-        raise ValueError("a step whose weights are all 0 has no loss; give some answers a weight above 0")
-    return list(result.values())
-
-
 def flat(steps):
     """All conversations of these steps, int64."""
     return np.concatenate([micro for step in steps for micro in step])
@@ -718,6 +656,68 @@ def balance(lengths, step, micro, steps, M, capacity, cost):
     result, place = np.empty(len(lengths), np.int64), np.broadcast_to(np.arange(M)[:, None], (M, Q))
     result[i_SMQ[i_SMQ >= 0]] = np.broadcast_to(place, i_SMQ.shape)[i_SMQ >= 0]
     return result
+
+
+def try_plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, tight, M, capacity, cost):
+    """The plan in `groups` groups of `group` steps, filled best fit if tight; None where the conversations do not fit."""
+    home = deal(lengths, class_ids, weight_sums, groups, np.random.default_rng([seed, epoch]))
+    if not tight:
+        step, micro = home, emptiest_first(lengths, home, groups, M)
+    else:
+        micro = best_fit(lengths, home, groups, group * M, capacity)
+        if micro is None:
+            return None
+        step, micro = spread(home, micro, class_ids, weight_sums, groups, group, M)
+    micro = balance(lengths, step, micro, groups * group, M, capacity, cost)
+    key = step * M + micro
+    if np.bincount(key, lengths).max() > capacity:
+        return None
+    order, result = np.argsort(key, kind="stable"), collections.defaultdict(list)
+    for m in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
+        result[step[m[0]]].append(m)
+    if any(weight_sums[np.concatenate(r)].sum() == 0 for r in result.values()):
+        raise ValueError("a step whose weights are all 0 has no loss; give some answers a weight above 0")
+    return list(result.values())
+
+
+COST_7B = 6 * 6.607e9, 6 * 32 * 4096  # training FLOPs of LLaMA-2-7B: per token, and per squared length of a conversation
+
+
+def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_tokens, cost=COST_7B):
+    """[step], step = [micro-batch], micro-batch = int64 array of conversations: each conversation once, none cut.
+
+    A step is M = max(1, batch_tokens // micro_tokens) micro-batches of at most micro_tokens tokens and nearly equal cost,
+    linear * tokens + quadratic * sum(length^2). It does not know the number of ranks: they take a step's micro-batches in
+    turn, so the same conversations form step k on 1 GPU or 64.
+
+    Every step holds the classes in proportion. Its loss is divided by its own weight sum, a ratio: a step poor in experts
+    would scale its few rewards up and cancel them. So classes are dealt to the steps first (`deal`), and the micro-batches
+    of a step are balanced second (`balance`). Where micro-batches are hardly longer than the longest conversations, a
+    step's own conversations do not fill its micro-batches well. If that would cost 2% more steps, conversations are dealt
+    to groups of 2, 4, .. steps instead, a group's micro-batches are filled best fit and then dealt to its steps (`spread`):
+    fuller, for classes that are a little less even.
+    """
+    lengths, class_ids, weight_sums = np.asarray(lengths, np.int64), np.asarray(class_ids, np.int64), np.asarray(weight_sums, np.float64)
+    capacity, M = min(micro_tokens, batch_tokens), max(1, batch_tokens // micro_tokens)
+    if len(lengths) == 0:
+        raise ValueError("no conversation to plan")
+    if lengths.max() > capacity:
+        raise ValueError(f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens and --batch_tokens")
+    full, group = lengths.sum() / (M * capacity), 1  # full: steps, if nothing stayed empty
+    fills = (1.0, 0.999, 0.9975, 0.99, 0.98)
+    if full > 200:
+        fills = fills[1:]  # one step more is nothing to many, and a try costs time
+    while group == 1 or group < full:
+        for steps in sorted({math.ceil(full / fill) for fill in fills}):
+            groups = -(-steps // group)
+            if groups * group <= math.ceil(full / fills[-1]):
+                found = try_plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, group > 1, M, capacity, cost)
+                if found:
+                    return found
+        group *= 2
+    # Conversations that leave gaps wherever they go (all just above half a micro-batch, say): one group, of what best fit takes.
+    bins = best_fit(lengths, np.zeros(len(lengths), np.int64), 1, len(lengths), capacity)
+    return try_plan(lengths, class_ids, weight_sums, seed, epoch, 1, -(-(int(bins.max()) + 1) // M), True, M, capacity, cost)
 
 
 @dataclass
