@@ -5,7 +5,7 @@ The condition goes into the prompt (`GPT4 User: ..`), so that the model learns o
 becomes the weight exp(r_c / beta) of each assistant token's loss (Eq. 6). That is all of C-RLFT that touches data:
 
     read(file)                    -> Conversation      one of three formats, told apart by content
-    assign(conversation, classes) -> Conversation      its class's condition and weights
+    Classes(table).assign(..)     -> Conversation      its class's condition and weights
     tokenize(conversation, ..)    -> tokens, weights   weight of a token = weight of predicting it
     plan(lengths, ..)             -> steps             which conversations form a step, whatever the number of GPUs
     pack([(tokens, weights), ..]) -> Batch             what model.py takes
