@@ -624,19 +624,18 @@ def balance(lengths, step, micro, steps, M, capacity, cost):
     mean_tokens, mean_square = np.maximum(tokens_SM.mean(1), 1), np.maximum(square_SM.mean(1), 1)
     mean_cost = cost[0] * mean_tokens + cost[1] * mean_square
 
-    def badness(tokens, square, s=slice(None)):
+    def badness(tokens, square):
         shape = (-1,) + (1,) * (tokens.ndim - 1)
         over = np.maximum(tokens / capacity - 1, 0)
-        off_cost = (cost[0] * tokens + cost[1] * square) / mean_cost[s].reshape(shape) - 1
-        off_square = square / mean_square[s].reshape(shape) - 1
+        off_cost = (cost[0] * tokens + cost[1] * square) / mean_cost.reshape(shape) - 1
+        off_square = square / mean_square.reshape(shape) - 1
         return 400 * off_cost**2 + off_square**2 + 1e6 * over
 
     for r in range(min(5 * M + 10, 400)):
         bad_SM = badness(tokens_SM, square_SM)
         tokens_off, square_off = tokens_SM / mean_tokens[:, None] - 1, square_SM / mean_square[:, None] - 1
         a = bad_SM.argmax(1) if r % 3 else np.abs(tokens_off).argmax(1)
-        sign = lambda off: np.sign(off[rows, a])[:, None]
-        opposite = 20 * tokens_off * sign(tokens_off) + square_off * sign(tokens_off)
+        opposite = (20 * tokens_off + square_off) * np.sign(tokens_off[rows, a])[:, None]
         b = opposite.argmin(1) if r % 2 else (a + 1 + r // 2 % (M - 1)) % M
         b = np.where(a == b, (b + 1) % M, b)
         take = np.unique(np.append((np.arange(48) * Q // 48 + r) % Q, Q - 1)) if Q > 48 else np.arange(Q)  # of many, some, by turns

@@ -249,17 +249,23 @@ UNSUPPORTED = {  # field of config.json: the values under which this file comput
 }
 
 
+def read_json(path):
+    """The object in a JSON file of such a directory; ValueError names the file that is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; fetch the file again")
+    return content
+
+
 def read_config(folder):
     """Config of a Hugging Face LLaMA directory. ValueError names the field that model.py does not compute."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json; give a Hugging Face LLaMA directory")
-    try:
-        fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); fetch the file again") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: not a JSON object; fetch the file again")
+    fields = read_json(path)
     rope = fields.get("rope_parameters") or {}  # transformers 5; 4 has rope_theta at the top level
     for field, allowed in UNSUPPORTED.items():
         if fields.get(field) not in allowed and field in fields:
@@ -332,7 +338,7 @@ class SafetensorsWeights:
         self.shapes, file_vocab = parameter_shapes(config), read_config(folder).vocab_size
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
         else:
             names = ["model.safetensors"]
         for name in names:
@@ -428,7 +434,7 @@ def check_manifest(folder):
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         return print(f"{folder}: no manifest.json, files not verified", file=sys.stderr)
-    for name, entry in json.loads(path.read_text()).items():
+    for name, entry in read_json(path).items():
         file = path.with_name(name)
         if not file.is_file() or os.path.getsize(file) != entry["bytes"] or sha256(file) != entry["sha256"]:
             raise ValueError(f"{file}: missing or not as manifest.json has it; fetch or export the directory again")

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data import TEMPLATES, Message, Tokenizer, pack, parse, parse_args, read_rows, run, tokenize_prompt
-from model import KVCache, load_model, read_config
+from model import KVCache, load_model, read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Speaker:
         config = read_config(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         crlft = folder / "crlft.json"
-        meta = json.loads(crlft.read_text()) if crlft.is_file() else None
+        meta = read_json(crlft) if crlft.is_file() else None
         if meta is None and not (condition or template):
             raise ValueError(f"{folder}: no crlft.json, so no default prompt; say --condition NAME or --template NAME")
         self.template = template or (meta["template"] if meta else "before_speaker")

@@ -262,7 +262,7 @@ class Tally:
     def reduce(self):
         if dist.is_initialized():
             dist.all_reduce(self.sums)
-        self.loss_sum, self.stop, *by_class = self.sums.tolist()  # the step's one wait for the device
+        self.loss_sum, self.stop, *by_class = self.sums.tolist()  # with the gradient norm, the step's only waits for the device
         n = len(by_class) // 3
         self.nll, self.correct, self.count = by_class[:n], by_class[n : 2 * n], by_class[2 * n :]
 

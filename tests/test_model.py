@@ -187,6 +187,15 @@ def test_a_wrong_tensor_is_named(tmp_path, edit, message):
         SafetensorsWeights(folder, GQA)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "manifest.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_broken_json_file_is_named(tmp_path, name, text):
+    folder = save(random_model(), tmp_path / "m")
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: not "):
+        load_model(folder)
+
+
 def test_a_missing_or_cut_file_is_named(tmp_path):
     folder = save(random_model(), tmp_path / "m")
     file = folder / "model-00001-of-00001.safetensors"
