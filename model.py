@@ -93,14 +93,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, self.G * E, bias=False)
         self.o_proj = nn.Linear(self.H * E, D, bias=False)
 
-    def forward(self, x_TD, cos_TC, sin_TC, cu_seqlens, max_seqlen, cache):
+    def forward(self, x_TD, cos_TC, sin_TC, cu_seqlens, cache):
         q_THE = self.q_proj(x_TD).view(-1, self.H, self.E)
         k_TGE = self.k_proj(x_TD).view(-1, self.G, self.E)
         v_TGE = self.v_proj(x_TD).view(-1, self.G, self.E)
         if cache is not None:
             cache.write(rotate(k_TGE, cos_TC, sin_TC), v_TGE)
         if cu_seqlens is not None:
-            o_THE = rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens, max_seqlen)
+            o_THE = rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)
         else:
             o_THE = cache.attend(rotate(q_THE, cos_TC, sin_TC))
         return self.o_proj(o_THE.flatten(1))
@@ -133,8 +133,8 @@ class Block(nn.Module):
             return checkpoint(self.compute, *args, use_reentrant=False)
         return self.compute(*args)
 
-    def compute(self, x_TD, cos_TC, sin_TC, cu_seqlens, max_seqlen=None, cache=None):
-        attn_TD = self.self_attn(self.input_layernorm(x_TD), cos_TC, sin_TC, cu_seqlens, max_seqlen, cache)
+    def compute(self, x_TD, cos_TC, sin_TC, cu_seqlens, cache=None):
+        attn_TD = self.self_attn(self.input_layernorm(x_TD), cos_TC, sin_TC, cu_seqlens, cache)
         y_TD, x_TD = self.post_attention_layernorm(attn_TD, residual_TD=x_TD)
         return x_TD + self.mlp(y_TD)
 
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
 
-    def forward(self, tokens_T, positions_T, cu_seqlens, max_seqlen=None, cache=None):
+    def forward(self, tokens_T, positions_T, cu_seqlens, cache=None):
         c_C = torch.arange(0, self.config.head_dim, 2, device=tokens_T.device).float()
         frequency_C = 1.0 / self.config.rope_theta ** (c_C / self.config.head_dim)
         angle_TC = positions_T[:, None].float() * frequency_C
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         x_TD = self.embed_tokens(tokens_T)
         for i, block in enumerate(self.layers):
             layer = None if cache is None else cache.layer(i)
-            x_TD = block(x_TD, cos_TC, sin_TC, cu_seqlens, max_seqlen, layer)
+            x_TD = block(x_TD, cos_TC, sin_TC, cu_seqlens, layer)
         return self.norm(x_TD)
 
 
@@ -169,15 +169,15 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens_T, positions_T, cu_seqlens, labels_T=None, weights_T=None, *,
-                rows_R=None, max_seqlen=None, per_row=False):
+                rows_R=None, per_row=False):
         """(loss_sum, weight_sum), fp32 scalars: sum of w * nll, and of w (Eq. 6 before its one division).
 
         tokens_T, positions_T, labels_T int64 [T]; weights_T fp32 [T]: row t predicts labels_T[t] and counts weights_T[t].
-        cu_seqlens int32 [N + 1]. rows_R and max_seqlen: see kernels/; a batch of data.py has both.
+        cu_seqlens int32 [N + 1]. rows_R: see kernels/cross_entropy.py; a batch of data.py has it.
         per_row adds nll_T and correct_T to the result (0 in rows without a weight).
         Without labels the result is hidden_TD, the last layer's normed states: `model.lm_head(hidden_TD)` are the logits.
         """
-        hidden_TD = self.model(tokens_T, positions_T, cu_seqlens, max_seqlen)
+        hidden_TD = self.model(tokens_T, positions_T, cu_seqlens)
         if labels_T is None:
             return hidden_TD
         loss_sum, nll_T, correct_T = linear_cross_entropy(hidden_TD, self.lm_head.weight, labels_T, weights_T, rows_R)

@@ -208,7 +208,7 @@ def local_rows(parameter):
 
 def forward(model, batch):
     return model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, batch.weights_T,
-                 rows_R=batch.rows_R, max_seqlen=batch.max_seqlen, per_row=True)
+                 rows_R=batch.rows_R, per_row=True)
 
 
 def train_step(model, optimizer, batches, device, weight_sum, clip, tally):

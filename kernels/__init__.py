@@ -1,1 +1,36 @@
-"""Four kernels, one lesson each: rms_norm, rotary_attention, cross_entropy, swiglu."""
+"""Four kernels, one lesson each: rms_norm, rotary_attention, cross_entropy, swiglu.
+
+Every file has a PyTorch reference, Triton kernels forward and backward, and one public function that picks between them.
+`python -m kernels.compile` compiles them for four GPU generations without a GPU, `python -m kernels.bench` times them on one.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the kernel files can still be read, and their references run
+    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+
+
+def on_gpu(x):
+    """Whether x goes to the Triton kernel. (The tests, which interpret the kernels on the CPU, put their own answer here.)"""
+    return x.is_cuda and hasattr(triton, "cdiv")
+
+
+def arch(x):
+    """The row of a launch table for the GPU that holds x; "interpreter" on a CPU."""
+    if not x.is_cuda:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(x.device)[0]
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # consumer GPUs (8.6, 8.9, 12.0) have the least shared memory: as sm_80
+
+
+def check(name, true, what):
+    """ValueError "name: what" unless true."""
+    if not true:
+        raise ValueError(f"{name}: {what}")

@@ -1,17 +1,58 @@
 """Rotary attention over packed conversations: causal within each conversation, blind across them.
 
     q'_t, k'_t = R_t q_t, R_t k_t        R_t turns pair (c, c + E/2) by the angle position_t / theta^(2c / E)
-    o_t = sum_j softmax_j(q'_t . k'_j / sqrt(E)) v_j      j <= t, j in the conversation of t
+    s_tj = q'_t . k'_j / sqrt(E)         j <= t, j in the conversation of t
+    p_t = softmax(s_t)    o_t = sum_j p_tj v_j
 
-Conversation n holds rows cu_seqlens[n] to cu_seqlens[n + 1]; rows after the last one are padding and come out as zeros.
-Grouped queries: H query heads share G <= H heads of k and v.
+    dp_tj = do_t . v_j    delta_t = do_t . o_t    ds_tj = p_tj (dp_tj - delta_t) / sqrt(E)
+    dv_j = sum_t p_tj do_t
+    dk_j = R_j^T sum_t ds_tj q'_t        dq_t = R_t^T sum_j ds_tj k'_j
 
-Shapes: q and o [T, H, E], k and v [T, G, E], cos and sin [T, C] in fp32, cu_seqlens int32 [N + 1].
-T packed tokens, N conversations, H query heads, G key-value heads, E head size, C = E / 2 rotation pairs.
+Flash attention: a program holds BM rows of one head and walks over BN columns at a time with a running maximum m and sum l;
+no T x T anything. Saved: q, k', v, o and lse_t = log sum_j exp(s_tj), from which the backward kernels make p anew. One of them
+owns rows (dq), the other columns (dk, dv, over all the query heads of its group): 7 matmuls where atomics would need 5, but
+the same bits every time.
+
+Where to rotate. A query row is loaded by one forward program, which rotates it in registers: no bytes but cos and sin. A key
+row is loaded by every later block of queries. Rotating it there costs about 3.5 instructions per element of a key tile where
+the tile's matmuls take 4 BM: on an H100 224 cycles of the vector units beside 1,024 of the tensor cores for 128 x 64 x 128,
+every time, and the tile could no longer go straight from memory to the tensor cores. So k' is written once, ahead: 2 T G E
+elements of traffic, 268 MB or 0.09 ms at 16,384 tokens and 32 heads of 128 (10% of a forward pass over conversations of 1,500
+tokens at 400 TFLOP/s, 2% at 8,192; a quarter of that with 8 key heads for 32). It is saved in place of k, so
+it costs no memory, and the backward pass rotates q once in the same way. Counted, not yet measured on a GPU.
+
+Schedule. A block's work grows with its place in its conversation, from one tile to length / BN. _plan_kernel lists the blocks
+of all conversations, most work first, from cu_seqlens on the device: programs start in that order, so the last ones to end are
+short, and no program is spent on padding a short conversation to the longest.
+
+Conversation n holds rows cu_seqlens[n] to cu_seqlens[n + 1]; rows after the last one are padding: zeros, in gradients too.
+Shapes: q and o [T, H, E], k and v [T, G, E] of one dtype, cos and sin [T, C] in fp32, cu_seqlens int32 [N + 1], lse and delta
+[H, T] in fp32. T packed tokens, N conversations, H query heads in groups that share one of G key-value heads, E head size,
+C = E / 2 rotation pairs. FLOPs: 2 H E sum(length^2) forward, 5 H E sum(length^2) backward (7 executed).
 """
+
+import functools
+import math
+import warnings
 
 import torch
 import torch.nn.functional as F
+
+from kernels import arch, check, on_gpu, tl, triton
+
+LOG2E = math.log2(math.e)
+HEAD_SIZES = 32, 64, 128
+
+# Tiles of (forward, dq, dk and dv): rows a program owns, rows it reads at a time, warps, stages of the software pipeline.
+# From the ahead-of-time report (no spill, within shared memory); not yet measured on a GPU.
+LAUNCH = {
+    "sm_80": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    "sm_90": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)),
+    "sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    "gfx942": ((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
+    "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),  # small: conversations cross many borders
+}
+LAUNCH_FP32 = ((16, 16, 4, 1),) * 3  # for correctness: IEEE products, which no tensor core makes
 
 
 def rotate(x_TAE, cos_TC, sin_TC):
@@ -37,6 +78,347 @@ def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     return torch.cat(outputs)
 
 
-def rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens, max_seqlen=None):
-    """o_THE. `max_seqlen`, the longest conversation, spares a kernel the question to the device."""
-    return rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)
+# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers.
+
+
+@triton.jit
+def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
+    """plan[rank] = (conversation, first row in it) of every block of BM rows, the blocks with the most rows before them first.
+
+    Program i takes slot i. Conversation n, with ceil(length / BM) blocks, begins at slot cu_seqlens[n] // BM + n: always
+    room enough, and no sum over the conversations before it. Slots left over rank last, as (-1, 0). Padding is conversation N.
+    """
+    i = tl.program_id(0)
+    n, total, before = -1, 0, 0  # this slot's conversation; blocks in all; blocks of the conversations up to it
+    for i_c in range(0, N + 1, BC):
+        o_c = i_c + tl.arange(0, BC)
+        b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)  # [BC]
+        b_end = tl.load(cu_seqlens + o_c + 1, mask=o_c < N, other=T)
+        m_mine = (o_c <= N) & (b_start // BM + o_c <= i)
+        b_blocks = tl.where(o_c <= N, tl.cdiv(b_end - b_start, BM), 0)
+        n += tl.sum(m_mine.to(tl.int32), 0)
+        total += tl.sum(b_blocks, 0)
+        before += tl.sum(tl.where(m_mine, b_blocks, 0), 0)
+    start = tl.load(cu_seqlens + n)
+    end = tl.load(cu_seqlens + n + 1, mask=n < N, other=T)
+    block = i - (start // BM + n)
+    if block >= tl.cdiv(end - start, BM):
+        at = plan + 2 * (total - before + i).to(tl.int64)
+        tl.store(at, -1)
+        tl.store(at + 1, 0)
+    else:
+        rank = 0  # how many blocks have more rows before them, or as many and an earlier conversation
+        for i_c in range(0, N + 1, BC):
+            o_c = i_c + tl.arange(0, BC)
+            b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)
+            b_end = tl.load(cu_seqlens + o_c + 1, mask=o_c < N, other=T)
+            b_blocks = tl.where(o_c <= N, tl.cdiv(b_end - b_start, BM), 0)
+            b_longer = tl.maximum(b_blocks - block - 1, 0) + ((o_c < n) & (b_blocks > block)).to(tl.int32)
+            rank += tl.sum(b_longer, 0)
+        at = plan + 2 * rank.to(tl.int64)
+        tl.store(at, n)
+        tl.store(at + 1, block * BM)
+
+
+@triton.jit
+def _planned(plan, cu_seqlens, T, N):
+    """Of program (i, head): conversation, the block's first row in it, the conversation's first row and its length."""
+    at = plan + 2 * tl.program_id(0).to(tl.int64)
+    n, first = tl.load(at), tl.load(at + 1)
+    start = tl.load(cu_seqlens + n, mask=n >= 0, other=0)
+    end = tl.load(cu_seqlens + n + 1, mask=(n >= 0) & (n < N), other=T)
+    return n, first, start.to(tl.int64), end - start
+
+
+@triton.jit
+def _turn(b_lo, b_hi, cos, sin, o_t, m_t, way, C: tl.constexpr):
+    """Both halves of rows o_t, fp32 [BT, C], turned by their angles (way = 1: R) or back (way = -1: R^T)."""
+    o_c = o_t[:, None] * C + tl.arange(0, C)
+    b_cos = tl.load(cos + o_c, mask=m_t[:, None], other=0.0)
+    b_sin = tl.load(sin + o_c, mask=m_t[:, None], other=0.0) * way
+    return b_lo * b_cos - b_hi * b_sin, b_hi * b_cos + b_lo * b_sin
+
+
+@triton.jit
+def _rotate_kernel(x, y, cos, sin, T, A: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
+    """y = R x, for BT rows of one of A heads."""
+    C: tl.constexpr = E // 2
+    o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)  # int64: T * A * E passes 2^31 at long contexts
+    m_t = o_t < T
+    o_x = tl.program_id(0).to(tl.int64) * E + o_t[:, None] * (A * E) + tl.arange(0, C)
+    b_lo = tl.load(x + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, C]
+    b_hi = tl.load(x + o_x + C, mask=m_t[:, None], other=0.0).to(tl.float32)
+    b_lo, b_hi = _turn(b_lo, b_hi, cos, sin, o_t, m_t, 1, C)
+    tl.store(y + o_x, b_lo.to(y.dtype.element_ty), mask=m_t[:, None])
+    tl.store(y + o_x + C, b_hi.to(y.dtype.element_ty), mask=m_t[:, None])
+
+
+@triton.jit
+def _store_unrotated(b_x, x, o_t, m_t, cos, sin, stride: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
+    """Rows o_t of x = R^T b_x: a gradient as it is before the rotation."""
+    C: tl.constexpr = E // 2
+    b_lo, b_hi = tl.split(tl.permute(tl.reshape(b_x, [BT, 2, C]), [0, 2, 1]))  # [BT, C] each
+    b_lo, b_hi = _turn(b_lo, b_hi, cos, sin, o_t, m_t, -1, C)
+    o_x = o_t[:, None] * stride + tl.arange(0, C)
+    tl.store(x + o_x, b_lo.to(x.dtype.element_ty), mask=m_t[:, None])
+    tl.store(x + o_x + C, b_hi.to(x.dtype.element_ty), mask=m_t[:, None])
+
+
+@triton.jit
+def _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, begin, end, scale, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr):
+    """Take the keys begin to end of a conversation into the running output, maximum and sum. MASK: some lie after their query."""
+    o_e = tl.arange(0, E)
+    for i_n in range(begin, end, BN):
+        o_n = i_n + tl.arange(0, BN)
+        o_kv = o_n.to(tl.int64)[:, None] * stride + o_e
+        if MASK:
+            m_n = o_n < length
+            b_k, b_v = tl.load(k + o_kv, mask=m_n[:, None], other=0.0), tl.load(v + o_kv, mask=m_n[:, None], other=0.0)
+        else:
+            b_k, b_v = tl.load(k + o_kv), tl.load(v + o_kv)  # [BN, E]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
+        if MASK:
+            b_s = tl.where(o_m[:, None] >= o_n, b_s, float("-inf"))
+        b_new = tl.maximum(b_m, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_scale = tl.exp2(b_m - b_new)
+        b_l = b_l * b_scale + tl.sum(b_p, 1)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_scale[:, None], input_precision="ieee")
+        b_m = b_new
+    return b_o, b_m, b_l
+
+
+@triton.jit
+def _fwd_kernel(q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    n, first, start, length = _planned(plan, cu_seqlens, T, N)
+    if n < 0:
+        return
+    i_h = tl.program_id(1).to(tl.int64)
+    o_e = tl.arange(0, E)
+    o_m = first + tl.arange(0, BM)  # within the conversation
+    m_m = o_m < length
+    o_t = start + o_m
+    at_o = o + i_h * E + o_t[:, None] * (H * E) + o_e
+    if n == N:
+        tl.store(at_o, tl.zeros([BM, E], dtype=o.dtype.element_ty), mask=m_m[:, None])
+        return
+    o_q = i_h * E + o_t[:, None] * (H * E) + tl.arange(0, E // 2)
+    b_lo = tl.load(q + o_q, mask=m_m[:, None], other=0.0).to(tl.float32)  # [BM, C]
+    b_hi = tl.load(q + o_q + E // 2, mask=m_m[:, None], other=0.0).to(tl.float32)
+    b_lo, b_hi = _turn(b_lo, b_hi, cos, sin, o_t, m_m, 1, E // 2)
+    b_q = tl.reshape(tl.permute(tl.join(b_lo, b_hi), [0, 2, 1]), [BM, E]).to(q.dtype.element_ty)
+    k += start * (G * E) + i_h // (H // G) * E
+    v += start * (G * E) + i_h // (H // G) * E
+    b_o = tl.zeros([BM, E], dtype=tl.float32)
+    b_m = tl.full([BM], float("-inf"), dtype=tl.float32)
+    b_l = tl.zeros([BM], dtype=tl.float32)
+    end = tl.minimum(first + BM, length)
+    b_o, b_m, b_l = _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, 0, first, scale, False, G * E, E, BN)
+    b_o, b_m, b_l = _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, first, end, scale, True, G * E, E, BN)
+    tl.store(at_o, (b_o / b_l[:, None]).to(o.dtype.element_ty), mask=m_m[:, None])
+    tl.store(lse + i_h * T + o_t, b_m + tl.log2(b_l), mask=m_m)  # in units of log 2, like s
+
+
+@triton.jit
+def _delta_kernel(o, do, delta, T, H: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    i_h = tl.program_id(1).to(tl.int64)
+    m_t = o_t < T
+    o_te = o_t[:, None] * (H * E) + i_h * E + tl.arange(0, E)
+    b_o = tl.load(o + o_te, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, E]
+    b_do = tl.load(do + o_te, mask=m_t[:, None], other=0.0).to(tl.float32)
+    tl.store(delta + i_h * T + o_t, tl.sum(b_o * b_do, 1), mask=m_t)
+
+
+@triton.jit
+def _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, scale, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr):
+    o_e = tl.arange(0, E)
+    for i_n in range(begin, end, BN):
+        o_n = i_n + tl.arange(0, BN)
+        o_kv = o_n.to(tl.int64)[:, None] * stride + o_e
+        if MASK:
+            m_n = o_n < length
+            b_k, b_v = tl.load(k + o_kv, mask=m_n[:, None], other=0.0), tl.load(v + o_kv, mask=m_n[:, None], other=0.0)
+        else:
+            b_k, b_v = tl.load(k + o_kv), tl.load(v + o_kv)  # [BN, E]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
+        b_p = tl.exp2(b_s - b_lse[:, None])
+        if MASK:
+            b_p = tl.where(o_m[:, None] >= o_n, b_p, 0.0)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    return b_dq
+
+
+@triton.jit
+def _dq_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, norm, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """q and k are rotated. norm = 1 / sqrt(E), scale = norm * log2(e)."""
+    n, first, start, length = _planned(plan, cu_seqlens, T, N)
+    if n < 0:
+        return
+    i_h = tl.program_id(1).to(tl.int64)
+    o_m = first + tl.arange(0, BM)
+    m_m = o_m < length
+    o_t = start + o_m
+    o_te = i_h * E + o_t[:, None] * (H * E) + tl.arange(0, E)
+    if n == N:
+        tl.store(dq + o_te, tl.zeros([BM, E], dtype=dq.dtype.element_ty), mask=m_m[:, None])
+        return
+    b_q = tl.load(q + o_te, mask=m_m[:, None], other=0.0)  # [BM, E]
+    b_do = tl.load(do + o_te, mask=m_m[:, None], other=0.0)
+    b_lse = tl.load(lse + i_h * T + o_t, mask=m_m, other=0.0)  # [BM]
+    b_delta = tl.load(delta + i_h * T + o_t, mask=m_m, other=0.0)
+    k += start * (G * E) + i_h // (H // G) * E
+    v += start * (G * E) + i_h // (H // G) * E
+    end = tl.minimum(first + BM, length)
+    b_dq = tl.zeros([BM, E], dtype=tl.float32)
+    b_dq = _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, 0, first, scale, False, G * E, E, BN)
+    b_dq = _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, first, end, scale, True, G * E, E, BN)
+    _store_unrotated(b_dq * norm, dq + i_h * E, o_t, m_m, cos, sin, H * E, E, BM)
+
+
+@triton.jit
+def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, scale, norm, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """q and k are rotated. The plan goes by the rows before a block; a block of keys works for the rows after it: read backwards."""
+    n, first, start, length = _planned(plan, cu_seqlens, T, N)
+    if n < 0:
+        return
+    i_g = tl.program_id(1).to(tl.int64)
+    first = (length - 1) - (length - 1) % BN - first
+    o_n = first + tl.arange(0, BN)
+    m_n = o_n < length
+    o_t = start + o_n
+    o_te = i_g * E + o_t[:, None] * (G * E) + tl.arange(0, E)
+    if n == N:
+        b_zero = tl.zeros([BN, E], dtype=dk.dtype.element_ty)
+        tl.store(dk + o_te, b_zero, mask=m_n[:, None])
+        tl.store(dv + o_te, b_zero, mask=m_n[:, None])
+        return
+    b_k = tl.load(k + o_te, mask=m_n[:, None], other=0.0)  # [BN, E]
+    b_v = tl.load(v + o_te, mask=m_n[:, None], other=0.0)
+    b_dk, b_dv = tl.zeros([BN, E], dtype=tl.float32), tl.zeros([BN, E], dtype=tl.float32)
+    o_e = tl.arange(0, E)
+    for i_h in range(i_g * (H // G), (i_g + 1) * (H // G)):  # the query heads that share these keys
+        at_q, at_do = q + start * (H * E) + i_h * E, do + start * (H * E) + i_h * E
+        at_lse, at_delta = lse + i_h * T + start, delta + i_h * T + start
+        for i_m in range(first, length, BM):
+            o_m = i_m + tl.arange(0, BM)
+            m_m = o_m < length
+            o_q = o_m.to(tl.int64)[:, None] * (H * E) + o_e
+            b_q = tl.load(at_q + o_q, mask=m_m[:, None], other=0.0)  # [BM, E]
+            b_do = tl.load(at_do + o_q, mask=m_m[:, None], other=0.0)
+            b_lse = tl.load(at_lse + o_m, mask=m_m, other=float("inf"))  # [BM]; exp2(s - inf) = 0: no such row
+            b_delta = tl.load(at_delta + o_m, mask=m_m, other=0.0)
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [BN, BM], the scores transposed
+            b_p = tl.where(o_m >= o_n[:, None], tl.exp2(b_s - b_lse), 0.0)
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+            b_ds = b_p * (b_dp - b_delta)
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    tl.store(dv + o_te, b_dv.to(dv.dtype.element_ty), mask=m_n[:, None])
+    _store_unrotated(b_dk * norm, dk + i_g * E, o_t, m_n, cos, sin, G * E, E, BN)
+
+
+def _launch(x, which):
+    name = arch(x)
+    BM, BN, warps, stages = (LAUNCH_FP32 if x.dtype == torch.float32 and name != "interpreter" else LAUNCH[name])[which]
+    return BM, dict(BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+
+
+def _plan(cu_seqlens, T, BM):
+    N = len(cu_seqlens) - 1
+    plan = cu_seqlens.new_empty(T // BM + N + 1, 2)  # at most floor(T / BM) full blocks, and a last one of each conversation
+    _plan_kernel[(len(plan),)](cu_seqlens, plan, T, N, BM, 128)
+    return plan
+
+
+def _rotate(x, cos, sin):
+    T, A, E = x.shape
+    y = torch.empty_like(x)
+    _rotate_kernel[(A, triton.cdiv(T, 32))](x, y, cos, sin, T, A, E, 32)
+    return y
+
+
+@torch.library.custom_op("crlft::rotary_attention", mutates_args=())
+def rotary_attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(o, k', lse)."""
+    (T, H, E), G = q.shape, k.shape[1]
+    q, k, v, cos, sin, cu_seqlens = (x.contiguous() for x in (q, k, v, cos, sin, cu_seqlens))
+    BM, tiles = _launch(q, 0)
+    plan, k = _plan(cu_seqlens, T, BM), _rotate(k, cos, sin)
+    o, lse = torch.empty_like(q), q.new_empty(H, T, dtype=torch.float32)
+    _fwd_kernel[(len(plan), H)](q, k, v, cos, sin, cu_seqlens, plan, o, lse, E**-0.5 * LOG2E, T, len(cu_seqlens) - 1, H, G, E, **tiles)
+    return o, k, lse
+
+
+@rotary_attention_op.register_fake
+def _(q, k, v, cos, sin, cu_seqlens):
+    o, k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    return o, k, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("crlft::rotary_attention_bwd", mutates_args=())
+def rotary_attention_bwd_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor,
+    o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) from q as it came and k rotated."""
+    (T, H, E), G = q.shape, k.shape[1]
+    q, v, cos, sin, cu_seqlens, do = (x.contiguous() for x in (q, v, cos, sin, cu_seqlens, do))
+    q, N = _rotate(q, cos, sin), len(cu_seqlens) - 1
+    delta = torch.empty_like(lse)
+    _delta_kernel[(triton.cdiv(T, 32), H)](o, do, delta, T, H, E, 32)
+    norm = E**-0.5
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    BM, tiles = _launch(q, 1)
+    plan = _plan(cu_seqlens, T, BM)
+    _dq_kernel[(len(plan), H)](q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, norm * LOG2E, norm, T, N, H, G, E, **tiles)
+    BN, tiles = _launch(q, 2)
+    plan = _plan(cu_seqlens, T, BN)
+    tiles |= dict(BN=tiles["BM"], BM=tiles["BN"])  # here the rows that a program owns are keys
+    _dkv_kernel[(len(plan), G)](q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, norm * LOG2E, norm, T, N, H, G, E, **tiles)
+    return dq, dk, dv
+
+
+@rotary_attention_bwd_op.register_fake
+def _(q, k, v, cos, sin, cu_seqlens, o, lse, do):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, _k, v, cos, sin, cu_seqlens = inputs
+    o, k, lse = output
+    ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, o, lse)
+
+
+def _backward(ctx, do, _dk, _dlse):
+    return *rotary_attention_bwd_op(*ctx.saved_tensors, do), None, None, None
+
+
+rotary_attention_op.register_autograd(_backward, setup_context=_save)
+
+
+@functools.cache
+def _warn_head_size(E):
+    warnings.warn(f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; the PyTorch reference runs instead")
+
+
+def rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
+    """o_THE. Triton on CUDA tensors with a head size of 32, 64 or 128, rotary_attention_ref elsewhere.
+
+    ValueError: shapes or dtypes that do not belong together. cu_seqlens itself is not read here (on a GPU that is a sync):
+    it begins with 0, does not fall, and ends at most at T.
+    """
+    (T, H, E), G = q_THE.shape, k_TGE.shape[1]
+    shapes = f"q {tuple(q_THE.shape)}, k {tuple(k_TGE.shape)}, v {tuple(v_TGE.shape)}, cos {tuple(cos_TC.shape)}"
+    check("rotary_attention", k_TGE.shape == v_TGE.shape == (T, G, E) and H % G == 0, f"{shapes}; want [T, H, E] and twice [T, G, E], G dividing H")
+    check("rotary_attention", cos_TC.shape == sin_TC.shape == (T, E // 2), f"{shapes}; want cos and sin [T, E / 2]")
+    if on_gpu(q_THE) and E not in HEAD_SIZES:
+        _warn_head_size(E)
+    if not on_gpu(q_THE) or E not in HEAD_SIZES:
+        return rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)
+    check("rotary_attention", q_THE.dtype == k_TGE.dtype == v_TGE.dtype, "q, k and v differ in dtype")
+    check("rotary_attention", cos_TC.dtype == sin_TC.dtype == torch.float32, "cos and sin are fp32")
+    check("rotary_attention", cu_seqlens.dtype == torch.int32, f"cu_seqlens is {cu_seqlens.dtype}, not int32")
+    return rotary_attention_op(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)[0]

@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # losses and bits are compared in fp32 on the CPU, also on a machine with GPUs
-
-import torch  # noqa: E402
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,9 +14,27 @@ torch.set_num_threads(1)
 from data import run  # noqa: E402, after the path
 
 
+def pytest_configure(config):
+    """`pytest -m gpu` runs the kernels on the GPU; else they are interpreted, and no GPU is seen: losses and bits are compared
+    in fp32 on the CPU, also on a machine that has one."""
+    config.on_gpu = config.option.markexpr == "gpu"
+    if config.on_gpu:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matmuls, before CUDA starts
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"], os.environ["TRITON_INTERPRET"] = "", "1"
+        import strict  # noqa: F401, before the kernels
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not (config.on_gpu and torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and pytest -m gpu"))
+
+
 def call(*words, ok=True, **env):
     """Run python with these words as a user would, one thread; returns (stdout, stderr). ok=False: it must fail, in one line."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=300, env=env)
     if ok:
         assert done.returncode == 0, done.stdout + done.stderr
