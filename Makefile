@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long
+.PHONY: demo test test_long gpu
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -13,10 +13,15 @@ demo: $(if $(VENV),$(VENV)/ready)
 	@$(RUN) -m paper.toy --score out/demo
 
 test: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m pytest -q -rs -m "not gpu and not long" tests
+	$(RUN) -m pytest -q -m "not long" tests
 
 test_long: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m pytest -q -rs -m "not gpu" tests
+	$(RUN) -m pytest -q tests
+
+# On a machine with a GPU: every kernel checked on it, then timed against its peers; results/bench.json grows case by case.
+gpu: $(if $(VENV),$(VENV)/dev)
+	$(RUN) -m pytest -q -m gpu tests
+	$(RUN) -m kernels.bench
 
 ifneq ($(VENV),)
 $(VENV)/ready: requirements.txt

@@ -126,7 +126,7 @@ def _planned(plan, cu_seqlens, T, N):
     at = plan + 2 * tl.program_id(0).to(tl.int64)
     n, first = tl.load(at), tl.load(at + 1)
     start = tl.load(cu_seqlens + n, mask=n >= 0, other=0)
-    end = tl.load(cu_seqlens + n + 1, mask=(n >= 0) & (n < N), other=T)
+    end = tl.load(cu_seqlens + n + 1, mask=n < N, other=T)
     return n, first, start.to(tl.int64), end - start
 
 
@@ -201,6 +201,7 @@ def _fwd_kernel(q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H: tl.
     at_o = o + i_h * E + o_t[:, None] * (H * E) + o_e
     if n == N:
         tl.store(at_o, tl.zeros([BM, E], dtype=o.dtype.element_ty), mask=m_m[:, None])
+        tl.store(lse + i_h * T + o_t, tl.zeros([BM], dtype=tl.float32), mask=m_m)
         return
     o_q = i_h * E + o_t[:, None] * (H * E) + tl.arange(0, E // 2)
     b_lo = tl.load(q + o_q, mask=m_m[:, None], other=0.0).to(tl.float32)  # [BM, C]
@@ -242,9 +243,9 @@ def _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, sc
         else:
             b_k, b_v = tl.load(k + o_kv), tl.load(v + o_kv)  # [BN, E]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
-        b_p = tl.exp2(b_s - b_lse[:, None])
         if MASK:
-            b_p = tl.where(o_m[:, None] >= o_n, b_p, 0.0)
+            b_s = tl.where(o_m[:, None] >= o_n, b_s, float("-inf"))
+        b_p = tl.exp2(b_s - b_lse[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
@@ -311,7 +312,7 @@ def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, sca
             b_lse = tl.load(at_lse + o_m, mask=m_m, other=float("inf"))  # [BM]; exp2(s - inf) = 0: no such row
             b_delta = tl.load(at_delta + o_m, mask=m_m, other=0.0)
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [BN, BM], the scores transposed
-            b_p = tl.where(o_m >= o_n[:, None], tl.exp2(b_s - b_lse), 0.0)
+            b_p = tl.exp2(tl.where(o_m >= o_n[:, None], b_s, float("-inf")) - b_lse)
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
             b_ds = b_p * (b_dp - b_delta)

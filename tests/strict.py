@@ -148,7 +148,7 @@ def _check_races():
     if not _written:
         return
     at = np.concatenate([addresses for _, addresses in _written])
-    program = np.repeat(np.array([np.ravel_multi_index(p, (2**20,) * 3) for p, _ in _written]), [len(a) for _, a in _written])
+    program = np.repeat([x + (y << 31) + (z << 47) for (x, y, z), _ in _written], [len(addresses) for _, addresses in _written])
     order = np.lexsort((program, at))
     at, program = at[order], program[order]
     if ((at[1:] == at[:-1]) & (program[1:] != program[:-1])).any():

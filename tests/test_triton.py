@@ -1,10 +1,15 @@
 """The Triton kernels: in the strict interpreter on a CPU; with `pytest -m gpu` on a GPU, the same checks and larger shapes."""
 
 import ast
+import contextlib
 import itertools
+import json
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import kernel_checks as checks
+import mutants
 import pytest
 import torch
 from conftest import ROOT, call
@@ -27,8 +32,6 @@ many = settings(max_examples=150, deadline=None, derandomize=True)
 @pytest.fixture(autouse=True)
 def on_triton():
     """Every call of this file goes to the kernels."""
-    import contextlib
-
     with contextlib.ExitStack() as stack:
         for module in MODULES.values():
             stack.enter_context(checks.kernels_on(module))
@@ -61,7 +64,6 @@ PACKINGS = [  # lengths, padding, H, G, E, strided
     ([127, 128, 129], 0, 1, 1, 64, False),
     ([45], 0, 8, 1, 128, True),
     ([31, 32, 33, 15, 17], 64, 4, 2, 64, False),
-    ([], 7, 2, 1, 32, False),
 ]
 
 
@@ -69,6 +71,13 @@ PACKINGS = [  # lengths, padding, H, G, E, strided
 @pytest.mark.parametrize("lengths, padding, H, G, E, strided", PACKINGS)
 def test_rotary_attention(dtype, lengths, padding, H, G, E, strided, device):
     checks.rotary_attention(rotary_attention, dtype, lengths, padding, H, G, E, strided, device=device)
+
+
+def test_nothing_but_padding(device):
+    T, *tables = checks.packing([0], 7, 32, device)
+    inputs = [checks.fresh((T, heads, 32), torch.float32, 0, device) for heads in (2, 1, 1)]
+    for x in checks.gradients(lambda q, k, v: rotary_attention.rotary_attention(q, k, v, *tables), inputs, [torch.ones_like(inputs[0])]):
+        assert (x == 0).all()
 
 
 def test_hundreds_of_conversations(device):
@@ -149,10 +158,11 @@ def test_attention_over_many_blocks(dtype, E, H, G):
 
 
 @few
-@given(lengths=st.lists(st.integers(0, 70), max_size=300), padding=st.integers(0, 50), BM=st.sampled_from([16, 32]))
-def test_plan_holds_every_block_once_most_work_first(lengths, padding, BM):
+@given(lengths=st.lists(st.integers(0, 70), max_size=150), padding=st.integers(0, 50))
+def test_plan_holds_every_block_once_most_work_first(lengths, padding):
+    BM = 32
     T, _, _, cu_seqlens = checks.packing(lengths, padding, 32)
-    plan = rotary_attention._plan(cu_seqlens, T, BM).tolist()
+    plan = [tuple(block) for block in rotary_attention._plan(cu_seqlens, T, BM).tolist()]
     blocks = [(n, row) for n, length in enumerate([*lengths, padding]) for row in range(0, length, BM)]
     assert plan[: len(blocks)] == sorted(blocks, key=lambda block: (-block[1], block[0]))
     assert all(n == -1 for n, _ in plan[len(blocks) :])
@@ -276,7 +286,7 @@ def _bad_kernel(x, y, n, what: tl.constexpr):
     if what == "twice":
         tl.store(y + tl.arange(0, 2) // 2, 1.0)
     if what == "bf16":
-        tl.store(y + i, tl.load(x + i) * 2)
+        tl.store(y + i, tl.load(x + i) * tl.load(x))
     if what == "overflow":
         tl.store(y + i, tl.load(x + i * 2**30 * n))
 
@@ -471,3 +481,45 @@ def test_the_report_fails_what_it_should(tmp_path):
     out, _ = call(tmp_path / "probe.py")
     bad, tf32, spill = out.splitlines()
     assert "32-bit product reaches an address" in bad and "plain TF32" in tf32 and " spills" in spill.partition("FAILED")[2]
+
+
+# ---- the scripts, and the tests themselves ------------------------------------------------------------------------------
+
+
+def test_bench_runs_every_case_and_times_nothing_without_a_gpu(tmp_path):
+    out, _ = call("-m", "kernels.bench", "--check")
+    lines = out.splitlines()
+    assert {line.split()[0] for line in lines} == set(MODULES) and len(lines) == 17 and all("ours" in line and "WORSE" not in line for line in lines), out
+    out, _ = call("-m", "kernels.bench", "rms_norm", "--T", 64, "--D", 5120, "--out", tmp_path / "x.json")
+    assert out.startswith("no CUDA GPU here: nothing was timed") and not list(tmp_path.iterdir())
+    for words, remedy in ((["--T", 64], "name the kernel first"), (["swiglu", "--D", 64], "goes with rms_norm"), (["swiglu", "--T", 0], "positive"),
+                          (["rotary_attention", "--lengths", "long"], "sharegpt, short or a number"), (["layer_norm"], "choose from"), (["--show", "no.json"], "no such file")):
+        assert remedy in call("-m", "kernels.bench", *words, ok=False)[1]
+
+
+def test_bench_table_renders_a_results_file(tmp_path):
+    row = dict(kernel="rms_norm", shape=dict(T=4, D=8), direction="forward", implementation="ours", milliseconds=0.5, unit="bytes", rate=2e12, share=0.8, error=0.001, worse=False, peak_bytes=3e6)
+    results = dict(device="a GPU", torch="2", triton="3", command="python -m kernels.bench", ceiling=dict(bytes=2.5e12, flops=7e14), rows=[row])
+    (tmp_path / "bench.json").write_text(json.dumps(results))
+    out, _ = call("-m", "kernels.bench", "--show", tmp_path / "bench.json")
+    assert out.splitlines()[-1] == "| rms_norm | T=4 D=8 | forward | ours | 0.500 | 2.00 TB/s | 80% | 1.0e-03 | 3 |"
+
+
+def survivors(jobs):
+    """Mutants of the kernels that no check notices and that nobody has shown to be equivalent."""
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=mutants.interpret) as pool:
+        fates = list(pool.map(mutants.fate, jobs))
+    return [f"{job[0]} {what}" for job, (what, killer) in zip(jobs, fates) if killer is None and f"{job[0]} {what}" not in mutants.EQUIVALENT]
+
+
+def test_a_sample_of_mutants_is_killed():
+    jobs = mutants.all_jobs()
+    assert len(jobs) >= 100
+    assert not survivors(jobs[7::37])
+
+
+@pytest.mark.long
+def test_every_mutant_is_killed_or_equivalent():
+    jobs = mutants.all_jobs()
+    assert not survivors(jobs)
+    assert set(mutants.EQUIVALENT) <= {f"{kernel} {what}" for kernel, _, what, _ in jobs}, "an entry of EQUIVALENT names no mutant"

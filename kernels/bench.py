@@ -1,0 +1,375 @@
+"""Every kernel against what a user would pick instead, in bf16, forward and backward, on one GPU.
+
+    python -m kernels.bench                                   all kernels, LLaMA-2 7B, 13B and 70B shapes
+    python -m kernels.bench rms_norm --T 16384 --D 5120       one kernel at your own shape
+    python -m kernels.bench --check                           the script itself, on a CPU: every case once at small shapes, no times
+    python -m kernels.bench --cpu                             head and loss on one CPU thread in fp32: time and memory
+    python -m kernels.bench --show results/bench.json         the table of an earlier run
+
+Ours and the peers run in turn, --runs times each, the L2 cache flushed before every run; a time is the median by CUDA events.
+Every time is a share of the ceiling measured in the same run: a copy of 1 GiB (bytes read and written) for the kernels that move
+memory, an 8192^3 bf16 matmul for those that multiply. Bytes and FLOPs are those of each kernel's docstring, so a peer that moves
+more bytes shows as slower, not as faster. An error, against the definition in fp32 over outputs and gradients, stands beside every
+time; ours may not exceed 1.2 times the best peer's (marked; exit status 1). Each case is written to --out as soon as it is done.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import math
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kernels import triton
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from kernels.rms_norm import rms_norm, rms_norm_ref
+from kernels.rotary_attention import rotary_attention, rotary_attention_ref, rotate
+from kernels.swiglu import swiglu, swiglu_ref
+
+SHAPES = {  # the default cases: LLaMA-2 7B, 13B, 70B
+    "rms_norm": [dict(D=4096), dict(D=5120), dict(D=8192)],
+    "swiglu": [dict(F=11008), dict(F=13824), dict(F=28672)],
+    "rotary_attention": [
+        *(dict(H=32, G=32, lengths="sharegpt", seed=seed) for seed in range(3)), dict(H=32, G=32, lengths="short"), dict(H=32, G=32, lengths="4096"),
+        dict(H=40, G=40, lengths="sharegpt"), dict(H=64, G=8, lengths="sharegpt")],
+    "cross_entropy": [dict(D=4096, supervised=1.0), dict(D=4096, supervised=0.6), dict(D=5120, supervised=0.6), dict(D=8192, supervised=0.6)],
+}
+DEFAULTS = dict(T=16384, D=4096, F=11008, H=32, G=32, E=128, V=32001, lengths="sharegpt", supervised=0.6, seed=0)
+SMALL = dict(T=96, D=64, F=80, H=4, G=2, E=32, V=101)  # --check
+USES = {"rms_norm": "T D", "swiglu": "T F", "rotary_attention": "T H G E lengths seed", "cross_entropy": "T D V supervised"}
+
+
+def conversation_lengths(kind, T, seed):
+    """Lengths that sum to T: "sharegpt", log-normal of mean 1,500 clipped at 4,096; "short", of mean 200; or a number, all alike."""
+    if kind.isdigit():
+        lengths = [int(kind)] * (T // int(kind) + 1)
+    else:
+        g, mean = torch.Generator().manual_seed(seed), {"sharegpt": 1500, "short": 200}[kind]
+        lengths = (torch.randn(T, generator=g) * 0.8 + math.log(mean) - 0.32).exp().clamp(16, 4096).int().tolist()
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    ends = [*ends[ends < T].tolist(), T]
+    return [b - a for a, b in zip(ends, ends[1:])]
+
+
+def compiled(f, device):
+    return torch.compile(f, dynamic=False, backend="inductor" if device == "cuda" else "eager")
+
+
+def optional(module, name):
+    """A peer that may not be installed, or not run here."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, RuntimeError):
+        return None
+
+
+# ---- the cases: (inputs, {name: function of the inputs}, the definition, upstream gradients' shapes, costs) ----------------------------
+
+
+def rms_norm_case(make, device, T, D):
+    inputs = make(T, D), make(T, D), make(D)
+    peers = {
+        "ours": lambda x, r, w: rms_norm(x, w, 1e-5, r), "torch": lambda x, r, w: rms_norm_ref(x, w, 1e-5, r),
+        "F.rms_norm": lambda x, r, w: (F.rms_norm(h := x + r, (D,), w, 1e-5), h),
+        "torch.compile": compiled(lambda x, r, w: rms_norm_ref(x, w, 1e-5, r), device),
+    }
+    if device == "cuda" and (liger := optional("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")):
+        peers["Liger"] = lambda x, r, w: liger(x, r, w, 1e-5, in_place=False)
+    return inputs, peers, lambda x, r, w: rms_norm_ref(x, w, 1e-5, r), dict(forward=dict(bytes=8 * T * D), backward=dict(bytes=8 * T * D))
+
+
+def swiglu_case(make, device, T, F):
+    peers = {"ours": swiglu, "torch": swiglu_ref, "torch.compile": compiled(swiglu_ref, device)}
+    if device == "cuda" and (liger := optional("liger_kernel.transformers.functional", "liger_swiglu")):
+        peers["Liger"] = liger
+    return (make(T, F), make(T, F)), peers, swiglu_ref, dict(forward=dict(bytes=6 * T * F), backward=dict(bytes=10 * T * F))
+
+
+def rotary_attention_case(make, device, T, H, G, E, lengths, seed):
+    lengths = conversation_lengths(lengths, T, seed)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    angle = positions[:, None] / 10000 ** (torch.arange(0, E, 2) / E)
+    cos, sin = angle.cos().float().to(device), angle.sin().float().to(device)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    tables, longest = (cos, sin, cu_seqlens), max(lengths)
+    peers = {"ours": lambda q, k, v: rotary_attention(q, k, v, *tables), "SDPA per conversation": lambda q, k, v: rotary_attention_ref(q, k, v, *tables)}
+    if device == "cuda" and (varlen := optional("torch.nn.attention.varlen", "varlen_attn")):
+        causal = dict(window_size=(-1, 0)) if "window_size" in varlen.__kwdefaults__ else dict(is_causal=True)
+        wide = lambda x: x.repeat_interleave(H // G, 1)  # without GQA of its own in every version
+        packed = lambda q, k, v: varlen(q, wide(k), wide(v), cu_seqlens, cu_seqlens, longest, longest, **causal)
+        peers["varlen_attn without RoPE"] = packed
+        peers["varlen_attn after RoPE"] = lambda q, k, v: packed(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    elif device == "cuda" and (flex := optional("torch.nn.attention.flex_attention", "flex_attention")):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        conversation = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+        mask = create_block_mask(lambda b, h, i, j: (conversation[i] == conversation[j]) & (i >= j), None, None, T, T, device=device)
+        flexed = torch.compile(flex, dynamic=False)
+        heads = lambda x: x.transpose(0, 1)[None]
+        peers["flex_attention after RoPE"] = lambda q, k, v: flexed(
+            heads(rotate(q, cos, sin)), heads(rotate(k, cos, sin)), heads(v), block_mask=mask, enable_gqa=H != G)[0].transpose(0, 1)
+    squares = sum(n * n for n in lengths)
+    cost = dict(forward=dict(flops=2 * H * E * squares), backward=dict(flops=5 * H * E * squares))
+    return (make(T, H, E), make(T, G, E), make(T, G, E)), peers, lambda q, k, v: rotary_attention_ref(q, k, v, *tables), cost
+
+
+def cross_entropy_case(make, device, T, D, V, supervised):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, V, (T,), generator=g).to(device)
+    weights = torch.where(torch.rand(T, generator=g) < supervised, 1.0, 0.0).to(device)  # the peers take no others
+    rows = weights.nonzero()[:, 0]
+    ignored = torch.where(weights > 0, labels, -100)
+    plain = lambda h, w: linear_cross_entropy_ref(h, w, labels, weights)[0]
+    unfused = lambda h, w: F.cross_entropy(F.linear(h, w).float(), ignored, reduction="sum")
+    peers = {"ours": lambda h, w: linear_cross_entropy(h, w, labels, weights, rows)[0], "torch": unfused, "torch.compile": compiled(unfused, device)}
+    if torch_fused := getattr(F, "linear_cross_entropy", None):
+        peers["F.linear_cross_entropy"] = lambda h, w: torch_fused(h, w, ignored, reduction="sum", ignore_index=-100)
+    if device == "cuda" and (liger := optional("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")):
+        peers["Liger"] = lambda h, w: liger(h, w, ignored, reduction="sum")
+    if device == "cuda" and (cce := optional("cut_cross_entropy", "linear_cross_entropy")):
+        peers["cut-cross-entropy"] = lambda h, w: cce(h, w, ignored, reduction="sum")
+    return (make(T, D), make(V, D) * D**-0.5), peers, plain, dict(both=dict(flops=6 * len(rows) * D * V))  # gradients are made with the loss: one time for both
+
+
+CASES = {"rms_norm": rms_norm_case, "swiglu": swiglu_case, "rotary_attention": rotary_attention_case, "cross_entropy": cross_entropy_case}
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------------------
+
+
+def outputs_and_gradients(f, inputs):
+    """Outputs, then gradients of the inputs for upstream gradients that are the same in every call."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = f(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [fixed_upstream(x) for x in outputs]
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, upstream)]
+
+
+def fixed_upstream(x):
+    g = torch.Generator(x.device).manual_seed(1)
+    return torch.randn(x.shape, generator=g, device=x.device).to(x.dtype) if x.ndim else torch.ones_like(x)
+
+
+def error(ours, ref):
+    """The largest relative error by norm over outputs and gradients; NaN never passes."""
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() if a.isfinite().all() else math.inf for a, b in zip(ours, ref))
+
+
+def medians(functions, runs, device):
+    """{name: seconds}, the functions in turn, the L2 flushed before each run. On a CPU each is called once: nothing is timed there."""
+    if device == "cpu":
+        return {name: f() is None or 1.0 for name, f in functions.items()}
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # 256 MiB, more than any L2
+    for f in functions.values():
+        for _ in range(3):
+            f()
+    events = {name: [] for name in functions}
+    for _ in range(runs):
+        for name, f in functions.items():
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            f()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3 for name, pairs in events.items()}
+
+
+def ceilings(runs, device):
+    """{bytes: B/s of a copy, flops: FLOP/s of a matmul}, measured now."""
+    size, width = (2**28, 8192) if device == "cuda" else (2**10, 64)
+    a, b = torch.randn(size, device=device), torch.empty(size, device=device)
+    m = [torch.randn(width, width, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    seconds = medians(dict(bytes=lambda: b.copy_(a), flops=lambda: m[0] @ m[1]), runs, device)
+    return dict(bytes=2 * a.nbytes / seconds["bytes"], flops=2 * width**3 / seconds["flops"])
+
+
+def peak_memory(f):
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def run_case(kernel, shape, device, ceiling, runs):
+    """[a row per implementation and direction]."""
+    g = torch.Generator(device).manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=g, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    inputs, peers, definition, costs = CASES[kernel](make, device, **shape)
+    ref = outputs_and_gradients(definition, [x.float() for x in inputs])
+    rows, errors, peaks = [], {}, {}
+    for name, f in list(peers.items()):
+        try:
+            run = functools.partial(outputs_and_gradients, f, inputs)
+            results = run()
+            # "without RoPE" computes something else, to be timed only
+            errors[name] = None if "without" in name else error(results, ref)
+            del results
+            peaks[name] = peak_memory(run) if device == "cuda" else None
+        except Exception as broken:  # a peer of another version may break in any way; ours may not
+            if name == "ours":
+                raise
+            print(f"{kernel}: {name} does not run here: {str(broken).splitlines()[0] if str(broken) else type(broken).__name__}", flush=True)
+            del peers[name]
+    bound = 1e-6 + 1.2 * min(e for name, e in errors.items() if e is not None and name != "ours")
+    del ref
+    for direction, cost in costs.items():
+        seconds = timed(direction, peers, inputs, runs, device)
+        (unit, amount), = cost.items()
+        for name in peers:
+            rate = amount / seconds[name]
+            rows.append(dict(
+                kernel=kernel, shape=shape, direction=direction, implementation=name, milliseconds=seconds[name] * 1e3, unit=unit, rate=rate,
+                share=rate / ceiling[unit], error=errors[name], worse=name == "ours" and not errors[name] <= bound, peak_bytes=peaks[name]))
+    return rows
+
+
+def timed(direction, peers, inputs, runs, device):
+    """{name: seconds} of one direction: forward under autograd, backward alone from a kept graph, or both."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    if direction == "forward":
+        return medians({name: functools.partial(f, *leaves) for name, f in peers.items()}, runs, device)
+    functions = {}
+    for name, f in peers.items():
+        if direction == "both":
+            functions[name] = lambda f=f: torch.autograd.grad(f(*leaves), leaves)
+            continue
+        outputs = f(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [fixed_upstream(x) for x in outputs]
+        functions[name] = lambda outputs=outputs, upstream=upstream: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+    return medians(functions, runs, device)
+
+
+def table(results):
+    """The rows as a Markdown table, under a line that says where and how they were measured."""
+    ceiling = results["ceiling"]
+    lines = [f"{results['device']}, torch {results['torch']}, triton {results['triton']}; copy {ceiling['bytes'] / 1e12:.2f} TB/s, "
+             f"matmul {ceiling['flops'] / 1e12:.0f} TFLOP/s; `{results['command']}`", "", "| kernel | shape | | implementation | ms | rate | of ceiling | error | peak MB |", "|---|---|---|---|---|---|---|---|---|"]
+    for row in results["rows"]:
+        shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
+        rate = f"{row['rate'] / 1e12:.2f} TB/s" if row["unit"] == "bytes" else f"{row['rate'] / 1e12:.0f} TFLOP/s"
+        err = "" if row["error"] is None else f"{row['error']:.1e}" + " WORSE" * row["worse"]
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
+        lines.append(f"| {row['kernel']} | {shape} | {row['direction']} | {row['implementation']} | {row['milliseconds']:.3f} | {rate} | {row['share']:.0%} | {err} | {peak} |")
+    return "\n".join(lines)
+
+
+def draw(results, path):
+    """Each case's share of its ceiling, a bar per implementation."""
+    import matplotlib.pyplot as plt
+
+    cases = {}
+    for row in results["rows"]:
+        label = f"{row['kernel']} {row['direction']}\n" + " ".join(f"{k}={v}" for k, v in row["shape"].items() if k != "T")
+        cases.setdefault(label, {})[row["implementation"]] = row["share"]
+    names = list(dict.fromkeys(row["implementation"] for row in results["rows"]))
+    figure, axes = plt.subplots(figsize=(10, 0.16 * len(cases) * len(names) + 1))
+    for i, name in enumerate(names):
+        at = [j + (i - len(names) / 2) * 0.8 / len(names) for j in range(len(cases))]
+        axes.barh(at, [case.get(name, 0) for case in cases.values()], 0.8 / len(names), label=name)
+    axes.set_yticks(range(len(cases)), cases, fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the ceiling measured in the same run")
+    axes.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def cpu_loss(job):
+    """{seconds, peak_bytes} of one forward and backward pass of head and loss, in a process of its own: its peak is the case's."""
+    name, supervised, (T, D, V) = job
+    torch.set_num_threads(1)
+    make = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    inputs, peers, *_ = cross_entropy_case(make, "cpu", T, D, V, supervised)
+    leaves = [x.requires_grad_() for x in inputs]
+    resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before, seconds = resident(), []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.autograd.grad(peers[name](*leaves), leaves)
+        seconds.append(time.perf_counter() - start)
+    return dict(implementation=name, supervised=supervised, T=T, D=D, V=V, seconds=statistics.median(seconds), peak_bytes=resident() - before)
+
+
+def cpu_losses(out):
+    """Ours and plain PyTorch, all tokens supervised and 60%; written to out."""
+    jobs = [(name, supervised, (4096, 512, 32001)) for supervised in (1.0, 0.6) for name in ("ours", "torch")]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = pool.map(cpu_loss, jobs, chunksize=1)
+    out.write_text(json.dumps(dict(command="python -m kernels.bench --cpu", torch=torch.__version__, dtype="float32", threads=1, rows=rows), indent=1))
+    for row in rows:
+        print(f"{row['implementation']:5s} {row['supervised']:.0%} supervised: {row['seconds']:.2f} s, {row['peak_bytes'] / 2**20:,.0f} MiB")
+
+
+def parse():
+    parser = argparse.ArgumentParser(prog="kernels.bench", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
+    parser.add_argument("kernel", nargs="?", choices=CASES)
+    for name, default in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=type(default), help=f"with a kernel that has it ({', '.join(k for k, used in USES.items() if name in used.split())})")
+    parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
+    parser.add_argument("--check", action="store_true", help="run every case once on a CPU")
+    parser.add_argument("--cpu", action="store_true", help="time head and loss on a CPU")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a results file")
+    args = parser.parse_args()
+    own = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    for name in own:
+        if args.kernel is None or name not in USES[args.kernel].split():
+            parser.error(f"--{name} goes with {' or '.join(k for k, used in USES.items() if name in used.split())}; name the kernel first")
+    if any(value <= 0 for name, value in own.items() if name not in ("lengths", "seed")):
+        parser.error("sizes are positive")
+    if not own.get("lengths", "1").isdigit() and own["lengths"] not in ("sharegpt", "short") or own.get("lengths") == "0":
+        parser.error(f"--lengths {own['lengths']}: sharegpt, short or a number of tokens")
+    if args.show and not args.show.is_file():
+        parser.error(f"--show {args.show}: no such file")
+    return args, own
+
+
+def main():
+    args, own = parse()
+    if args.show:
+        return print(table(json.loads(args.show.read_text())))
+    if args.cpu:
+        return cpu_losses(Path("results/cpu_loss.json"))
+    device = "cpu" if args.check else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        return print("no CUDA GPU here: nothing was timed (--check runs every case once on the CPU)")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.json" if args.check else args.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        results = dict(device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__, triton=getattr(triton, "__version__", None),
+                       command=" ".join(["python -m kernels.bench", *sys.argv[1:]]), runs=args.runs, ceiling=ceilings(args.runs, device), rows=[])
+        for kernel in [args.kernel] if args.kernel else CASES:
+            for case in [own] if own else SHAPES[kernel]:
+                sizes = DEFAULTS | case | (SMALL if args.check else {})
+                rows = run_case(kernel, {name: sizes[name] for name in USES[kernel].split()}, device, results["ceiling"], args.runs)
+                results["rows"] += rows
+                out.write_text(json.dumps(results, indent=1))
+                if args.check:
+                    shape = " ".join(f"{k}={v}" for k, v in rows[0]["shape"].items())
+                    print(f"{kernel} {shape}: " + ", ".join(f"{row['implementation']} {row['direction']} {'not compared' if row['error'] is None else 'WORSE' if row['worse'] else 'ok'}" for row in rows))
+                else:
+                    print("\n".join(table(results | dict(rows=rows)).splitlines()[2 if len(rows) == len(results["rows"]) else 4 :]), flush=True)
+                    torch.cuda.empty_cache()
+        draw(results, out.with_suffix(".png"))
+        if not args.check:
+            print(f"{out} and {out.with_suffix('.png')} written")
+    if worse := [row for row in results["rows"] if row["worse"]]:
+        sys.exit(f"kernels.bench: {len(worse)} of ours have a larger error than the peers: {', '.join(sorted({row['kernel'] for row in worse}))}")
+
+
+if __name__ == "__main__":
+    main()
