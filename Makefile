@@ -20,8 +20,8 @@ test_long: $(if $(VENV),$(VENV)/dev)
 
 # On a machine with a GPU: every kernel checked on it, then timed against its peers; results/bench.json grows case by case.
 gpu: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m pytest -q -m gpu tests
-	$(RUN) -m kernels.bench
+	@mkdir -p results
+	$(RUN) -m pytest -q -m gpu --junitxml=results/gpu.xml tests; checked=$$?; $(RUN) -m kernels.bench && exit $$checked
 
 ifneq ($(VENV),)
 $(VENV)/ready: requirements.txt

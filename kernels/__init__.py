@@ -4,6 +4,8 @@ Every file has a PyTorch reference, Triton kernels forward and backward, and one
 `python -m kernels.compile` compiles them for four GPU generations without a GPU, `python -m kernels.bench` times them on one.
 """
 
+import functools
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -11,13 +13,22 @@ import torch
 try:
     import triton
     import triton.language as tl
+
+    HAVE_TRITON = True
 except ImportError:  # macOS, Windows: the kernel files can still be read, and their references run
-    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+    triton, tl, HAVE_TRITON = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None), False
+
+
+@functools.cache
+def warn_once(text):
+    warnings.warn(text)
 
 
 def on_gpu(x):
     """Whether x goes to the Triton kernel. (The tests, which interpret the kernels on the CPU, put their own answer here.)"""
-    return x.is_cuda and hasattr(triton, "cdiv")
+    if x.is_cuda and not HAVE_TRITON:
+        warn_once("a GPU, but no Triton: the PyTorch references run instead of the kernels")
+    return x.is_cuda and HAVE_TRITON
 
 
 def arch(x):

@@ -9,8 +9,9 @@
 Ours and the peers run in turn, --runs times each, the L2 cache flushed before every run; a time is the median by CUDA events.
 Every time is a share of the ceiling measured in the same run: a copy of 1 GiB (bytes read and written) for the kernels that move
 memory, an 8192^3 bf16 matmul for those that multiply. Bytes and FLOPs are those of each kernel's docstring, so a peer that moves
-more bytes shows as slower, not as faster. An error, against the definition in fp32 over outputs and gradients, stands beside every
-time; ours may not exceed 1.2 times the best peer's (marked; exit status 1). Each case is written to --out as soon as it is done.
+more bytes shows as slower, not as faster. Beside every time stands the largest error of an output or gradient against the definition
+in fp32; none of ours may be above 1.05 times plain PyTorch's in bf16 (marked WORSE; exit status 1). Each case is written to --out as
+soon as it is done, and no case is begun after --minutes.
 """
 
 import argparse
@@ -24,14 +25,17 @@ import statistics
 import sys
 import tempfile
 import time
+from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._functorch import config as functorch
 
 from kernels import triton
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from kernels.rms_norm import rms_norm, rms_norm_ref
+from kernels.rotary_attention import _rotate as rotation
 from kernels.rotary_attention import rotary_attention, rotary_attention_ref, rotate
 from kernels.swiglu import swiglu, swiglu_ref
 
@@ -64,12 +68,16 @@ def compiled(f, device):
     return torch.compile(f, dynamic=False, backend="inductor" if device == "cuda" else "eager")
 
 
-def optional(module, name):
-    """A peer that may not be installed, or not run here."""
+def optional(device, module, name):
+    """A peer that runs on GPUs only, and may not be installed: then that is said, once."""
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, RuntimeError):
+        return getattr(importlib.import_module(module), name) if device == "cuda" else None
+    except (ImportError, AttributeError, RuntimeError) as error:
+        absent[f"{module}.{name}"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return None
+
+
+absent = {}  # peer -> why
 
 
 # ---- the cases: (inputs, {name: function of the inputs}, the definition, upstream gradients' shapes, costs) ----------------------------
@@ -82,14 +90,14 @@ def rms_norm_case(make, device, T, D):
         "F.rms_norm": lambda x, r, w: (F.rms_norm(h := x + r, (D,), w, 1e-5), h),
         "torch.compile": compiled(lambda x, r, w: rms_norm_ref(x, w, 1e-5, r), device),
     }
-    if device == "cuda" and (liger := optional("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")):
+    if liger := optional(device, "liger_kernel.transformers.functional", "liger_fused_add_rms_norm"):
         peers["Liger"] = lambda x, r, w: liger(x, r, w, 1e-5, in_place=False)
     return inputs, peers, lambda x, r, w: rms_norm_ref(x, w, 1e-5, r), dict(forward=dict(bytes=8 * T * D), backward=dict(bytes=8 * T * D))
 
 
 def swiglu_case(make, device, T, F):
     peers = {"ours": swiglu, "torch": swiglu_ref, "torch.compile": compiled(swiglu_ref, device)}
-    if device == "cuda" and (liger := optional("liger_kernel.transformers.functional", "liger_swiglu")):
+    if liger := optional(device, "liger_kernel.transformers.functional", "liger_swiglu"):
         peers["Liger"] = liger
     return (make(T, F), make(T, F)), peers, swiglu_ref, dict(forward=dict(bytes=6 * T * F), backward=dict(bytes=10 * T * F))
 
@@ -101,14 +109,15 @@ def rotary_attention_case(make, device, T, H, G, E, lengths, seed):
     cos, sin = angle.cos().float().to(device), angle.sin().float().to(device)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     tables, longest = (cos, sin, cu_seqlens), max(lengths)
-    peers = {"ours": lambda q, k, v: rotary_attention(q, k, v, *tables), "SDPA per conversation": lambda q, k, v: rotary_attention_ref(q, k, v, *tables)}
-    if device == "cuda" and (varlen := optional("torch.nn.attention.varlen", "varlen_attn")):
-        causal = dict(window_size=(-1, 0)) if "window_size" in varlen.__kwdefaults__ else dict(is_causal=True)
-        wide = lambda x: x.repeat_interleave(H // G, 1)  # without GQA of its own in every version
-        packed = lambda q, k, v: varlen(q, wide(k), wide(v), cu_seqlens, cu_seqlens, longest, longest, **causal)
+    peers = {"ours": lambda q, k, v: rotary_attention(q, k, v, *tables), "torch": lambda q, k, v: rotary_attention_ref(q, k, v, *tables)}  # SDPA, a conversation at a time
+    if varlen := optional(device, "torch.nn.attention.varlen", "varlen_attn"):
+        has = signature(varlen).parameters
+        options = (dict(window_size=(-1, 0)) if "window_size" in has else dict(is_causal=True)) | (dict(enable_gqa=True) if "enable_gqa" in has else {})
+        wide = (lambda x: x) if H == G or "enable_gqa" in has else lambda x: x.repeat_interleave(H // G, 1)
+        packed = lambda q, k, v: varlen(q, wide(k), wide(v), cu_seqlens, cu_seqlens, longest, longest, **options)
         peers["varlen_attn without RoPE"] = packed
         peers["varlen_attn after RoPE"] = lambda q, k, v: packed(rotate(q, cos, sin), rotate(k, cos, sin), v)
-    elif device == "cuda" and (flex := optional("torch.nn.attention.flex_attention", "flex_attention")):
+    elif flex := optional(device, "torch.nn.attention.flex_attention", "flex_attention"):
         from torch.nn.attention.flex_attention import create_block_mask
 
         conversation = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
@@ -117,6 +126,9 @@ def rotary_attention_case(make, device, T, H, G, E, lengths, seed):
         heads = lambda x: x.transpose(0, 1)[None]
         peers["flex_attention after RoPE"] = lambda q, k, v: flexed(
             heads(rotate(q, cos, sin)), heads(rotate(k, cos, sin)), heads(v), block_mask=mask, enable_gqa=H != G)[0].transpose(0, 1)
+    if device == "cuda":  # what RoPE costs: ours spends this much of its time on writing rotated keys (backward: queries)
+        peers["of it: rotating k"] = lambda q, k, v: rotation(k, cos, sin)
+        peers["of it: rotating q"] = lambda q, k, v: rotation(q, cos, sin)
     squares = sum(n * n for n in lengths)
     cost = dict(forward=dict(flops=2 * H * E * squares), backward=dict(flops=5 * H * E * squares))
     return (make(T, H, E), make(T, G, E), make(T, G, E)), peers, lambda q, k, v: rotary_attention_ref(q, k, v, *tables), cost
@@ -132,10 +144,11 @@ def cross_entropy_case(make, device, T, D, V, supervised):
     unfused = lambda h, w: F.cross_entropy(F.linear(h, w).float(), ignored, reduction="sum")
     peers = {"ours": lambda h, w: linear_cross_entropy(h, w, labels, weights, rows)[0], "torch": unfused, "torch.compile": compiled(unfused, device)}
     if torch_fused := getattr(F, "linear_cross_entropy", None):
-        peers["F.linear_cross_entropy"] = lambda h, w: torch_fused(h, w, ignored, reduction="sum", ignore_index=-100)
-    if device == "cuda" and (liger := optional("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")):
+        options = torch.nn.LinearCrossEntropyOptions()  # without it, the unfused reference runs
+        peers["F.linear_cross_entropy"] = lambda h, w: torch_fused(h, w, ignored, reduction="sum", ignore_index=-100, options=options)
+    if liger := optional(device, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"):
         peers["Liger"] = lambda h, w: liger(h, w, ignored, reduction="sum")
-    if device == "cuda" and (cce := optional("cut_cross_entropy", "linear_cross_entropy")):
+    if cce := optional(device, "cut_cross_entropy", "linear_cross_entropy"):
         peers["cut-cross-entropy"] = lambda h, w: cce(h, w, ignored, reduction="sum")
     return (make(T, D), make(V, D) * D**-0.5), peers, plain, dict(both=dict(flops=6 * len(rows) * D * V))  # gradients are made with the loss: one time for both
 
@@ -146,29 +159,28 @@ CASES = {"rms_norm": rms_norm_case, "swiglu": swiglu_case, "rotary_attention": r
 # ---- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def outputs_and_gradients(f, inputs):
-    """Outputs, then gradients of the inputs for upstream gradients that are the same in every call."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
+def fresh(inputs):
+    """Copies that require gradients: some peers write into their inputs in the backward pass."""
+    return [x.detach().clone().requires_grad_() for x in inputs]
+
+
+def outputs_of(f, inputs):
     outputs = f(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [fixed_upstream(x) for x in outputs]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, upstream)]
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def fixed_upstream(x):
-    g = torch.Generator(x.device).manual_seed(1)
-    return torch.randn(x.shape, generator=g, device=x.device).to(x.dtype) if x.ndim else torch.ones_like(x)
-
-
-def error(ours, ref):
-    """The largest relative error by norm over outputs and gradients; NaN never passes."""
-    return max(((a.float() - b.float()).norm() / b.float().norm()).item() if a.isfinite().all() else math.inf for a, b in zip(ours, ref))
+def errors_of(ours, ref):
+    """The relative error by norm of each output and gradient; inf where anything is not finite."""
+    errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(ours, ref)]
+    return [e if math.isfinite(e) else math.inf for e in errors]
 
 
 def medians(functions, runs, device):
     """{name: seconds}, the functions in turn, the L2 flushed before each run. On a CPU each is called once: nothing is timed there."""
     if device == "cpu":
-        return {name: f() is None or 1.0 for name, f in functions.items()}
+        for f in functions.values():
+            f()
+        return dict.fromkeys(functions, 1.0)
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # 256 MiB, more than any L2
     for f in functions.values():
         for _ in range(3):
@@ -195,62 +207,70 @@ def ceilings(runs, device):
     return dict(bytes=2 * a.nbytes / seconds["bytes"], flops=2 * width**3 / seconds["flops"])
 
 
-def peak_memory(f):
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    f()
-    return torch.cuda.max_memory_allocated() - before
+def once(f, inputs, upstream, device):
+    """(outputs then gradients, peak bytes beyond the inputs and the upstream gradients; None on a CPU)."""
+    inputs, before = fresh(inputs), 0
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    outputs = outputs_of(f, inputs)
+    gradients = torch.autograd.grad(outputs, inputs, upstream)
+    peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
+    return [*(x.detach() for x in outputs), *gradients], peak
+
+
+def timed(direction, f, inputs, upstream):
+    """A function to time: the forward pass under autograd, the backward pass of a kept graph, or both."""
+    leaves = fresh(inputs)
+    if direction == "forward":
+        return lambda: f(*leaves)
+    if direction == "both":
+        return lambda: torch.autograd.grad(outputs_of(f, leaves), leaves, upstream)
+    outputs = outputs_of(f, leaves)
+    return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
 
 def run_case(kernel, shape, device, ceiling, runs):
     """[a row per implementation and direction]."""
     g = torch.Generator(device).manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=g, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    make = lambda *shape: torch.randn(*shape, generator=g, device=device).to(dtype)
     inputs, peers, definition, costs = CASES[kernel](make, device, **shape)
-    ref = outputs_and_gradients(definition, [x.float() for x in inputs])
-    rows, errors, peaks = [], {}, {}
-    for name, f in list(peers.items()):
+    with torch.no_grad():
+        upstream = [torch.ones_like(x) if x.ndim == 0 else make(*x.shape) for x in outputs_of(peers["ours"], inputs)]
+    ref, _ = once(definition, [x.float() for x in inputs], [u.float() for u in upstream], device)
+    rows, errors, peaks, functions = [], {}, {}, {direction: {} for direction in costs}
+    for name, f in peers.items():
         try:
-            run = functools.partial(outputs_and_gradients, f, inputs)
-            results = run()
-            # "without RoPE" computes something else, to be timed only
-            errors[name] = None if "without" in name else error(results, ref)
+            if name.startswith("of it"):  # a part of ours, without a gradient
+                functions["backward" if name.endswith("q") else "forward"][name] = functools.partial(f, *inputs)
+                continue
+            results, peaks[name] = once(f, inputs, upstream, device)
+            errors[name] = None if "without" in name else errors_of(results, ref)  # without RoPE it computes something else
             del results
-            peaks[name] = peak_memory(run) if device == "cuda" else None
+            made = {direction: timed(direction, f, inputs, upstream) for direction in costs}
+            for run in made.values():
+                run(), run()
+            for direction, run in made.items():
+                functions[direction][name] = run
         except Exception as broken:  # a peer of another version may break in any way; ours may not
             if name == "ours":
                 raise
-            print(f"{kernel}: {name} does not run here: {str(broken).splitlines()[0] if str(broken) else type(broken).__name__}", flush=True)
-            del peers[name]
-    bound = 1e-6 + 1.2 * min(e for name, e in errors.items() if e is not None and name != "ours")
+            absent[f"{kernel}: {name}"] = f"{type(broken).__name__}: {(str(broken) or '-').splitlines()[0]}"
     del ref
+    worse = any(ours > 1e-6 + 1.05 * torchs for ours, torchs in zip(errors["ours"], errors["torch"]))
     for direction, cost in costs.items():
-        seconds = timed(direction, peers, inputs, runs, device)
+        seconds = medians(functions[direction], runs, device)
         (unit, amount), = cost.items()
-        for name in peers:
-            rate = amount / seconds[name]
+        for name in functions[direction]:
+            part = name.startswith("of it")
+            rate = None if part else amount / seconds[name]
             rows.append(dict(
                 kernel=kernel, shape=shape, direction=direction, implementation=name, milliseconds=seconds[name] * 1e3, unit=unit, rate=rate,
-                share=rate / ceiling[unit], error=errors[name], worse=name == "ours" and not errors[name] <= bound, peak_bytes=peaks[name]))
+                share=rate and rate / ceiling[unit], error=max(errors[name]) if errors.get(name) else None, worse=name == "ours" and worse,
+                peak_bytes=peaks.get(name)))
     return rows
-
-
-def timed(direction, peers, inputs, runs, device):
-    """{name: seconds} of one direction: forward under autograd, backward alone from a kept graph, or both."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    if direction == "forward":
-        return medians({name: functools.partial(f, *leaves) for name, f in peers.items()}, runs, device)
-    functions = {}
-    for name, f in peers.items():
-        if direction == "both":
-            functions[name] = lambda f=f: torch.autograd.grad(f(*leaves), leaves)
-            continue
-        outputs = f(*leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        upstream = [fixed_upstream(x) for x in outputs]
-        functions[name] = lambda outputs=outputs, upstream=upstream: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-    return medians(functions, runs, device)
 
 
 def table(results):
@@ -260,11 +280,12 @@ def table(results):
              f"matmul {ceiling['flops'] / 1e12:.0f} TFLOP/s; `{results['command']}`", "", "| kernel | shape | | implementation | ms | rate | of ceiling | error | peak MB |", "|---|---|---|---|---|---|---|---|---|"]
     for row in results["rows"]:
         shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
-        rate = f"{row['rate'] / 1e12:.2f} TB/s" if row["unit"] == "bytes" else f"{row['rate'] / 1e12:.0f} TFLOP/s"
+        rate = "" if row["rate"] is None else f"{row['rate'] / 1e12:.2f} TB/s" if row["unit"] == "bytes" else f"{row['rate'] / 1e12:.0f} TFLOP/s"
+        share = "" if row["share"] is None else f"{row['share']:.0%}"
         err = "" if row["error"] is None else f"{row['error']:.1e}" + " WORSE" * row["worse"]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
-        lines.append(f"| {row['kernel']} | {shape} | {row['direction']} | {row['implementation']} | {row['milliseconds']:.3f} | {rate} | {row['share']:.0%} | {err} | {peak} |")
-    return "\n".join(lines)
+        lines.append(f"| {row['kernel']} | {shape} | {row['direction']} | {row['implementation']} | {row['milliseconds']:.3f} | {rate} | {share} | {err} | {peak} |")
+    return "\n".join([*lines, *(f"not run: {peer} ({why})" for peer, why in results["absent"].items())])
 
 
 def draw(results, path):
@@ -274,8 +295,9 @@ def draw(results, path):
     cases = {}
     for row in results["rows"]:
         label = f"{row['kernel']} {row['direction']}\n" + " ".join(f"{k}={v}" for k, v in row["shape"].items() if k != "T")
-        cases.setdefault(label, {})[row["implementation"]] = row["share"]
-    names = list(dict.fromkeys(row["implementation"] for row in results["rows"]))
+        if row["share"] is not None:
+            cases.setdefault(label, {})[row["implementation"]] = row["share"]
+    names = list(dict.fromkeys(name for case in cases.values() for name in case))
     figure, axes = plt.subplots(figsize=(10, 0.16 * len(cases) * len(names) + 1))
     for i, name in enumerate(names):
         at = [j + (i - len(names) / 2) * 0.8 / len(names) for j in range(len(cases))]
@@ -320,17 +342,24 @@ def parse():
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(default), help=f"with a kernel that has it ({', '.join(k for k, used in USES.items() if name in used.split())})")
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--minutes", type=float, default=8, help="begin no case after so many")
     parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
     parser.add_argument("--check", action="store_true", help="run every case once on a CPU")
     parser.add_argument("--cpu", action="store_true", help="time head and loss on a CPU")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a results file")
     args = parser.parse_args()
     own = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    if "H" in own:
+        own.setdefault("G", own["H"])
     for name in own:
         if args.kernel is None or name not in USES[args.kernel].split():
             parser.error(f"--{name} goes with {' or '.join(k for k, used in USES.items() if name in used.split())}; name the kernel first")
     if any(value <= 0 for name, value in own.items() if name not in ("lengths", "seed")):
         parser.error("sizes are positive")
+    if own.get("H", 32) % own.get("G", 32) or own.get("E", 32) % 2 or own.get("supervised", 1) > 1:
+        parser.error("--H is a multiple of --G, --E is even, --supervised is at most 1")
+    if args.runs < 1:
+        parser.error("--runs is at least 1")
     if not own.get("lengths", "1").isdigit() and own["lengths"] not in ("sharegpt", "short") or own.get("lengths") == "0":
         parser.error(f"--lengths {own['lengths']}: sharegpt, short or a number of tokens")
     if args.show and not args.show.is_file():
@@ -347,13 +376,18 @@ def main():
     device = "cpu" if args.check else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         return print("no CUDA GPU here: nothing was timed (--check runs every case once on the CPU)")
+    functorch.donated_buffer = False  # torch.compile's backward would refuse retain_graph, by which it is timed
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json" if args.check else args.out
         out.parent.mkdir(parents=True, exist_ok=True)
         results = dict(device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__, triton=getattr(triton, "__version__", None),
-                       command=" ".join(["python -m kernels.bench", *sys.argv[1:]]), runs=args.runs, ceiling=ceilings(args.runs, device), rows=[])
+                       command=" ".join(["python -m kernels.bench", *sys.argv[1:]]), runs=args.runs, absent=absent, ceiling=ceilings(args.runs, device), rows=[])
+        began = time.monotonic()
         for kernel in [args.kernel] if args.kernel else CASES:
             for case in [own] if own else SHAPES[kernel]:
+                if time.monotonic() - began > 60 * args.minutes:
+                    absent[f"{kernel} {case}"] = f"not begun within --minutes {args.minutes}"
+                    continue
                 sizes = DEFAULTS | case | (SMALL if args.check else {})
                 rows = run_case(kernel, {name: sizes[name] for name in USES[kernel].split()}, device, results["ceiling"], args.runs)
                 results["rows"] += rows
@@ -366,6 +400,7 @@ def main():
                     torch.cuda.empty_cache()
         draw(results, out.with_suffix(".png"))
         if not args.check:
+            print("\n".join(f"not run: {peer} ({why})" for peer, why in absent.items()))
             print(f"{out} and {out.with_suffix('.png')} written")
     if worse := [row for row in results["rows"] if row["worse"]]:
         sys.exit(f"kernels.bench: {len(worse)} of ours have a larger error than the peers: {', '.join(sorted({row['kernel'] for row in worse}))}")

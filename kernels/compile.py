@@ -32,7 +32,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # sm_80's row also serves GPUs of 99 KB (8.6, 8.9, 12.0)
-TENSOR_CORE = r"\b(?:HMMA|HGMMA|UTCHMMA)\b|v_mfma"
+TENSOR_CORE = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b", "gfx942": "v_mfma"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -51,7 +51,7 @@ def swiglu_case(dtype, F, T=16):
 
 def attention_case(dtype, E, H, G, T=16):
     q, k = torch.ones(T, H, E, dtype=dtype), torch.ones(T, G, E, dtype=dtype)
-    cos, cu_seqlens = torch.ones(T, E // 2), torch.tensor([0, T], dtype=torch.int32)
+    cos, cu_seqlens = torch.ones(T, E // 2), torch.tensor([0, 3, T], dtype=torch.int32)
     o, k, lse = rotary_attention.rotary_attention_op(q, k, k, cos, cos, cu_seqlens)
     rotary_attention.rotary_attention_bwd_op(q, k, k, cos, cos, cu_seqlens, o, lse, o)
 
@@ -116,35 +116,37 @@ def disassemble(cubin):
 
 
 def int32_products(ttir):
-    """32-bit products in Triton's IR that reach an address, by data flow forward from every product."""
-    tainted = {}
-    lines = ttir.splitlines()
-    for _ in range(2):  # twice: a loop carries a value back to its head
-        loops = []
+    """32-bit products (and shifts) in Triton's IR that reach an address, by data flow forward from each of them."""
+    lines = [line.strip() for line in ttir.splitlines()]
+    values = lambda text: re.findall(r"%[\w#]+", text)
+    heads = {label: re.findall(r"(%\w+):", args) for line in lines for label, args in re.findall(r"^(\^bb\d+)\((.*)\):", line)}
+    tainted, before = {}, None
+    while before != len(tainted):  # a loop carries a value back to its head
+        before, regions = len(tainted), []
+        copy = lambda sources, targets: tainted.update({t: tainted[s] for s, t in zip(sources, targets) if s in tainted})
         for line in lines:
-            results, _, body = line.strip().partition(" = ")
-            operands = set(re.findall(r"%[\w#]+", body if body else results))
-            if "scf.for" in line:
-                pairs = re.findall(r"(%\w+) = (%[\w#]+)", body.partition("iter_args")[2])
-                loops.append((re.findall(r"%\w+", results), [inner for inner, _ in pairs]))
-                for inner, start in pairs:
-                    if start in tainted:
-                        tainted[inner] = tainted[start]
-                continue
-            hit = next((tainted[x] for x in operands if x in tainted), None)
-            if "scf.yield" in line and loops:
-                (outer, inner), values = loops.pop(), re.findall(r"%[\w#]+", line)
-                for i, value in enumerate(values):
-                    if value in tainted and i < len(inner):
-                        tainted[inner[i]] = tainted[value]
-                        tainted[outer[0] if len(values) == 1 else f"{outer[0]}#{i}"] = tainted[value]
-                continue
-            if "arith.muli" in body and re.search(r": (?:tensor<[\dx]*x)?i32", body):
-                hit = line.strip()
-            if body and hit and "tt.load" not in body and "arith.cmpi" not in body:
-                tainted[results] = hit
-    found = [tainted[x] for line in lines if "tt.addptr" in line for x in re.findall(r"%[\w#]+", line.partition("=")[2])[1:2] if x in tainted]
-    return sorted(set(found))
+            results, _, body = line.partition(" = ") if line.startswith("%") else ("", "", line)
+            outer = re.match(r"(%\w+)(?::(\d+))?", results)
+            outer = [f"{outer[1]}#{i}" for i in range(int(outer[2]))] if outer and outer[2] else [outer[1]] if outer else []
+            if line.startswith("}") and not line.startswith(("} else", "})")) and regions:
+                regions.pop()
+            if re.match(r"scf\.(for|if|while)", body):
+                carried = re.findall(r"(%\w+) = (%[\w#]+)", body)
+                copy([start for _, start in carried], [inner for inner, _ in carried])
+                regions.append((outer, [inner for inner, _ in carried]))
+            elif line.startswith("scf.yield") and regions:
+                for targets in regions[-1]:
+                    copy(values(line), targets)
+            elif line.startswith("cf."):
+                for label, passed in re.findall(r"(\^bb\d+)\(([^)]*)\)", line):
+                    copy(values(passed), heads.get(label, []))
+            elif outer and not body.startswith(("tt.load", "arith.cmpi")):
+                hit = next((tainted[x] for x in values(body) if x in tainted), None)
+                if re.match(r"arith\.(muli|shli)", body) and re.search(r": (?:tensor<[\dx]*x)?i32", body):
+                    hit = line
+                tainted.update({x: hit for x in outer if hit})
+    addresses = (values(line.partition(" = ")[2])[1] for line in lines if " = tt.addptr " in line)
+    return sorted({tainted[x] for x in addresses if x in tainted})
 
 
 def plain_tf32(ttir):
@@ -161,6 +163,7 @@ def inspect_kernel(name, dtype, kernel):
     else:
         registers, code = disassemble(asm["cubin"])
         spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    tensor = len(re.findall(TENSOR_CORE[name], code))
     wrong = [f"32-bit product reaches an address: {product}" for product in int32_products(asm["ttir"])]
     wrong += [f"plain TF32: {dot}" for dot in plain_tf32(asm["ttir"])]
     if name in SHARED:
@@ -168,7 +171,8 @@ def inspect_kernel(name, dtype, kernel):
     if name in SHARED and dtype != "fp32":
         wrong += [f"{spills} spills"] * (spills > 0)
         wrong += [f"off the tensor cores: {line.strip()}" for line in asm["ttgir"].splitlines() if re.search(r"tt\.dot .*-> tensor<[^>]*#blocked", line)]
-    return registers, spills, shared, len(re.findall(TENSOR_CORE, code)), wrong
+        wrong += ["a product without this chip's tensor-core instruction"] * ("tt.dot " in asm["ttir"] and not tensor)
+    return registers, spills, shared, tensor, wrong
 
 
 def report(job):

@@ -10,8 +10,9 @@
 Rows of weight 0 are left out, not multiplied by 0: they cost nothing, and an infinite logit there cannot make a NaN.
 Both gradients are linear in the scalar that comes from above, so they are made in the forward pass, a chunk of rows at a time:
 a matmul writes the chunk's logits, one kernel reads each row twice and leaves dz in its place, two matmuls take dz to dh and dW,
-and the next chunk overwrites it: no T x V matrix ever exists. Saved for backward: dh, and dW in fp32, which is also the
-accumulator of the chunks; the backward pass multiplies both by the scalar, in fp32, and rounds once.
+and the next chunk overwrites it: no T x V matrix ever exists. Saved for backward: dh in the caller's dtype, and dW in fp32, which
+is also the accumulator of the chunks; the backward pass multiplies both by the scalar in fp32, and rounds. dz and dh hold w_t
+before that scalar: in fp16, weights far above 1 can overflow (65,504) where w_t divided by their sum would not.
 
 Shapes: hidden [T, D], weight [V, D] of one dtype; labels int64 [T], in [0, V) where the weight is not 0; weights fp32 [T];
 R <= T rows have a weight. nll, correct, loss in fp32.
@@ -56,7 +57,7 @@ def softmax_gradient_ref(z_rS, labels_r, weights_r, V):
     return (sum_r1.log() - label_z_r1)[:, 0], (label_z_r1[:, 0] == 0).float()
 
 
-# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers.
+# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or scalars in registers.
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def _softmax_kernel(z, labels, weights, nll, correct, S: tl.constexpr, V: tl.con
     i_r = tl.program_id(0).to(tl.int64)  # int64: rows * V passes 2^31
     z += i_r * S
     label = tl.load(labels + i_r)
-    w = tl.load(weights + i_r)
+    weight = tl.load(weights + i_r)
     z_label = tl.load(z + label).to(tl.float32)
     b_m = tl.full([BV], float("-inf"), dtype=tl.float32)  # a running maximum and sum for each lane: one reduction at the end
     b_l = tl.zeros([BV], dtype=tl.float32)
@@ -77,13 +78,13 @@ def _softmax_kernel(z, labels, weights, nll, correct, S: tl.constexpr, V: tl.con
         b_l = b_l * tl.exp(b_m - b_shift) + tl.exp(b_z - b_shift)
         b_m = b_new
     m = tl.max(b_m, 0)
-    l = tl.sum(b_l * tl.exp(b_m - m), 0)
+    total = tl.sum(b_l * tl.exp(b_m - m), 0)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
         b_z = tl.load(z + o_v, mask=o_v < S, other=0.0).to(tl.float32)
-        b_dz = w * (tl.exp(b_z - m) / l - (o_v == label).to(tl.float32))
+        b_dz = weight * (tl.exp(b_z - m) / total - (o_v == label).to(tl.float32))
         tl.store(z + o_v, b_dz.to(z.dtype.element_ty), mask=o_v < S)  # beyond V: nobody reads it
-    tl.store(nll + i_r, tl.log(l) + (m - z_label))
+    tl.store(nll + i_r, tl.log(total) + (m - z_label))
     tl.store(correct + i_r, (z_label == m).to(tl.float32))
 
 

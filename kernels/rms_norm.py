@@ -19,7 +19,7 @@ import torch
 
 from kernels import arch, check, on_gpu, tl, triton
 
-# Backward programs, two or four per multiprocessor: enough loads in flight, few rows of partial dw. Not yet measured on a GPU.
+# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw. Not yet measured on a GPU.
 PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
 
 
@@ -115,11 +115,13 @@ def _save(ctx, inputs, output):
     x, residual, w, _eps = inputs
     _y, h, r = output
     ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)  # no zeros for r's gradient, nor for h's where nobody used it
     ctx.save_for_backward(h if ctx.has_residual else x, w, r)
 
 
 def _backward(ctx, dy, dh, _dr):
-    dx, dw = rms_norm_bwd_op(*ctx.saved_tensors, dy, dh if ctx.has_residual else None)
+    h, w, r = ctx.saved_tensors
+    dx, dw = rms_norm_bwd_op(h, w, r, torch.zeros_like(h) if dy is None else dy, dh if ctx.has_residual else None)
     return dx, dx if ctx.has_residual else None, dw, None
 
 

@@ -14,16 +14,16 @@ owns rows (dq), the other columns (dk, dv, over all the query heads of its group
 the same bits every time.
 
 Where to rotate. A query row is loaded by one forward program, which rotates it in registers: no bytes but cos and sin. A key
-row is loaded by every later block of queries. Rotating it there costs about 3.5 instructions per element of a key tile where
-the tile's matmuls take 4 BM: on an H100 224 cycles of the vector units beside 1,024 of the tensor cores for 128 x 64 x 128,
-every time, and the tile could no longer go straight from memory to the tensor cores. So k' is written once, ahead: 2 T G E
-elements of traffic, 268 MB or 0.09 ms at 16,384 tokens and 32 heads of 128 (10% of a forward pass over conversations of 1,500
-tokens at 400 TFLOP/s, 2% at 8,192; a quarter of that with 8 key heads for 32). It is saved in place of k, so
-it costs no memory, and the backward pass rotates q once in the same way. Counted, not yet measured on a GPU.
+row is loaded by every later block of queries. Rotating it there would take about 3.5 instructions per element of a key tile, on
+an H100 224 cycles of the vector units beside 1,024 of the tensor cores for 128 x 64 x 128; the tile could no longer go straight
+from memory to the tensor cores; and its cos and sin in fp32 are twice the bytes of the tile itself. So k' is written once, ahead:
+2 T G E elements of traffic, 268 MB or 0.09 ms at 3 TB/s for 16,384 tokens and 32 heads of 128. That is 16% of a forward pass at
+400 TFLOP/s over ShareGPT-like lengths (mean 1,500), 3% at 8,192 tokens each, 2% at mean 1,500 with 8 key heads for 64. It is
+saved in place of k, so it costs no memory, and the backward pass rotates q once in the same way. Counted, not yet measured.
 
 Schedule. A block's work grows with its place in its conversation, from one tile to length / BN. _plan_kernel lists the blocks
 of all conversations, most work first, from cu_seqlens on the device: programs start in that order, so the last ones to end are
-short, and no program is spent on padding a short conversation to the longest.
+short, and no program is spent on padding a short conversation to the longest. One small launch a pass.
 
 Conversation n holds rows cu_seqlens[n] to cu_seqlens[n + 1]; rows after the last one are padding: zeros, in gradients too.
 Shapes: q and o [T, H, E], k and v [T, G, E] of one dtype, cos and sin [T, C] in fp32, cu_seqlens int32 [N + 1], lse and delta
@@ -31,14 +31,12 @@ Shapes: q and o [T, H, E], k and v [T, G, E] of one dtype, cos and sin [T, C] in
 C = E / 2 rotation pairs. FLOPs: 2 H E sum(length^2) forward, 5 H E sum(length^2) backward (7 executed).
 """
 
-import functools
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 
-from kernels import arch, check, on_gpu, tl, triton
+from kernels import arch, check, on_gpu, tl, triton, warn_once
 
 LOG2E = math.log2(math.e)
 HEAD_SIZES = 32, 64, 128
@@ -48,7 +46,7 @@ HEAD_SIZES = 32, 64, 128
 LAUNCH = {
     "sm_80": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     "sm_90": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)),
-    "sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    "sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
     "gfx942": ((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
     "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),  # small: conversations cross many borders
 }
@@ -78,7 +76,7 @@ def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     return torch.cat(outputs)
 
 
-# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers.
+# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or scalars in registers.
 
 
 @triton.jit
@@ -143,9 +141,9 @@ def _turn(b_lo, b_hi, cos, sin, o_t, m_t, way, C: tl.constexpr):
 def _rotate_kernel(x, y, cos, sin, T, A: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
     """y = R x, for BT rows of one of A heads."""
     C: tl.constexpr = E // 2
-    o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)  # int64: T * A * E passes 2^31 at long contexts
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # int64: T * A * E passes 2^31 at long contexts
     m_t = o_t < T
-    o_x = tl.program_id(0).to(tl.int64) * E + o_t[:, None] * (A * E) + tl.arange(0, C)
+    o_x = tl.program_id(1).to(tl.int64) * E + o_t[:, None] * (A * E) + tl.arange(0, C)
     b_lo = tl.load(x + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, C]
     b_hi = tl.load(x + o_x + C, mask=m_t[:, None], other=0.0).to(tl.float32)
     b_lo, b_hi = _turn(b_lo, b_hi, cos, sin, o_t, m_t, 1, C)
@@ -300,23 +298,22 @@ def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, sca
     b_v = tl.load(v + o_te, mask=m_n[:, None], other=0.0)
     b_dk, b_dv = tl.zeros([BN, E], dtype=tl.float32), tl.zeros([BN, E], dtype=tl.float32)
     o_e = tl.arange(0, E)
-    for i_h in range(i_g * (H // G), (i_g + 1) * (H // G)):  # the query heads that share these keys
-        at_q, at_do = q + start * (H * E) + i_h * E, do + start * (H * E) + i_h * E
-        at_lse, at_delta = lse + i_h * T + start, delta + i_h * T + start
-        for i_m in range(first, length, BM):
-            o_m = i_m + tl.arange(0, BM)
-            m_m = o_m < length
-            o_q = o_m.to(tl.int64)[:, None] * (H * E) + o_e
-            b_q = tl.load(at_q + o_q, mask=m_m[:, None], other=0.0)  # [BM, E]
-            b_do = tl.load(at_do + o_q, mask=m_m[:, None], other=0.0)
-            b_lse = tl.load(at_lse + o_m, mask=m_m, other=float("inf"))  # [BM]; exp2(s - inf) = 0: no such row
-            b_delta = tl.load(at_delta + o_m, mask=m_m, other=0.0)
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [BN, BM], the scores transposed
-            b_p = tl.exp2(tl.where(o_m >= o_n[:, None], b_s, float("-inf")) - b_lse)
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-            b_ds = b_p * (b_dp - b_delta)
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    tiles = tl.cdiv(length - first, BM)
+    for i in range(0, H // G * tiles):  # the tiles of all the query heads that share these keys: two nested loops would spill
+        i_h = i_g * (H // G) + i // tiles
+        o_m = first + ((i % tiles).to(tl.int64) * BM).to(tl.int32) + tl.arange(0, BM)
+        m_m = o_m < length
+        o_q = (start + o_m)[:, None] * (H * E) + i_h * E + o_e
+        b_q = tl.load(q + o_q, mask=m_m[:, None], other=0.0)  # [BM, E]; rows beyond the conversation, q = do = 0, add nothing
+        b_do = tl.load(do + o_q, mask=m_m[:, None], other=0.0)
+        b_lse = tl.load(lse + i_h * T + start + o_m, mask=m_m, other=0.0)  # [BM]
+        b_delta = tl.load(delta + i_h * T + start + o_m, mask=m_m, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [BN, BM], the scores transposed
+        b_p = tl.exp2(tl.where(o_m >= o_n[:, None], b_s, float("-inf")) - b_lse)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     tl.store(dv + o_te, b_dv.to(dv.dtype.element_ty), mask=m_n[:, None])
     _store_unrotated(b_dk * norm, dk + i_g * E, o_t, m_n, cos, sin, G * E, E, BN)
 
@@ -337,7 +334,7 @@ def _plan(cu_seqlens, T, BM):
 def _rotate(x, cos, sin):
     T, A, E = x.shape
     y = torch.empty_like(x)
-    _rotate_kernel[(A, triton.cdiv(T, 32))](x, y, cos, sin, T, A, E, 32)
+    _rotate_kernel[(triton.cdiv(T, 32), A)](x, y, cos, sin, T, A, E, 32)
     return y
 
 
@@ -376,7 +373,7 @@ def rotary_attention_bwd_op(
     plan = _plan(cu_seqlens, T, BM)
     _dq_kernel[(len(plan), H)](q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, norm * LOG2E, norm, T, N, H, G, E, **tiles)
     BN, tiles = _launch(q, 2)
-    plan = _plan(cu_seqlens, T, BN)
+    plan = plan if BN == BM else _plan(cu_seqlens, T, BN)
     tiles |= dict(BN=tiles["BM"], BM=tiles["BN"])  # here the rows that a program owns are keys
     _dkv_kernel[(len(plan), G)](q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, norm * LOG2E, norm, T, N, H, G, E, **tiles)
     return dq, dk, dv
@@ -390,6 +387,7 @@ def _(q, k, v, cos, sin, cu_seqlens, o, lse, do):
 def _save(ctx, inputs, output):
     q, _k, v, cos, sin, cu_seqlens = inputs
     o, k, lse = output
+    ctx.set_materialize_grads(False)  # no zeros the size of k for the gradient of k' that nobody asks for
     ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, o, lse)
 
 
@@ -398,11 +396,6 @@ def _backward(ctx, do, _dk, _dlse):
 
 
 rotary_attention_op.register_autograd(_backward, setup_context=_save)
-
-
-@functools.cache
-def _warn_head_size(E):
-    warnings.warn(f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; the PyTorch reference runs instead")
 
 
 def rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
@@ -416,7 +409,7 @@ def rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     check("rotary_attention", k_TGE.shape == v_TGE.shape == (T, G, E) and H % G == 0, f"{shapes}; want [T, H, E] and twice [T, G, E], G dividing H")
     check("rotary_attention", cos_TC.shape == sin_TC.shape == (T, E // 2), f"{shapes}; want cos and sin [T, E / 2]")
     if on_gpu(q_THE) and E not in HEAD_SIZES:
-        _warn_head_size(E)
+        warn_once(f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; the PyTorch reference runs instead")
     if not on_gpu(q_THE) or E not in HEAD_SIZES:
         return rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)
     check("rotary_attention", q_THE.dtype == k_TGE.dtype == v_TGE.dtype, "q, k and v differ in dtype")

@@ -62,7 +62,7 @@ def compare(names, dtype, kernel, plain, exact, inputs, upstream, scales={}):
 def rms_norm(m, dtype, T, D, residual=True, strided=False, seed=0, device="cpu"):
     x, r = (fresh((T, D), dtype, seed + i, device, strided) for i in (0, 1))
     w = fresh((D,), dtype, seed + 2, device, strided)
-    upstream = [fresh((T, D), dtype, seed + 3 + i, device) for i in range(1 + residual)]
+    upstream = [fresh((T, D), dtype, seed + 3 + i, device, strided) for i in range(1 + residual)]
     norm64 = lambda h, w: w * h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     if residual:
         names, inputs = ("y", "h", "dx", "dw", "dresidual"), (x, w, r)
@@ -77,7 +77,7 @@ def rms_norm(m, dtype, T, D, residual=True, strided=False, seed=0, device="cpu")
 def swiglu(m, dtype, T, F, strided=False, seed=0, device="cpu"):
     inputs = [fresh((T, F), dtype, seed + i, device, strided, scale=3.0) for i in (0, 1)]
     exact = lambda g, u: g / (1 + (-g).exp()) * u
-    return compare(("y", "dgate", "dup"), dtype, m.swiglu, m.swiglu_ref, exact, inputs, [fresh((T, F), dtype, seed + 2, device)])
+    return compare(("y", "dgate", "dup"), dtype, m.swiglu, m.swiglu_ref, exact, inputs, [fresh((T, F), dtype, seed + 2, device, strided)])
 
 
 def packing(lengths, padding, E, device="cpu"):
@@ -106,7 +106,9 @@ def attention64(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
 def rotary_attention(m, dtype, lengths, padding, H, G, E, strided=False, seed=0, device="cpu"):
     T, *tables = packing(lengths, padding, E, device)
     q, k, v = (fresh((T, heads, E), dtype, seed + i, device, strided) for i, heads in enumerate((H, G, G)))
-    do = fresh((T, H, E), dtype, seed + 3, device)
+    do = fresh((T, H, E), dtype, seed + 3, device, strided)
+    if strided:
+        tables = [torch.stack([x, x], -1)[..., 0] for x in tables]
     scales = {}
     if max(lengths, default=1) == 1:  # one key: p = 1 and ds = dp - delta = 0, the difference of two equal numbers
         dp = (do.double() * v.double().repeat_interleave(H // G, 1)).sum(-1, keepdim=True) / E**0.5
@@ -153,14 +155,18 @@ def linear_cross_entropy(m, dtype, T, D, V, weights=None, chunk_rows=None, upstr
     grads64 = torch.autograd.grad(loss64, ref, torch.tensor(upstream, dtype=torch.double, device=device))
     results = []
     keep = m.CHUNK_BYTES
-    for f in (m.linear_cross_entropy, m.linear_cross_entropy_ref):
+    again = [m.linear_cross_entropy] * hidden.is_cuda  # twice on a GPU: the same bits, also in the mode that training runs in
+    for f in (m.linear_cross_entropy, m.linear_cross_entropy_ref, *again):
+        torch.use_deterministic_algorithms(len(results) < 2)
         if chunk_rows:
             m.CHUNK_BYTES = dict.fromkeys(keep, chunk_rows * (-(-V // 64) * 64) * dtype.itemsize)
         inputs = [x.detach().requires_grad_() for x in (hidden, weight)]
         loss, nll, correct = f(*inputs, labels, weights)
         m.CHUNK_BYTES = keep
         results.append((loss, nll, correct, *torch.autograd.grad(loss, inputs, torch.tensor(upstream, device=device))))
-    ours, plain = results
+    torch.use_deterministic_algorithms(True)
+    ours, plain = results[:2]
+    assert all(torch.equal(a, b) for more in results[2:] for a, b in zip(ours, more)), "the same inputs gave other bits"
     assert all(x.isfinite().all() for x in ours), "not finite"
     assert (ours[1][~rows] == 0).all() and (ours[3][~rows] == 0).all(), "a row without a weight has a loss or a gradient"
     assert torch.equal(ours[2], plain[2]) or dtype == torch.bfloat16 and (ours[2] != plain[2]).sum() <= 1, "correct differs"

@@ -2,9 +2,10 @@
 
 The stock interpreter (3.6, 3.7) runs a kernel on CPU tensors, faithfully in fp32 and fp16. What it lets pass or gets wrong:
     bf16          fp32 -> bf16 truncates; tl.dot multiplies bit patterns; so does any arithmetic. Here: rounds to nearest
-                  even; the dot is of values; other arithmetic on bf16 is refused (cast to fp32 first).
+                  even; the dot is of values; other arithmetic, sums and scans on bf16 are refused (cast to fp32 first).
     addresses     loads and stores outside every tensor argument go through. Here: OutOfBounds.
-    races         two programs may store to one address. Here: Race; also one program twice in one tl.store.
+    races         two programs may store to one address. Here: Race; also one program twice in one tl.store, and any atomic.
+                  (A program that loads what another stores is not seen.)
     int32         products wrap silently. Here: an overflow raises.
     order         programs run in order. Here: in the order that `shuffle` seeds, when it is set.
 `only`, when set, is the list of grid positions to run: a tensor above 2^31 elements is tested at its far end, in a sparse
@@ -97,8 +98,18 @@ def _refuse_bf16(name):
 Builder.cast_impl, Builder.create_dot = cast_impl, create_dot
 for cast in ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc", "create_fp_to_fp"):
     setattr(Builder, cast, lambda self, src, dst_type, *_: self.cast_impl(src, dst_type))
-for operator in ("binary_op", "unary_op"):
+for operator in ("binary_op", "unary_op", "ternary_op", "create_fma"):
     _refuse_bf16(operator)
+_apply = interpreter.ReduceScanOpInterface.apply
+
+
+def apply(self, input):
+    if any(_is_bf16(x.handle) for x in (input if isinstance(input, tuple) else (input,))):
+        raise TypeError("a reduction or scan of bf16: cast to fp32 first")
+    return _apply(self, input)
+
+
+interpreter.ReduceScanOpInterface.apply = apply
 
 # ---- addresses and races ------------------------------------------------------------------------------------------------
 
@@ -161,6 +172,7 @@ def launch(self, *args, **kwargs):
     _written.clear()
     names = inspect.getfullargspec(self.fn).args  # num_warps and the like are not among them
     scopes = [interpreter._patch_lang(f) for f in (self.fn, tl.zeros.fn)]  # `tl` of the kernels, `core` of Triton's own library
+    scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))  # 3.6's fails on numpy 2.4
     try:
         args = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
         args = {name: arg if name in self.constexprs else convert_argument(arg) for name, arg in args.items()}

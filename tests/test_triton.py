@@ -257,7 +257,7 @@ def test_attention_beyond_2_31_elements(monkeypatch):
     norm = E**-0.5
     scale = norm * rotary_attention.LOG2E
     out = empty()
-    far_run(monkeypatch, rotary_attention._rotate_kernel, (H, T // 32 + 1), [(H - 1, T // 32, 0)], [far_k, out, far_cos, far_sin, T, H, E, 32], {}, [])
+    far_run(monkeypatch, rotary_attention._rotate_kernel, (T // 32 + 1, H), [(T // 32, H - 1, 0)], [far_k, out, far_cos, far_sin, T, H, E, 32], {}, [])
     assert torch.equal(out[T // 32 * 32 :, -1], rotated[T // 32 * 32 - T :, -1])
     out, far_lse = empty(), strict.far((H, T), torch.float32)
     args = [far_q, far_rotated, far_v, far_cos, far_sin, cu_seqlens, plan, out, far_lse, scale, T, N]
@@ -287,13 +287,15 @@ def _bad_kernel(x, y, n, what: tl.constexpr):
         tl.store(y + tl.arange(0, 2) // 2, 1.0)
     if what == "bf16":
         tl.store(y + i, tl.load(x + i) * tl.load(x))
+    if what == "sum":
+        tl.store(y, tl.sum(tl.load(x + tl.arange(0, 4)), 0))
     if what == "overflow":
         tl.store(y + i, tl.load(x + i * 2**30 * n))
 
 
-@pytest.mark.parametrize("what, error", [("bounds", "OutOfBounds"), ("race", "Race"), ("twice", "Race"), ("bf16", "TypeError"), ("overflow", "AssertionError")])
+@pytest.mark.parametrize("what, error", [("bounds", "OutOfBounds"), ("race", "Race"), ("twice", "Race"), ("bf16", "TypeError"), ("sum", "TypeError"), ("overflow", "AssertionError")])
 def test_the_strict_interpreter_sees(what, error):
-    x = torch.ones(4, dtype=torch.bfloat16 if what == "bf16" else torch.float32)
+    x = torch.ones(4, dtype=torch.bfloat16 if what in ("bf16", "sum") else torch.float32)
     with pytest.raises(Exception) as caught:
         _bad_kernel[(4,)](x, torch.zeros(4), 4, what)
     assert type(caught.value).__name__ == error, caught.value
@@ -454,10 +456,25 @@ import torch, triton, triton.language as tl
 from kernels import compile as aot
 
 @triton.jit
-def bad(x, y, n, stride, B: tl.constexpr):
-    o = tl.program_id(0) * stride + tl.arange(0, B)
+def loop(x, y, n, stride, B: tl.constexpr):
+    o = tl.arange(0, B)
     for i in range(n):
         o += i * stride
+    tl.store(y + tl.arange(0, B), tl.load(x + o, mask=o < n, other=0.0))
+
+@triton.jit
+def branch(x, y, n, stride, B: tl.constexpr):
+    o = 0
+    if n > 5:
+        o = n * stride
+    for i in range(n):
+        tl.store(y + i, tl.load(x + o + tl.arange(0, B)).to(tl.float32).sum() + i)
+
+@triton.jit
+def fine(x, y, n, stride, B: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, B)
+    for i in range(n * stride):
+        o += i
     tl.store(y + tl.arange(0, B), tl.load(x + o, mask=o < n, other=0.0))
 
 @triton.jit
@@ -467,7 +484,8 @@ def tf32(x, y, B: tl.constexpr):
     tl.store(y + o, tl.dot(b, b, input_precision="tf32"))
 
 x = torch.ones(32, 32)
-for name, dtype, f in (("bad", "fp32", lambda d: bad[(1,)](x, x, 9, 33, 32)), ("tf32", "fp32", lambda d: tf32[(1,)](x, x, 32)), ("spill", "bf16", None)):
+for name, dtype, f in (("loop", "fp32", lambda d: loop[(1,)](x, x, 9, 33, 32)), ("branch", "fp32", lambda d: branch[(1,)](x, x, 9, 33, 32)),
+                       ("fine", "fp32", lambda d: fine[(1,)](x, x, 9, 33, 32)), ("tf32", "fp32", lambda d: tf32[(1,)](x, x, 32)), ("spill", "bf16", None)):
     if f is None:
         aot.rotary_attention.LAUNCH["sm_90"] = ((128, 64, 4, 2),) * 3
         f = lambda d: aot.attention_case(d, 128, 1, 1)
@@ -479,8 +497,9 @@ for name, dtype, f in (("bad", "fp32", lambda d: bad[(1,)](x, x, 9, 33, 32)), ("
 def test_the_report_fails_what_it_should(tmp_path):
     (tmp_path / "probe.py").write_text(PROBE.format(root=str(ROOT)))
     out, _ = call(tmp_path / "probe.py")
-    bad, tf32, spill = out.splitlines()
-    assert "32-bit product reaches an address" in bad and "plain TF32" in tf32 and " spills" in spill.partition("FAILED")[2]
+    loop, branch, fine, tf32, spill = out.splitlines()
+    assert all("32-bit product reaches an address" in line for line in (loop, branch)) and fine == "fine "
+    assert "plain TF32" in tf32 and " spills" in spill.partition("FAILED")[2]
 
 
 # ---- the scripts, and the tests themselves ------------------------------------------------------------------------------
@@ -493,21 +512,23 @@ def test_bench_runs_every_case_and_times_nothing_without_a_gpu(tmp_path):
     out, _ = call("-m", "kernels.bench", "rms_norm", "--T", 64, "--D", 5120, "--out", tmp_path / "x.json")
     assert out.startswith("no CUDA GPU here: nothing was timed") and not list(tmp_path.iterdir())
     for words, remedy in ((["--T", 64], "name the kernel first"), (["swiglu", "--D", 64], "goes with rms_norm"), (["swiglu", "--T", 0], "positive"),
-                          (["rotary_attention", "--lengths", "long"], "sharegpt, short or a number"), (["layer_norm"], "choose from"), (["--show", "no.json"], "no such file")):
+                          (["rotary_attention", "--lengths", "long"], "sharegpt, short or a number"), (["rotary_attention", "--H", 3, "--G", 2], "multiple of --G"), (["layer_norm"], "choose from"), (["--show", "no.json"], "no such file")):
         assert remedy in call("-m", "kernels.bench", *words, ok=False)[1]
 
 
 def test_bench_table_renders_a_results_file(tmp_path):
     row = dict(kernel="rms_norm", shape=dict(T=4, D=8), direction="forward", implementation="ours", milliseconds=0.5, unit="bytes", rate=2e12, share=0.8, error=0.001, worse=False, peak_bytes=3e6)
-    results = dict(device="a GPU", torch="2", triton="3", command="python -m kernels.bench", ceiling=dict(bytes=2.5e12, flops=7e14), rows=[row])
+    results = dict(device="a GPU", torch="2", triton="3", command="python -m kernels.bench", absent={"Liger": "ImportError"}, ceiling=dict(bytes=2.5e12, flops=7e14), rows=[row])
     (tmp_path / "bench.json").write_text(json.dumps(results))
     out, _ = call("-m", "kernels.bench", "--show", tmp_path / "bench.json")
-    assert out.splitlines()[-1] == "| rms_norm | T=4 D=8 | forward | ours | 0.500 | 2.00 TB/s | 80% | 1.0e-03 | 3 |"
+    assert out.splitlines()[-1] == "not run: Liger (ImportError)"
+    assert out.splitlines()[-2] == "| rms_norm | T=4 D=8 | forward | ours | 0.500 | 2.00 TB/s | 80% | 1.0e-03 | 3 |"
 
 
 def survivors(jobs):
     """Mutants of the kernels that no check notices and that nobody has shown to be equivalent."""
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=mutants.interpret) as pool:
+        assert all(killer is None for _, killer in pool.map(mutants.fate, mutants.controls())), "the checks fail on the kernels themselves"
         fates = list(pool.map(mutants.fate, jobs))
     return [f"{job[0]} {what}" for job, (what, killer) in zip(jobs, fates) if killer is None and f"{job[0]} {what}" not in mutants.EQUIVALENT]
 
