@@ -8,7 +8,7 @@ from conftest import ROOT
 OUTSIDE_STDLIB = {"model", "data", "train", "sample", "checkpoint", "kernels", "paper", "torch", "triton", "numpy", "sentencepiece", "safetensors",
                "tqdm", "transformers", "matplotlib"}
 MAY = {  # our modules and packages that a file may import
-    "kernels/": {"torch", "triton"},
+    "kernels/": {"torch", "triton", "kernels", "matplotlib"},
     "model.py": {"torch", "safetensors", "kernels"},
     "data.py": {"numpy", "torch", "sentencepiece", "safetensors", "tqdm", "matplotlib"},
     "checkpoint.py": {"torch"},
@@ -37,6 +37,15 @@ def test_rooms(room):
             if room in ("model.py", "data.py", "sample.py", "kernels/"):
                 assert not name.startswith("torch.distributed"), f"{path.name} imports {name}"
     assert not list(ROOT.glob("utils.py"))
+
+
+def test_no_kernel_imports_another():
+    """Only bench.py and compile.py know all four; the others take their few helpers from the package itself."""
+    for path in ROOT.glob("kernels/*.py"):
+        if path.name not in ("bench.py", "compile.py"):
+            assert not [name for name in imports(path) if name.startswith("kernels.") or name == "matplotlib"], path
+            assert all({a.name for a in node.names}.isdisjoint(("rms_norm", "swiglu", "rotary_attention", "cross_entropy"))
+                       for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)), path
 
 
 def test_no_stray_names():
