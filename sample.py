@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, Message, Tokenizer, pack, parse, parse_args, read_rows, run, tokenize_prompt
+from data import BASELINES, PROMPTS, Message, Tokenizer, pack, parse, parse_args, read_rows, run, tokenize_prompt
 from model import KVCache, load_model, read_config, read_json
 
 
@@ -58,8 +59,8 @@ class Speaker:
         if meta is None and not (condition or template):
             raise ValueError(f"{folder}: no crlft.json, so no default prompt; say --condition NAME or --template NAME")
         self.template = template or (meta["template"] if meta else "before_speaker")
-        if self.template not in (*TEMPLATES, "base"):
-            raise ValueError(f"--template {self.template!r} is not one of {', '.join(TEMPLATES)}, base")
+        if self.template not in PROMPTS:
+            raise ValueError(f"--template {self.template!r} is not one of {', '.join(PROMPTS)}")
         names = [c["name"] for c in meta["classes"]] if meta else []
         conditions = {c[key]: c["condition"] for key in ("condition", "name") for c in meta["classes"]} if meta else {}
         if condition and meta and condition not in conditions:
@@ -84,7 +85,8 @@ class Speaker:
         return [ids[0], *ids[1 - max(self.context // 2, self.context - max_new) :]]  # half of it is the prompt's at least
 
     def text(self, ids):
-        return self.tokenizer.decode(ids)
+        text, stop = self.tokenizer.decode(ids), self.template in BASELINES and BASELINES[self.template].stop
+        return text.split(stop)[0].rstrip() if stop else text
 
     def generate(self, prompts, config):
         """Yield, a step at a time, the next token id of each of B prompts (lists of ids), None once its answer has ended.
@@ -114,17 +116,22 @@ class Speaker:
         answers = [[ids[b] for ids in steps if ids[b] is not None] for b in range(len(prompts))]
         return [(ids[:-1], "stop") if ids[-1] in self.stops else (ids, "length") for ids in answers]
 
-    def answer_all(self, prompts, config):
-        """`answer` for any number of prompts, in batches of like length, with a progress bar."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers = [None] * len(prompts)
+    def answer_each(self, prompts, config):
+        """Yield (index, (ids, finish)) for any number of prompts, in batches of like length, with a progress bar and tokens/s."""
+        order, tokens, began = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), 0, time.monotonic()
         with tqdm(total=len(prompts), unit=" prompts", disable=None) as bar:
             for start in range(0, len(order), config.batch):
                 rows = order[start : start + config.batch]
-                for i, one in zip(rows, self.answer([prompts[i] for i in rows], config)):
-                    answers[i] = one
+                answers = self.answer([prompts[i] for i in rows], config)
+                tokens += sum(len(ids) for ids, _ in answers)
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
                 bar.update(len(rows))
-        return answers
+                yield from zip(rows, answers)
+
+    def answer_all(self, prompts, config):
+        """[(ids, finish)] of any number of prompts, in their order."""
+        answers = dict(self.answer_each(prompts, config))
+        return [answers[i] for i in range(len(prompts))]
 
 
 def choose(logits_BV, config, generator):

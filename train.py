@@ -9,6 +9,7 @@ The method is `train_step`: the sum of w * nll over the step's micro-batches, di
 Around it: FSDP2, AdamW, a cosine, a log line, and checkpoint.py. Run the same command again to resume.
 """
 
+import base64
 import dataclasses
 import hashlib
 import itertools
@@ -494,7 +495,8 @@ def write_export(folder, model, model_config, data, dtype):
         generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eot, tokenizer.eos]}
         for name, content in (("config.json", config_json(model_config, dtype, tokenizer.bos, tokenizer.eos)), ("generation_config.json", generation)):
             (folder / name).write_text(json.dumps(content, indent=1))
-        write_tokenizer(folder, tokenizer, data.meta)
+        prompts = np.unique(data.group).astype(np.uint32)  # first user messages by 32 bits of their hash: evaluate.py asks what was trained on
+        write_tokenizer(folder, tokenizer, data.meta | {"prompts": base64.b64encode(prompts.tobytes()).decode()})
         write_manifest(folder)
         check_manifest(folder)
     checkpoint.barrier()

@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-OUTSIDE_STDLIB = {"model", "data", "train", "sample", "checkpoint", "kernels", "paper", "torch", "triton", "numpy", "sentencepiece", "safetensors",
+OUTSIDE_STDLIB = {"model", "data", "train", "sample", "evaluate", "checkpoint", "kernels", "paper", "torch", "triton", "numpy", "sentencepiece", "safetensors",
                "tqdm", "transformers", "matplotlib"}
 MAY = {  # our modules and packages that a file may import
     "kernels/": {"torch", "triton", "kernels", "matplotlib"},
@@ -14,6 +14,7 @@ MAY = {  # our modules and packages that a file may import
     "checkpoint.py": {"torch"},
     "train.py": {"model", "data", "checkpoint", "torch", "numpy", "safetensors", "tqdm", "matplotlib"},
     "sample.py": {"model", "data", "torch", "numpy", "tqdm"},
+    "evaluate.py": {"data", "sample", "numpy", "matplotlib"},
     "paper/": {"model", "data", "sample", "kernels", "paper", "torch", "numpy", "sentencepiece"},
 }
 

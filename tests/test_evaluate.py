@@ -1,0 +1,317 @@
+"""evaluate.py: the official rules item by item, a tiny model through every subcommand, batches that went wrong, win rates by counting."""
+
+import hashlib
+import json
+
+import evaluate
+import pytest
+import torch
+from conftest import ROOT, call, refused
+from evaluate import TABLE_5, TASKS, agieval_letter, agieval_prompt, main, rating, winner
+
+from data import Message, Tokenizer, tokenize_prompt
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- rules --------------------------------------------------------------------------------------------------------------
+
+
+def test_agieval_prompts_of_each_kind():
+    item = {"passage": None, "question": "1 + 1?", "options": ["(A)1", "(B)2", "(C)3", "(D)4", "(E)5"]}
+    assert agieval_prompt(item) == "Q: 1 + 1? Answer Choices: (A)1 (B)2 (C)3 (D)4 (E)5\nA: Among A through E, the answer is"
+    item = {"passage": "It rains.", "question": "Wet?", "options": ["(A)yes", "(B)no", "(C)maybe", "(D)never"]}
+    assert agieval_prompt(item) == "It rains.Q: Wet? Answer Choices: (A)yes (B)no (C)maybe (D)never\nA: Among A through D, the answer is"
+
+
+HASHES = {  # first eight hex digits of the prompt's sha256: the first, a middle and the last item of each task
+    "aqua-rat": "b6535ff8 d80998e8 52aa2b30",
+    "logiqa-en": "37f0eea4 0a5971a5 b212de50",
+    "lsat-ar": "3b050fda e9738295 2672235c",
+    "lsat-lr": "078efe94 6a1d07a4 f859c6c8",
+    "lsat-rc": "13725cd0 7c992fb7 f5902747",
+    "sat-en-without-passage": "aa388d77 d156c71a a365f031",
+    "sat-en": "e2dbe008 48c64bc8 da4d195d",
+    "sat-math": "7d627ba8 c9684985 34d594bf",
+}
+
+
+def test_all_official_items_are_rendered(assets, tmp_path):
+    call("evaluate.py", "agieval", "--data", assets / "agieval", "--out", tmp_path / "prompts.jsonl", "--prompts_only")
+    rows = lines(tmp_path / "prompts.jsonl")
+    assert len(rows) == 2546 and [sum(row["task"] == task for row in rows) for task in TASKS] == list(TASKS.values())
+    assert {row["label"] for row in rows} == set("ABCDE") and all(row.keys() == {"task", "index", "prompt", "label"} for row in rows)
+    five = {task: sum("Among A through E," in row["prompt"] for row in rows if row["task"] == task) for task in TASKS}
+    assert five == {task: n if task.startswith(("aqua", "lsat")) else 0 for task, n in TASKS.items()}
+    digest = lambda row: hashlib.sha256(row["prompt"].encode()).hexdigest()[:8]
+    for task, n in TASKS.items():
+        mine = [row for row in rows if row["task"] == task]
+        assert [row["index"] for row in mine] == list(range(n))
+        assert " ".join(digest(mine[i]) for i in (0, n // 2, n - 1)) == HASHES[task]
+
+
+def test_the_leftmost_letter_of_a_to_f_counts():
+    for response, letter in ((" (B) because A", "B"), ("The answer is C.", "C"), ("An apple: D", "A"), ("none of these", None), ("", None), ("G then F", "F"), ("b) 2", None)):
+        assert agieval_letter(response) == letter
+
+
+def test_table_5_s_averages_are_over_items():
+    for cells in TABLE_5.values():
+        correct = sum(round(share * n / 100) for share, n in zip(cells, TASKS.values()))
+        assert round(100 * correct / 2546, 1) == cells[-1]
+    assert sum(round(share * n / 100) for share, n in zip(TABLE_5["openchat-13b"], TASKS.values())) == 928
+
+
+def test_intervals_are_wilson_s():
+    low, high = evaluate.interval(928, 2546)
+    assert abs(low - 0.3460) < 1e-4 and abs(high - 0.3834) < 1e-4  # statsmodels' proportion_confint(928, 2546, method="wilson")
+
+
+def test_verdicts():
+    assert [rating(t) for t in ("Rating: [[7]]", "[5] but [[8.5]]", "so [6]", "ten", "[[x]]")] == [7, 8.5, 6, -1, -1]
+    assert [winner("I say [[A]]", game) for game in (1, 2)] == ["model_1", "model_2"]
+    assert [winner("I say [[B]]", game) for game in (1, 2)] == ["model_2", "model_1"]
+    assert winner("[[C]]", 1) == "tie" and winner("A wins", 1) == "error"
+
+
+CONVERSATION = [Message("user", "Hi </s>"), Message("assistant", "Hello!"), Message("user", "How are {text} you?")]
+SPELLED = {  # as the labs' own code writes it; `</s>` typed by the user stays text
+    "vicuna": ["A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. "
+               "USER: Hi </s> ASSISTANT: Hello!", 2, "USER: How are {text} you? ASSISTANT:"],
+    "llama-2-chat": ["[INST] Hi </s> [/INST] Hello! ", 2, 1, "[INST] How are {text} you? [/INST]"],
+    "guanaco": ["A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions.\n"
+                "### Human: Hi </s>\n### Assistant: Hello!\n### Human: How are {text} you?\n### Assistant:"],
+    "ultralm": ["User: Hi </s>", 2, "\nAssistant: Hello!", 2, "\nUser: How are {text} you?", 2, "\nAssistant:"],
+}
+
+
+@pytest.mark.parametrize("template", SPELLED)
+def test_templates_of_the_baselines(template, llama_tokenizer):
+    ids = [1]
+    for part in SPELLED[template]:
+        ids += [part] if isinstance(part, int) else llama_tokenizer.encode(part)
+    assert tokenize_prompt(CONVERSATION, llama_tokenizer, template, None) == ids
+
+
+def test_templates_against_transformers(llama_tokenizer, assets):
+    """What their own tokenizer makes of the spelled text."""
+    from transformers import LlamaTokenizer
+
+    theirs = LlamaTokenizer(str(assets / "llama2" / "tokenizer.model"), legacy=True)
+    plain = [Message("user", "Hi"), Message("assistant", "Hello!"), Message("user", "How are you?")]
+    for template, text in (("llama-2-chat", "[INST] Hi [/INST] Hello! </s><s>[INST] How are you? [/INST]"), ("ultralm", "User: Hi</s>\nAssistant: Hello!</s>\nUser: How are you?</s>\nAssistant:")):
+        assert tokenize_prompt(plain, llama_tokenizer, template, None) == theirs(text).input_ids
+    system = tokenize_prompt(plain[:1], llama_tokenizer, "llama-2-chat", None, "Be brief.")
+    assert system == theirs("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]").input_ids
+    assert tokenize_prompt(plain, llama_tokenizer, "openchat", None) == tokenize_prompt(plain, llama_tokenizer, "before_speaker", "GPT4")
+    with pytest.raises(ValueError, match="no place for a system text"):
+        tokenize_prompt(plain, llama_tokenizer, "ultralm", None, "Be brief.")
+
+
+# ---- a tiny model through every subcommand ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exam(tmp_path):
+    """Eight small task files."""
+    for task in TASKS:
+        write(tmp_path / f"{task}.jsonl", [{"passage": None, "question": f"{q}?", "options": ["(A)a", "(B)b"], "label": "A"} for q in "xyz"])
+    return tmp_path
+
+
+def test_agieval_answers_resumes_and_rescoring_needs_no_model(toy_run, exam, capsys):
+    out = exam / "out.jsonl"
+    words = "agieval", str(toy_run / "hf"), "--data", str(exam), "--out", str(out), "--max_new", "4"
+    main(words)
+    first, table = lines(out), capsys.readouterr()
+    assert len(first) == 24 and "| average over items | 24 |" in table.out and "the official file has 254" in table.err
+    correct = sum(row["letter"] == "A" for row in first)
+    assert all(row["letter"] == agieval_letter(row["response"]) for row in first) and f"| {correct / 24:.1%} |" in table.out
+    text = out.read_bytes()
+    out.write_bytes(text[: len(text) // 2])  # killed in the middle of a line
+    main(words)
+    assert sorted(lines(out), key=str) == sorted(first, key=str)
+    message = refused(main, *words[:-1], 5)
+    assert "in another way" in message and lines(out) and len(lines(out)) == 24
+    assert "no such file" in refused(main, "agieval", toy_run / "hf", "--data", exam / "no", "--out", out)
+    assert "give one model directory" in refused(main, "agieval", "--data", exam, "--out", exam / "x.jsonl")
+
+
+def test_long_prompts_lose_their_beginning_and_are_counted(toy_run, exam, capsys):
+    write(exam / "sat-en.jsonl", [{"passage": "long " * 300, "question": "?", "options": ["(A)a", "(B)b"], "label": "A"}])
+    main(["agieval", str(toy_run / "hf"), "--data", str(exam), "--out", str(exam / "o.jsonl"), "--max_new", "3"])
+    assert "1 prompts cut on the left" in capsys.readouterr().out
+
+
+QUESTIONS = [{"question_id": 81, "category": "writing", "turns": ["sort c a b", "copy a"]}, {"question_id": 111, "category": "math", "turns": ["copy a b", "reverse a b"]}]
+
+
+@pytest.fixture
+def answered(toy_run, tmp_path):
+    """(question file, answers of model `one`, answers of model `two`)."""
+    questions = write(tmp_path / "question.jsonl", QUESTIONS)
+    for name, seed in (("one", 0), ("two", 1)):
+        main(["answers", str(toy_run), "--bench", "mt", "--questions", str(questions), "--out", str(tmp_path / f"{name}.jsonl"), "--name", name, "--seed", str(seed), "--max_new", "8"])
+    return questions, tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+
+
+def test_answers_have_two_turns_and_the_category_s_temperature(answered, toy_run, monkeypatch):
+    rows = lines(answered[1])
+    assert [row["question_id"] for row in rows] == [81, 111] and all(row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"} for row in rows)
+    assert all(len(row["choices"][0]["turns"]) == 2 and row["choices"][0]["index"] == 0 for row in rows)
+    asked = []
+    real = evaluate.Speaker.answer_each
+    monkeypatch.setattr(evaluate.Speaker, "answer_each", lambda self, prompts, config: asked.append((config.temperature, [self.text(p) for p in prompts])) or real(self, prompts, config))
+    main(["answers", str(toy_run), "--bench", "mt", "--questions", str(answered[0]), "--out", str(answered[1]), "--max_new", "8"])
+    assert [heat for heat, _ in asked] == [0.0, 0.7, 0.0, 0.7]
+    second = lines(answered[1])[1]["choices"][0]["turns"]
+    assert second[0] in asked[2][1][0] and "reverse a b" in asked[2][1][0], "the second turn sees the first"
+    assert evaluate.TEMPERATURE["stem"] == evaluate.TEMPERATURE["humanities"] == 0.1 and len(evaluate.TEMPERATURE) == 8
+
+
+def test_alpaca_answers_and_the_warning_about_its_own_training_data(toy_run, toy, tmp_path, capsys):
+    prompt = json.loads((toy / "train.jsonl").read_text().splitlines()[0])["conversations"][0]["value"]
+    questions = tmp_path / "alpaca.json"
+    questions.write_text(json.dumps([{"dataset": "helpful_base", "instruction": prompt}, {"dataset": "koala", "instruction": "never seen"}]))
+    main(["answers", str(toy_run / "hf"), "--bench", "alpaca", "--questions", str(questions), "--out", str(tmp_path / "out.json"), "--max_new", "8"])
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["dataset"] for row in rows] == ["helpful_base", "koala"] and all(row.keys() == {"dataset", "instruction", "output", "generator"} for row in rows)
+    assert "1 of the 2 questions are prompts that this model was trained on" in capsys.readouterr().err
+    assert "alpaca|mt|vicuna" in refused(main, "answers", toy_run, "--bench", "arena", "--questions", questions, "--out", tmp_path / "x")
+    assert "no 'turns'" in refused(main, "answers", toy_run, "--bench", "mt", "--questions", questions, "--out", tmp_path / "x")
+
+
+def reply(key, text, status=200, error=None):
+    body = {"choices": [{"message": {"role": "assistant", "content": text}}]} if status == 200 else {"error": {"message": "later"}}
+    return {"id": "b1", "custom_id": key, "response": {"status_code": status, "request_id": "r", "body": body}, "error": error}
+
+
+def test_single_grading_survives_a_batch_with_every_fault(answered, tmp_path, capsys):
+    questions, one, _ = answered
+    requests = tmp_path / "requests.jsonl"
+    main(["judge", str(one), "--mode", "single", "--questions", str(questions), "--out", str(requests)])
+    asked = lines(requests)
+    assert len(asked) == 4 and all(row["method"] == "POST" and row["url"] == "/v1/chat/completions" and row["body"]["model"] == "gpt-4" for row in asked)
+    said = lines(one)[0]["choices"][0]["turns"]
+    assert f"[The Start of Assistant's Answer]\n{said[0]}\n[The End" in asked[0]["body"]["messages"][1]["content"]
+    assert all(text in asked[1]["body"]["messages"][1]["content"] for text in ("sort c a b", "copy a", *said))
+    keys = [row["custom_id"] for row in asked]
+    batch = tmp_path / "batch.jsonl"
+    batch.write_text("\n".join([
+        json.dumps(reply(keys[0], "Good. Rating: [[7]]")), json.dumps(reply(keys[0], "Rating: [[1]]")), json.dumps(reply(keys[1], "", 429)),
+        json.dumps(reply(keys[2], "I can't say.")), json.dumps(reply(keys[3], "", 500) | {"error": {"code": "x"}}), json.dumps(reply("[\"other\"]", "[[3]]")),
+        "{not json", json.dumps(reply(keys[1], "Rating: [[4]]"))[:-20],
+    ]))
+    out = tmp_path / "judgments.jsonl"
+    capsys.readouterr()
+    main(["judge", str(batch), "--requests", str(requests), "--out", str(out)])
+    text = capsys.readouterr().out
+    assert "2 of 4 requests answered" in text and "2 failed, 2 malformed, 1 doubled, 1 foreign, 1 unparsed; 2 to be asked again" in text
+    assert [(row["question_id"], row["turn"], row["model"], row["score"]) for row in lines(out)] == [(81, 1, "one", 7.0), (111, 1, "one", -1)]
+    retry = tmp_path / "judgments.jsonl.retry.jsonl"
+    assert lines(retry) == [asked[1], asked[3]]
+    second = write(tmp_path / "batch2.jsonl", [reply(row["custom_id"], "[[9]]") for row in lines(retry)])
+    main(["judge", str(batch), str(second), "--requests", str(requests), "--out", str(out)])
+    assert [row["score"] for row in lines(out)] == [7.0, -1, 9.0, 9.0] and not retry.exists()
+    main(["report", str(out)])  # a score of -1 is left out, as show_result does
+    assert "| one | 7.00 | 9.00 | 8.33 |" in capsys.readouterr().out
+
+
+def test_pairs_are_asked_in_both_orders(answered, tmp_path, capsys):
+    questions, one, two = answered
+    requests, out = tmp_path / "requests.jsonl", tmp_path / "judgments.jsonl"
+    main(["judge", str(one), "--mode", "pair", "--questions", str(questions), "--baseline", str(two), "--out", str(requests)])
+    asked = lines(requests)
+    assert len(asked) == 8
+    a, b = (lines(path)[0]["choices"][0]["turns"][0] for path in (one, two))
+    for row, first, second in ((asked[0], a, b), (asked[1], b, a)):
+        assert f"Assistant A's Answer]\n{first}\n" in row["body"]["messages"][1]["content"] and f"Assistant B's Answer]\n{second}\n" in row["body"]["messages"][1]["content"]
+    verdicts = ["[[A]]", "[[B]]", "[[A]]", "[[A]]", "[[B]]", "[[A]]", "[[C]]", "[[C]]"]  # one wins; the orders disagree; two wins; both tie
+    batch = write(tmp_path / "batch.jsonl", [reply(row["custom_id"], v) for row, v in zip(asked, verdicts)])
+    main(["judge", str(batch), "--requests", str(requests), "--out", str(out)])
+    assert [(row["g1_winner"], row["g2_winner"]) for row in lines(out)] == [("model_1", "model_1"), ("model_1", "model_2"), ("model_2", "model_2"), ("tie", "tie")]
+    capsys.readouterr()
+    main(["report", str(out), "--baseline", "two"])
+    assert "50.0% (1 won, 1 lost, 2 tied)" in capsys.readouterr().out
+    lonely = write(tmp_path / "half.jsonl", lines(batch)[1:])  # the first game of a pair is missing: asked again, the second kept
+    main(["judge", str(lonely), "--requests", str(requests), "--out", str(out)])
+    assert len(lines(out)) == 3 and lines(tmp_path / "judgments.jsonl.retry.jsonl") == asked[:1]
+    assert "--baseline FILE" in refused(main, "judge", one, "--mode", "pair", "--questions", questions, "--out", out)
+    write(one, lines(one)[:1])
+    assert "no whole answer to question 111" in refused(main, "judge", one, "--mode", "single", "--questions", questions, "--out", out)
+
+
+def test_conversation_scoring_goes_turn_by_turn_in_context(tmp_path, capsys):
+    chat = lambda model, *texts: {"model": model, "conversations": [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]}
+    chats = write(tmp_path / "chats.jsonl", [chat("GPT-4", "q1", "r1", "q2", "r2"), chat("GPT-4", "q3", "r3"), chat("GPT-3.5", "q4", "r4 {context}")])
+    requests, out = tmp_path / "requests.jsonl", tmp_path / "scores.jsonl"
+    main(["judge", str(chats), "--mode", "conversation", "--out", str(requests)])
+    asked = lines(requests)
+    texts = [row["body"]["messages"][0]["content"] for row in asked]
+    assert len(asked) == 4 and "[Conversation]\nUser: q1\n\nAssistant: r1\n\nUser: q2\n\n[The Start of Assistant's Response]\nr2\n" in "".join(texts)
+    assert any("r4 {context}" in text for text in texts)
+    batch = write(tmp_path / "b.jsonl", [reply(row["custom_id"], f"Rating: [[{9 if 'r1' in t.partition('Response]')[2] else 6}]]") for row, t in zip(asked, texts)])
+    main(["judge", str(batch), "--requests", str(requests), "--out", str(out)])
+    capsys.readouterr()
+    main(["report", str(out)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["GPT-4", "2", "6.75"] == rows[3][:3] and rows[3][3:] == ["0"] * 5 + ["1", "0", "1", "0", "0"]  # 6 and the mean of 9 and 6, 7.5
+    assert ["GPT-3.5", "1", "6.00"] == rows[2][:3]
+    main(["judge", str(chats), "--mode", "conversation", "--count", "1", "--out", str(requests)])
+    assert 2 <= len(lines(requests)) <= 3
+
+
+def test_report_counts_win_rates_and_averages_the_three(tmp_path, capsys):
+    pair = lambda q, g1, g2, m1="m", m2="gpt-3.5-turbo": {"question_id": q, "model_1": m1, "model_2": m2, "g1_winner": g1, "g2_winner": g2, "judge": ["gpt-4", "pair-v2"], "turn": 1}
+    mt = [pair(81, "model_1", "model_1"), pair(82, "model_1", "tie"), pair(83, "tie", "tie"), pair(84, "error", "model_2"), pair(85, "model_2", "model_2", "gpt-3.5-turbo", "m")]
+    vicuna = [pair(1, "model_2", "model_2"), pair(2, "model_1", "model_1")]  # 2 wins, 2 ties: 75%; 1 win, 1 loss: 50%
+    alpaca = [{"instruction": f"i{i}", "generator_1": "text_davinci_003", "generator_2": "m", "preference": p, "annotator": "alpaca_eval_gpt"} for i, p in enumerate((2, 2, 1.5, 1, None))]
+    (tmp_path / "a.json").write_text(json.dumps(alpaca))
+    files = write(tmp_path / "mt.jsonl", mt), write(tmp_path / "v.jsonl", vicuna), tmp_path / "a.json"
+    main(["report", *map(str, files)])
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:-1]]
+    assert cells == ["m", "62.5% (2 won, 1 lost, 1 tied)", "75.0% (2 won, 0 lost, 2 tied)", "50.0% (1 won, 1 lost, 0 tied)", "62.5%"]
+    assert "not a judgment" in refused(main, "report", write(tmp_path / "x.jsonl", [{"a": 1}]))
+
+
+def test_correlation_of_judges(tmp_path, capsys):
+    rows = [{"question_id": q, "model": "m", "judge": [judge, "single-v1"], "score": s, "turn": 1} for judge, scores in (("gpt-4", (1, 2, 3, 5)), ("claude-2", (2, 4, 5, 9))) for q, s in zip(range(81, 85), scores)]
+    main(["report", str(write(tmp_path / "j.jsonl", rows)), "--png", str(tmp_path / "s.png")])
+    r = torch.corrcoef(torch.tensor([[1.0, 2, 3, 5], [2, 4, 5, 9]]))[0, 1].item()
+    assert f"claude-2 and gpt-4 (Fig. 8, 9): Pearson r = {r:.2f} over 4 common judgments" in capsys.readouterr().out and (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_the_paper_s_cases_can_be_asked(toy_run, tmp_path):
+    call("sample.py", toy_run, "--input", ROOT / "paper" / "cases.jsonl", "--output", tmp_path / "out.jsonl", "--max_new", 4, "--truncate_left")
+    assert [row["case"][:7] for row in lines(tmp_path / "out.jsonl")] == ["Table 7", "Table 7", "Table 8", "Table 9"]
+
+
+@pytest.mark.long
+def test_greedy_answers_to_agieval_are_transformers_own(assets, tmp_path):
+    """50 official prompts, `small` on the real tokenizer, 24 tokens, wherever the two best logits are more than 1e-3 apart."""
+    from sample import SampleConfig, Speaker
+    from transformers import AutoModelForCausalLM
+
+    call("data.py", "prepare", assets / "conversations" / "sharegpt_format.json", "--tokenizer", assets / "llama2" / "tokenizer.model", "--out", tmp_path / "d.safetensors", "--classes", "*=GPT4:1", "--max_len", 1024)
+    call("train.py", "--data", tmp_path / "d.safetensors", "--model", "small", "--out", tmp_path / "run", "--steps", 12, "--batch_tokens", 2048)
+    speaker, theirs = Speaker(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").eval()
+    speaker.stops = ()
+    items = evaluate.agieval_items(assets / "agieval")[::51]
+    prompts = [ids for item in items if len(ids := speaker.ids([Message("user", item["prompt"])], truncate_left=True, max_new=24)) < 900][:50]
+    compared = 0
+    for batch in (1, 8):
+        for prompt, (got, _) in zip(prompts, speaker.answer_all(prompts, SampleConfig(temperature=0.0, max_new=24, batch=batch))):
+            with torch.no_grad():
+                best = theirs(torch.tensor([prompt + got])).logits[0, len(prompt) - 1 : -1].topk(2).values
+                out = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)[0, len(prompt) :]
+            clear = (best[:, 0] - best[:, 1] > 1e-3).long().cumprod(0).bool()
+            assert torch.equal(torch.tensor(got)[clear], out[clear])
+            compared += clear.sum().item()
+    assert len(prompts) == 50 and compared > 50 * 24
