@@ -71,6 +71,10 @@ class Speaker:
         if config.vocab_size < self.tokenizer.eot:
             raise ValueError(f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model")
         self.model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        if device == "cpu":  # the same matrices stored by columns: a product with one row then streams them twice as fast
+            for linear in self.model.modules():
+                if isinstance(linear, torch.nn.Linear):
+                    linear.weight.data = linear.weight.data.t().contiguous().t()
         self.context, self.cut = config.max_position_embeddings, 0  # cut: prompts that lost their beginning
         self.generator = torch.Generator(device).manual_seed(seed)  # one stream for all that this speaker says
 

@@ -32,8 +32,11 @@ EQUIVALENT = {
     _ATTENTION + "_turn: 0.0 -> 3 in `b_sin = tl.load(sin + o_c, mask=m_t[:, None], other=0.0) * way`": "masked rows are 0 before they turn, or are not stored",
     _ATTENTION + "_fwd_kernel: tl.minimum -> tl.maximum in `end = tl.minimum(first + BM, length)`": "more key tiles, all of them after every query of the block: masked",
     _ATTENTION + "_dq_kernel: tl.minimum -> tl.maximum in `end = tl.minimum(first + BM, length)`": "more key tiles, all of them after every query of the block: masked",
-    _ATTENTION + "_dkv_kernel: 0.0 -> 3 in `b_lse = tl.load(at_lse + o_m, mask=m_m, other=0.0)  # [BM]`": "rows beyond the conversation have q = do = 0",
-    _ATTENTION + "_dkv_kernel: 0.0 -> 3 in `b_delta = tl.load(at_delta + o_m, mask=m_m, other=0.0)`": "rows beyond the conversation have q = do = 0",
+    _ATTENTION + "_fwd_kernel: tl.zeros([BM], dtype=tl.float32) -> (tl.zeros([BM], dtype=tl.float32)) * 1.01 in `tl.store(lse + i_h * T + o_t, tl.zeros([BM], dtype=tl.float32), mask=m_m)`": "0 * 1.01 = 0",
+    _ATTENTION + "_dkv_kernel: length - first -> ((length) + (first)) in `tiles = tl.cdiv(length - first, BM)`": "more tiles, all beyond the conversation: q = do = 0",
+    _ATTENTION + "_dkv_kernel: length - first -> (length) in `tiles = tl.cdiv(length - first, BM)`": "more tiles, all beyond the conversation: q = do = 0",
+    _ATTENTION + "_dkv_kernel: 0.0 -> 3 in `b_lse = tl.load(lse + i_h * T + start + o_m, mask=m_m, other=0.0)  # [BM]`": "rows beyond the conversation have q = do = 0",
+    _ATTENTION + "_dkv_kernel: 0.0 -> 3 in `b_delta = tl.load(delta + i_h * T + start + o_m, mask=m_m, other=0.0)`": "rows beyond the conversation have q = do = 0",
     _ATTENTION + "_dq_kernel: 0.0 -> 3 in `b_lse = tl.load(lse + i_h * T + o_t, mask=m_m, other=0.0)  # [BM]`": "rows beyond the conversation are not stored",
     _ATTENTION + "_dq_kernel: 0.0 -> 3 in `b_delta = tl.load(delta + i_h * T + o_t, mask=m_m, other=0.0)`": "rows beyond the conversation are not stored",
 }

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import statistics
+import time
 
 import evaluate
 import pytest
@@ -293,17 +295,24 @@ def test_the_paper_s_cases_can_be_asked(toy_run, tmp_path):
     assert [row["case"][:7] for row in lines(tmp_path / "out.jsonl")] == ["Table 7", "Table 7", "Table 8", "Table 9"]
 
 
+@pytest.fixture(scope="module")
+def small_run(assets, tmp_path_factory):
+    """`small` on the real tokenizer, after a few steps."""
+    tmp_path = tmp_path_factory.mktemp("small")
+    call("data.py", "prepare", assets / "conversations" / "sharegpt_format.json", "--tokenizer", assets / "llama2" / "tokenizer.model", "--out", tmp_path / "d.safetensors", "--classes", "*=GPT4:1", "--max_len", 1024)
+    call("train.py", "--data", tmp_path / "d.safetensors", "--model", "small", "--out", tmp_path / "run", "--steps", 12, "--batch_tokens", 2048)
+    return tmp_path / "run" / "hf"
+
+
 @pytest.mark.long
-def test_greedy_answers_to_agieval_are_transformers_own(assets, tmp_path):
-    """50 official prompts, `small` on the real tokenizer, 24 tokens, wherever the two best logits are more than 1e-3 apart."""
+def test_greedy_answers_to_agieval_are_transformers_own(assets, small_run):
+    """50 official prompts, 24 tokens, wherever the two best logits are more than 1e-3 apart."""
     from sample import SampleConfig, Speaker
     from transformers import AutoModelForCausalLM
 
-    call("data.py", "prepare", assets / "conversations" / "sharegpt_format.json", "--tokenizer", assets / "llama2" / "tokenizer.model", "--out", tmp_path / "d.safetensors", "--classes", "*=GPT4:1", "--max_len", 1024)
-    call("train.py", "--data", tmp_path / "d.safetensors", "--model", "small", "--out", tmp_path / "run", "--steps", 12, "--batch_tokens", 2048)
-    speaker, theirs = Speaker(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").eval()
+    speaker, theirs = Speaker(small_run), AutoModelForCausalLM.from_pretrained(small_run).eval()
     speaker.stops = ()
-    items = evaluate.agieval_items(assets / "agieval")[::51]
+    items = evaluate.agieval_items(assets / "agieval")[::41]
     prompts = [ids for item in items if len(ids := speaker.ids([Message("user", item["prompt"])], truncate_left=True, max_new=24)) < 900][:50]
     compared = 0
     for batch in (1, 8):
@@ -315,3 +324,30 @@ def test_greedy_answers_to_agieval_are_transformers_own(assets, tmp_path):
             assert torch.equal(torch.tensor(got)[clear], out[clear])
             compared += clear.sum().item()
     assert len(prompts) == 50 and compared > 50 * 24
+
+
+@pytest.mark.long
+def test_tokens_per_second_beside_generate(small_run, capsys):
+    """CPU seconds of one thread, 96 greedy tokens after prompts of some 100, in turn; the median of five."""
+    from sample import SampleConfig, Speaker
+    from transformers import AutoModelForCausalLM
+
+    speaker, theirs = Speaker(small_run), AutoModelForCausalLM.from_pretrained(small_run).eval()
+    speaker.stops, new = (), 96
+    for batch, least in ((1, 1.6), (8, 1.15)):
+        prompts = [[1, *range(1000 + 7 * i, 1100 + 8 * i)] for i in range(batch)]
+        longest = max(map(len, prompts))
+        padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ours = lambda: speaker.answer(prompts, SampleConfig(temperature=0.0, max_new=new))
+        other = lambda: theirs.generate(padded, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        seconds = []
+        for f in (ours, other) * 5:
+            start = time.process_time()
+            with torch.no_grad():
+                f()
+            seconds.append(time.process_time() - start)
+        rates = [batch * new / statistics.median(seconds[i::2]) for i in (0, 1)]
+        with capsys.disabled():
+            print(f"\nbatch {batch}: {rates[0]:.0f} tokens/s, generate {rates[1]:.0f}: {rates[0] / rates[1]:.2f} x")
+        assert rates[0] > least * rates[1]
