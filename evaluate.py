@@ -20,13 +20,13 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data import Conversation, Message, group_of, parse_args, read, read_rows, run
-from sample import SampleConfig, Speaker
+from sample import SampleConfig, Speaker, check_sampling
 
 TASKS = {  # AGIEval's English tasks and their sizes; Table 5's rows
     "aqua-rat": 254, "logiqa-en": 651, "lsat-ar": 230, "lsat-lr": 510, "lsat-rc": 269, "sat-en-without-passage": 206, "sat-en": 206, "sat-math": 220,
@@ -55,8 +55,32 @@ def field(row, where, *names):
     """row[name] for each name; ValueError says where one is missing."""
     for name in names:
         if not isinstance(row, dict) or name not in row:
-            raise ValueError(f"{where}: no {name!r}; is this the right file?")
+            raise ValueError(f"{where}: no {name!r}; give the official file, or one that this program wrote")
     return [row[name] for name in names]
+
+
+def rows_of(path):
+    """[(where, row)] of a JSON or JSONL file; ValueError when there are none."""
+    rows = list(read_rows(path))
+    if not rows:
+        raise ValueError(f"{path}: empty; give the official file, or one that this program wrote")
+    return rows
+
+
+def turns_of(turns, where):
+    """One or two texts."""
+    if not isinstance(turns, list) or not 1 <= len(turns) <= 2 or not all(isinstance(t, str) for t in turns):
+        raise ValueError(f"{where}: turns are one or two texts, not {str(turns)[:60]}; mend the line")
+    return turns
+
+
+def check_out(out, *inputs):
+    """ValueError when the result can't be written, or would overwrite what it is made from: before any work."""
+    for path in inputs:
+        if path and Path(path).resolve() == Path(out).resolve():
+            raise ValueError(f"--out {out} is an input; give another name")
+    if not Path(out).resolve().parent.is_dir() or Path(out).is_dir():
+        raise ValueError(f"--out {out}: no such folder, or a folder itself; make it first, or give another name")
 
 
 # ---- agieval ------------------------------------------------------------------------------------------------------------
@@ -92,9 +116,11 @@ def agieval_items(folder):
         path = Path(folder) / f"{task}.jsonl"
         if not path.is_file():
             raise ValueError(f"{path}: no such file; --data is the folder of AGIEval's v1 jsonl files")
-        rows = list(read_rows(path))
+        rows = rows_of(path)
         for index, (where, row) in enumerate(rows):
-            field(row, where, "passage", "question", "options", "label")
+            passage, question, options, _ = field(row, where, "passage", "question", "options", "label")
+            if not isinstance(passage or "", str) or not isinstance(question, str) or not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+                raise ValueError(f"{where}: passage and question are texts, options a list of them; fetch the file again")
             items.append({"task": task, "index": index, "prompt": agieval_prompt(row), "label": row["label"]})
         if len(rows) != count:
             print(f"{path}: {len(rows)} items, the official file has {count}", file=sys.stderr)
@@ -130,35 +156,66 @@ def agieval_table(rows, name="this model"):
     return "\n".join(lines)
 
 
+def answered(out, items, source):
+    """{(task, index): row} of an earlier run into the same file; a last line that a kill cut short is asked again.
+
+    ValueError: the file is of another model, other settings or other questions; it stays as it is.
+    """
+    if not Path(out).is_file():
+        return {}
+    wanted, done = {(item["task"], item["index"]): item for item in items}, {}
+    *whole, tail = Path(out).read_bytes().split(b"\n")
+    for number, line in enumerate(whole, 1):
+        try:
+            row = json.loads(line)
+            item = wanted[row["task"], row["index"]]
+        except (ValueError, KeyError, TypeError):
+            row = item = {}
+        if not item or {key: row.get(key) for key in source} != source or any(row.get(key) != item[key] for key in item) or not isinstance(row.get("response"), str):
+            raise ValueError(f"{out}:{number}: not an answer of this model, in this way, to these questions; give another --out")
+        done[row["task"], row["index"]] = row
+    if tail:
+        if not tail.startswith(b'{"task"'):
+            raise ValueError(f"{out}:{len(whole) + 1}: not a line of an agieval run; give another --out")
+        write_lines(out, done.values())
+    return done
+
+
 def agieval(config):
     if not config.data or not config.out:
         raise ValueError("agieval needs MODEL --data FOLDER --out FILE.jsonl")
+    check_out(config.out)
+    how = check_sampling(SampleConfig(temperature=0.0, max_new=config.max_new, batch=config.batch))
     items = agieval_items(config.data)
     if config.prompts_only:
+        if Path(config.out).is_file() and b'"response": ' in Path(config.out).read_bytes():
+            raise ValueError(f"--out {config.out} holds responses; give another name")
         write_lines(config.out, items)
         return print(f"{len(items)} prompts in {config.out}")
     speaker = load(config)
-    source = {"model": config.model[0], "template": speaker.template, "condition": speaker.condition, "max_new": config.max_new}
-    out, done = Path(config.out), {}
-    if out.is_file():
-        text = out.read_bytes()
-        text = text[: text.rfind(b"\n") + 1]  # a line cut short by a kill is asked again
-        out.write_bytes(text)
-        for line, row in enumerate(map(json.loads, text.decode("utf-8").splitlines()), 1):
-            if {key: row.get(key) for key in source} != source:
-                raise ValueError(f"{out}:{line}: answered by {row.get('model')} in another way than {source}; give another --out")
-            done[row["task"], row["index"]] = row
+    source = {"model": str(Path(config.model[0]).resolve()), "template": speaker.template, "condition": speaker.condition, "max_new": config.max_new}
+    done = answered(config.out, items, source)
     todo = [item for item in items if (item["task"], item["index"]) not in done]
-    ids = [speaker.ids([Message("user", item["prompt"])], truncate_left=True, max_new=config.max_new) for item in todo]
-    with open(out, "a", encoding="utf-8") as file:
-        for i, (answer, finish) in speaker.answer_each(ids, SampleConfig(temperature=0.0, max_new=config.max_new, batch=config.batch)):
+    ids = []
+    for item in todo:
+        before = speaker.cut
+        ids.append(speaker.ids([Message("user", item["prompt"])], truncate_left=True, max_new=config.max_new))
+        item["cut"] = speaker.cut > before
+    with open(config.out, "a", encoding="utf-8") as file:
+        for i, (answer, finish) in speaker.answer_each(ids, how):
             response = speaker.text(answer)
             row = todo[i] | {"response": response, "letter": agieval_letter(response), "finish": finish} | source
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             done[row["task"], row["index"]] = row
-    print(agieval_table(done.values(), Path(config.model[0]).name))
-    print(f"{speaker.cut} prompts cut on the left; prompts and responses in {out}")
+    print(agieval_table(done.values(), name_of(config.model[0])))
+    print(f"{sum(row['cut'] for row in done.values())} prompts cut on the left; prompts and responses in {config.out}")
+
+
+def name_of(folder):
+    """A model's name: its folder's, or that of the run whose hf/ it is."""
+    folder = Path(folder).resolve()
+    return folder.parent.name if folder.name == "hf" else folder.name
 
 
 def load(config, seed=0):
@@ -197,29 +254,33 @@ def trained_on(folder, questions):
 def answers(config):
     if config.bench not in ("alpaca", "mt", "vicuna") or not config.questions or not config.out:
         raise ValueError("answers needs MODEL --bench alpaca|mt|vicuna --questions FILE --out FILE")
-    rows = list(read_rows(config.questions))
+    check_out(config.out, config.questions)
+    rows = rows_of(config.questions)
     if config.bench == "alpaca":
-        questions = [(field(row, where, "instruction", "dataset")[0],) for where, row in rows]
+        questions = [turns_of([field(row, where, "instruction", "dataset")[0]], where) for where, row in rows]
     else:
-        questions = [tuple(field(row, where, "turns", "question_id", "category")[0]) for where, row in rows]
-    temperature = [config.temperature if config.temperature is not None else TEMPERATURE.get(row.get("category"), 0.7) for _, row in rows]
+        questions = [turns_of(field(row, where, "turns", "question_id", "category")[0], where) for where, row in rows]
+    heats = [config.temperature if config.temperature is not None else TEMPERATURE.get(row.get("category"), 0.7) for _, row in rows]
+    how = {heat: check_sampling(SampleConfig(temperature=heat, max_new=config.max_new, batch=config.batch, seed=config.seed)) for heat in heats}
     speaker = load(config, config.seed)
     if known := trained_on(config.model[0], [turns[0] for turns in questions]):
         print(f"warning: {known} of the {len(questions)} questions are prompts that this model was trained on; its score would not count", file=sys.stderr)
     told = [[] for _ in questions]
     for turn in range(max(map(len, questions))):
-        for heat in sorted(set(temperature)):
-            mine = [i for i, turns in enumerate(questions) if turn < len(turns) and temperature[i] == heat]
+        for heat in sorted(how):
+            mine = [i for i, turns in enumerate(questions) if turn < len(turns) and heats[i] == heat]
             for i in mine:
                 told[i].append(Message("user", questions[i][turn]))
             ids = [speaker.ids(told[i], truncate_left=True, max_new=config.max_new) for i in mine]
-            for at, (answer, _) in speaker.answer_each(ids, SampleConfig(temperature=heat, max_new=config.max_new, batch=config.batch)):
-                told[mine[at]].append(Message("assistant", speaker.text(answer)))
-    name = config.name or Path(config.model[0]).resolve().name
+            for at, (answer, _) in speaker.answer_each(ids, how[heat]):
+                told[mine[at]].append(Message("assistant", speaker.text(answer).strip()))
+    name = config.name or name_of(config.model[0])
     said = [[m.text for m in messages if m.role == "assistant"] for messages in told]
     if config.bench == "alpaca":
         outputs = [{"dataset": row["dataset"], "instruction": row["instruction"], "output": turns[0], "generator": name} for (_, row), turns in zip(rows, said)]
-        Path(config.out).write_text(json.dumps(outputs, indent=2, ensure_ascii=False), encoding="utf-8")
+        partial = Path(f"{config.out}.partial")
+        partial.write_text(json.dumps(outputs, indent=2, ensure_ascii=False), encoding="utf-8")
+        partial.replace(config.out)
     else:
         write_lines(config.out, ({
             "question_id": row["question_id"], "answer_id": hashlib.sha256(f"{name}/{row['question_id']}/{turns}".encode()).hexdigest()[:22],
@@ -229,46 +290,61 @@ def answers(config):
 
 # ---- judge: requests out, verdicts in -----------------------------------------------------------------------------------
 
-_FACTORS = "helpfulness, relevance, accuracy, depth, creativity, and level of detail of "
-_RATE = ('Begin your evaluation by providing a short explanation. Be as objective as possible. After providing your explanation, you must rate the response '
-         'on a scale of 1 to 10 by strictly following this format: "[[rating]]", for example: "Rating: [[5]]".')
-_PAIR = ("Your evaluation should consider factors such as the " + _FACTORS + "their responses. {begin} Avoid any position biases and ensure that the order in which "
-         "the responses were presented does not influence your decision. Do not allow the length of the responses to influence your evaluation. Do not favor certain "
-         "names of the assistants. Be as objective as possible. After providing your explanation, output your final verdict by strictly following this format: "
-         '"[[A]]" if assistant A is better, "[[B]]" if assistant B is better, and "[[C]]" for a tie.')
-_TURNS = "### User:\n{question_1}\n\n### Assistant{name}:\n{answer_1}\n\n### User:\n{question_2}\n\n### Assistant{name}:\n{answer_2}"
-# FastChat's judge prompts under its names: (system, user message of turn 1), and of turn 2 with the first in view.
-SINGLE = (
-    ("single-v1", "You are a helpful assistant.",
-     "[Instruction]\nPlease act as an impartial judge and evaluate the quality of the response provided by an AI assistant to the user question displayed below. "
-     "Your evaluation should consider factors such as the " + _FACTORS + "the response. " + _RATE +
-     "\n\n[Question]\n{question_1}\n\n[The Start of Assistant's Answer]\n{answer_1}\n[The End of Assistant's Answer]"),
-    ("single-v1-multi-turn",
-     "Please act as an impartial judge and evaluate the quality of the response provided by an AI assistant to the user question displayed below. "
-     "Your evaluation should consider factors such as the " + _FACTORS + "the response. You evaluation should focus on the assistant's answer to the second user "
-     "question. " + _RATE + "\n\n",
-     "<|The Start of Assistant A's Conversation with User|>\n\n" + _TURNS.replace("{name}", " A") + "\n\n<|The End of Assistant A's Conversation with User|>"),
-)
-PAIR = (
-    ("pair-v2",
-     "Please act as an impartial judge and evaluate the quality of the responses provided by two AI assistants to the user question displayed below. You should choose "
-     "the assistant that follows the user's instructions and answers the user's question better. "
-     + _PAIR.replace("{begin}", "Begin your evaluation by comparing the two responses and provide a short explanation."),
-     "[User Question]\n{question_1}\n\n[The Start of Assistant A's Answer]\n{answer_1}\n[The End of Assistant A's Answer]\n\n"
-     "[The Start of Assistant B's Answer]\n{other_1}\n[The End of Assistant B's Answer]"),
-    ("pair-v2-multi-turn",
-     "Please act as an impartial judge and evaluate the quality of the responses provided by two AI assistants to the user questions. You should choose the assistant "
-     "that follows the user's instructions and answers the user's questions better. "
-     + _PAIR.replace("{begin}", "You should focus on who provides a better answer to the second user question. Begin your evaluation by comparing the responses of "
-                                "the two assistants and provide a short explanation."),
-     "<|The Start of Assistant A's Conversation with User|>\n\n" + _TURNS.replace("{name}", " A") + "\n\n<|The End of Assistant A's Conversation with User|>\n\n\n"
-     "<|The Start of Assistant B's Conversation with User|>\n\n" + _TURNS.replace("{name}", " B").replace("answer_", "other_")
-     + "\n\n<|The End of Assistant B's Conversation with User|>"),
-)
+# FastChat's judge prompts, put together from the sentences that they share; a test holds each to the official text by its hash.
+_JUDGE = "Please act as an impartial judge and evaluate the quality of the "
+_FACTORS = "Your evaluation should consider factors such as the helpfulness, relevance, accuracy, depth, creativity, and level of detail of "
+_CORRECT = "Your evaluation should consider correctness and helpfulness. You will be given "
+_MISTAKES = "Identify and correct any mistakes. "
+_SHORT = "Begin your evaluation by providing a short explanation. "
+_RATE = ('Be as objective as possible. After providing your explanation, you must rate the response on a scale of 1 to 10 by strictly following this format: '
+         '"[[rating]]", for example: "Rating: [[5]]".')
+_CHOOSE = ("Avoid any positional biases and ensure that the order in which the responses were presented does not influence your decision. Do not allow the length of the "
+           "responses to influence your evaluation. Do not favor certain names of the assistants. Be as objective as possible. After providing your explanation, output "
+           'your final verdict by strictly following this format: "[[A]]" if assistant A is better, "[[B]]" if assistant B is better, and "[[C]]" for a tie.')
+_ONE = _JUDGE + "response provided by an AI assistant to the user question"
+_TWO = _JUDGE + "responses provided by two AI assistants to the user question"
+_FOLLOWS = " You should choose the assistant that follows the user's instructions and answers the user's question"
+
+
+def _part(name, text):
+    return f"[The Start of {name}]\n{{{text}}}\n[The End of {name}]"
+
+
+def _talk(title, who, text):
+    turns = "\n\n".join(f"### User:\n{{question_{i}}}\n\n### {who}:\n{{{text}_{i}}}" for i in (1, 2))
+    return f"<|The Start of {title}|>\n\n{turns}\n\n<|The End of {title}|>"
+
+
+_REFERENCE, _REFERENCES = _part("Reference Answer", "reference_1") + "\n\n", _talk("Reference Answer", "Reference answer", "reference") + "\n\n\n"
+_TALK_A, _TALK_B = (_talk(f"Assistant {x}'s Conversation with User", f"Assistant {x}", text) for x, text in (("A", "answer"), ("B", "other")))
+_BOTH = _part("Assistant A's Answer", "answer_1") + "\n\n" + _part("Assistant B's Answer", "other_1")
+_QUESTION, _ANSWER = "\n\n[Question]\n{question_1}\n\n", _part("Assistant's Answer", "answer_1")
+PROMPTS = {  # (mode, turn, with a reference answer): name, system, user
+    ("single", 1, False): ("single-v1", "You are a helpful assistant.", "[Instruction]\n" + _ONE + " displayed below. " + _FACTORS + "the response. " + _SHORT + _RATE + _QUESTION + _ANSWER),
+    ("single", 1, True): ("single-math-v1", "You are a helpful assistant.",
+                          "[Instruction]\n" + _ONE + " displayed below. " + _CORRECT + "a reference answer and the assistant's answer. Begin your evaluation by comparing the "
+                          "assistant's answer with the reference answer. " + _MISTAKES + _RATE + _QUESTION + _REFERENCE + _ANSWER),
+    ("single", 2, False): ("single-v1-multi-turn", _ONE + " displayed below. " + _FACTORS + "the response. You evaluation should focus on the assistant's answer to the second "
+                           "user question. " + _SHORT + _RATE + "\n\n", _TALK_A),
+    ("single", 2, True): ("single-math-v1-multi-turn", _ONE + ". " + _CORRECT + "a reference answer and the assistant's answer. You evaluation should focus on the assistant's "
+                          "answer to the second question. Begin your evaluation by comparing the assistant's answer with the reference answer. " + _MISTAKES + _RATE + "\n\n",
+                          _REFERENCES + _TALK_A),
+    ("pair", 1, False): ("pair-v2", _TWO + " displayed below." + _FOLLOWS + " better. " + _FACTORS + "their responses. Begin your evaluation by comparing the two responses and "
+                         "provide a short explanation. " + _CHOOSE, "[User Question]\n{question_1}\n\n" + _BOTH),
+    ("pair", 1, True): ("pair-math-v1", _TWO + " displayed below. " + _CORRECT + "a reference answer, assistant A's answer, and assistant B's answer. Your job is to evaluate which "
+                        "assistant's answer is better. Begin your evaluation by comparing both assistants' answers with the reference answer. " + _MISTAKES + _CHOOSE,
+                        "[User Question]\n{question_1}\n\n" + _REFERENCE + _BOTH),
+    ("pair", 2, False): ("pair-v2-multi-turn", _TWO + "s." + _FOLLOWS + "s better. " + _FACTORS + "their responses. You should focus on who provides a better answer to the second "
+                         "user question. Begin your evaluation by comparing the responses of the two assistants and provide a short explanation. " + _CHOOSE,
+                         _TALK_A + "\n\n\n" + _TALK_B),
+    ("pair", 2, True): ("pair-math-v1-multi-turn", _TWO + "s. " + _CORRECT + "reference answers, the assistant A's answers, the assistant B's answers. Your job is to determine which "
+                        "assistant provides correct and helpful answers to the second user question. Begin your evaluation by comparing both assistants' answers with the "
+                        "reference answers. " + _MISTAKES + _CHOOSE, _REFERENCES + _TALK_A + "\n\n\n" + _TALK_B),
+}
+NEED_REFERENCE = "math", "reasoning", "coding"  # categories judged beside a reference answer
 TABLE_6 = (  # App. G: a response of a conversation, scored in the context of the turns before it
-    "[Instruction] Please act as an impartial judge and evaluate the quality of the response provided by an AI assistant to the conversation displayed below. Your "
-    "evaluation should consider factors such as the " + _FACTORS + "the response. Begin your evaluation by providing a short explanation. Be as objective as possible. "
-    'After providing your explanation, you must rate the response on a scale of 1 to 10 by strictly following this format: "[rating]", for example: "Rating: [[5]]".\n\n'
+    "[Instruction] " + _JUDGE + "response provided by an AI assistant to the conversation displayed below. " + _FACTORS + "the response. " + _SHORT +
+    'Be as objective as possible. After providing your explanation, you must rate the response on a scale of 1 to 10 by strictly following this format: "[rating]", for example: "Rating: [[5]]".\n\n'
     "[Conversation]\n{context}\n\n[The Start of Assistant's Response]\n{response}\n\n[The End of Assistant's Response]")
 
 
@@ -278,6 +354,7 @@ class JudgeConfig:
     mode: str = ""  # single, pair, conversation
     questions: str = ""
     baseline: str = ""  # pair: the answer file of the model to compare with
+    references: str = ""  # FastChat's reference_answer/gpt-4.jsonl, for questions of NEED_REFERENCE
     judge: str = "gpt-4"
     count: int = 128  # conversation: of each source, drawn at random
     seed: int = 0
@@ -293,11 +370,11 @@ def fill(template, **slots):
 def read_answers(path):
     """(model, {question_id: its turns}) of a FastChat model_answer file."""
     found, models = {}, set()
-    for where, row in read_rows(path):
+    for where, row in rows_of(path):
         question, model, choices = field(row, where, "question_id", "model_id", "choices")
         if question in found:
             raise ValueError(f"{where}: question {question} is answered twice; remove one")
-        found[question] = field(choices[0] if choices else {}, where, "turns")[0]
+        found[question] = turns_of(field(choices[0] if isinstance(choices, list) and choices else {}, where, "turns")[0], where)
         models.add(model)
     if len(models) != 1:
         raise ValueError(f"{path}: answers of {len(models)} models; give each model a file of its own")
@@ -317,27 +394,30 @@ def judge_requests(config):
                 for turn, message in enumerate(conversation.messages):
                     if message.role == "assistant":
                         context = "\n\n".join(f"{m.role.capitalize()}: {m.text}" for m in conversation.messages[:turn])
-                        yield ["conversation", config.judge, name, turn, source], None, fill(TABLE_6, context=context, response=message.text)
+                        yield ["conversation", config.judge, "table-6", name, turn, source], None, fill(TABLE_6, context=context, response=message.text)
         return
-    questions = {field(row, where, "question_id", "turns")[0]: row["turns"] for where, row in read_rows(config.questions)}
+    questions = {field(row, where, "question_id", "category", "turns")[0]: (row["category"], turns_of(row["turns"], where)) for where, row in rows_of(config.questions)}
     other, theirs = read_answers(config.baseline) if config.mode == "pair" else (None, {})
+    references = read_answers(config.references)[1] if config.references else {}
+    said = lambda name, texts: {f"{name}_{i}": text for i, text in enumerate(texts, 1)}
     for path in config.files:
         model, ours = read_answers(path)
-        for question, turns in questions.items():
-            for answers in (ours, theirs) if config.mode == "pair" else (ours,):
+        if model == other:
+            raise ValueError(f"{path}: answers of {other}, the baseline itself; leave it out, or give one of them another --name when answering")
+        for question, (category, turns) in questions.items():
+            referred = category in NEED_REFERENCE
+            for source, answers in ((path, ours), *[(config.baseline, theirs)] * (config.mode == "pair"), *[(config.references, references)] * referred):
+                if not source:
+                    raise ValueError(f"question {question} is of category {category}: judged beside a reference answer; give --references FILE (FastChat's reference_answer)")
                 if len(answers.get(question, ())) < len(turns):
-                    raise ValueError(f"{path if answers is ours else config.baseline}: no whole answer to question {question}; answer all questions first")
-            for turn in range(len(turns)):
-                slots = {f"question_{i + 1}": text for i, text in enumerate(turns)}
-                said = lambda name, texts: {f"{name}_{i + 1}": text for i, text in enumerate(texts)}
-                if config.mode == "single":
-                    name, system, user = SINGLE[turn]
-                    yield ["single", config.judge, question, turn + 1, model], system, fill(user, **slots, **said("answer", ours[question]))
-                else:
-                    name, system, user = PAIR[turn]
-                    for game, (a, b) in enumerate(((ours, theirs), (theirs, ours)), 1):  # both orders
-                        yield (["pair", config.judge, question, turn + 1, model, other, game], system,
-                               fill(user, **slots, **said("answer", a[question]), **said("other", b[question])))
+                    raise ValueError(f"{source}: no whole answer to question {question}; every question needs one")
+            for turn in range(1, len(turns) + 1):
+                name, system, user = PROMPTS[config.mode, turn, referred]
+                slots = said("question", turns) | said("reference", references.get(question, ()))
+                games = ((ours, ours),) if config.mode == "single" else ((ours, theirs), (theirs, ours))  # a pair in both orders
+                for game, (a, b) in enumerate(games, 1):
+                    key = [config.mode, config.judge, name, question, turn, model]
+                    yield key + [other, game] * (config.mode == "pair"), system, fill(user, **slots, **said("answer", a[question]), **said("other", b[question]))
 
 
 def write_requests(config):
@@ -345,28 +425,29 @@ def write_requests(config):
         raise ValueError("judge needs FILE.. --mode single|pair|conversation --out REQUESTS.jsonl (single, pair: --questions FILE; pair: --baseline FILE)")
     if config.mode != "conversation" and not config.questions or config.mode == "pair" and not config.baseline:
         raise ValueError(f"--mode {config.mode} needs --questions FILE" + " and --baseline FILE" * (config.mode == "pair"))
+    check_out(config.out, *config.files, config.questions, config.baseline, config.references)
     rows, letters = [], 0
     for key, system, user in judge_requests(config):
         messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": user}]
         letters += sum(len(m["content"]) for m in messages)
         rows.append({"custom_id": json.dumps(key), "method": "POST", "url": "/v1/chat/completions",
                      "body": {"model": config.judge, "messages": messages, "temperature": 0, "max_tokens": 2048}})
+    if not rows:
+        raise ValueError(f"{', '.join(config.files)}: nothing to judge")
     if len({row["custom_id"] for row in rows}) < len(rows):
-        raise ValueError("two of the files are of the same model; give --name other names when answering")
+        raise ValueError("two of the files are the same, or of the same model; leave one out, or answer with another --name")
     write_lines(config.out, rows)
     print(f"{len(rows)} requests in {config.out}, about {letters // 4:,} tokens to read (4 characters each) and at most {2048 * len(rows):,} to write")
 
 
 def content_of(row):
     """The judge's text in a line of a batch's output, or None for a failed request."""
-    response = row.get("response") or {}
-    if row.get("error") or response.get("status_code") != 200:
-        return None
     try:
+        response = row["response"]
         content = response["body"]["choices"][0]["message"]["content"]
+        return content if not row.get("error") and response["status_code"] == 200 and isinstance(content, str) else None
     except (KeyError, IndexError, TypeError):
         return None
-    return content if isinstance(content, str) else None
 
 
 def rating(text):
@@ -382,23 +463,35 @@ def winner(text, game):
 
 
 def read_verdicts(config):
-    """Batch output -> FastChat's judgment rows; what is missing or failed -> a new request file."""
+    """Batch outputs -> FastChat's judgment rows; what is missing or failed -> a new request file."""
     if not config.files or not config.out:
         raise ValueError("judge --requests REQUESTS.jsonl needs BATCH_OUTPUT.jsonl .. --out JUDGMENTS.jsonl")
-    asked = {field(row, where, "custom_id", "body")[0]: row for where, row in read_rows(config.requests)}
+    retry = Path(f"{config.out}.retry.jsonl")
+    check_out(config.out, *config.files, config.requests)
+    if retry.resolve() in {Path(path).resolve() for path in (config.requests, *config.files)}:
+        raise ValueError(f"{retry} would be overwritten; give the first --requests, and the outputs of all its batches: BATCH1.jsonl BATCH2.jsonl")
+    asked, ids = {}, {}
+    for where, row in rows_of(config.requests):
+        key = field(row, where, "custom_id", "body")[0]
+        try:
+            kind, judge, name, question, turn, *who = json.loads(key)
+            assert kind in ("single", "pair", "conversation") and len(who) == (3 if kind == "pair" else 1)
+        except (ValueError, TypeError, AssertionError):
+            raise ValueError(f"{where}: not a request that `judge --mode` wrote; give its file") from None
+        asked[key], ids[key] = row, (kind, judge, name, question, turn, who)
     texts, count = {}, dict.fromkeys(("failed", "malformed", "doubled", "foreign", "unparsed"), 0)
     for path in config.files:
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; give the output of the batch")
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):  # only a newline ends a line of JSONL
             try:
                 row = json.loads(line)
-                key = row["custom_id"]
+                known = row["custom_id"] in asked
             except (ValueError, KeyError, TypeError):
                 count["malformed"] += bool(line.strip())
                 continue
-            text = content_of(row)
-            if key not in asked:
+            key, text = row["custom_id"], content_of(row)
+            if not known:
                 count["foreign"] += 1
             elif text is None:
                 count["failed"] += 1
@@ -406,33 +499,33 @@ def read_verdicts(config):
                 count["doubled"] += 1  # the first answer counts
             else:
                 texts[key] = text
-    judgments = []
+    judgments, waiting = [], 0
     prompt = lambda key: asked[key]["body"]["messages"][-1]["content"]
     for key, text in texts.items():
-        kind, judge, question, turn, *who = json.loads(key)
-        row = {"question_id": question, "turn": turn, "tstamp": time.time()}
+        kind, judge, name, question, turn, who = ids[key]
+        row = {"question_id": question, "turn": turn, "judge": [judge, name], "tstamp": time.time()}
         if kind == "pair":
             model, other, game = who
-            second = json.dumps(["pair", judge, question, turn, model, other, 2])
-            if game == 1 and second in texts:
-                games = {1: text, 2: texts[second]}
-                won = {f"g{i}_winner": winner(t, i) for i, t in games.items()}
+            keys = [json.dumps([kind, judge, name, question, turn, model, other, g]) for g in (1, 2)]
+            if keys[2 - game] not in texts:
+                waiting += 1
+            elif game == 1:
+                won = {f"g{i}_winner": winner(texts[k], i) for i, k in enumerate(keys, 1)}
                 count["unparsed"] += sum(w == "error" for w in won.values())
-                judgments.append(row | won | {"model_1": model, "model_2": other, "judge": [judge, PAIR[turn - 1][0]]} | {
-                    f"g{i}_{name}": value for i, t in games.items() for name, value in (("user_prompt", prompt(key if i == 1 else second)), ("judgment", t))})
+                judgments.append(row | {"model_1": model, "model_2": other} | won | {
+                    f"g{i}_{what}": value for i, k in enumerate(keys, 1) for what, value in (("user_prompt", prompt(k)), ("judgment", texts[k]))})
             continue
         score = rating(text)
         count["unparsed"] += score == -1
-        name = SINGLE[turn - 1][0] if kind == "single" else "table-6"
-        judgments.append(row | {"model": who[0], "judge": [judge, name], "user_prompt": prompt(key), "judgment": text, "score": score})
+        judgments.append(row | {"model": who[0], "user_prompt": prompt(key), "judgment": text, "score": score})
     write_lines(config.out, judgments)
     again = [row for key, row in asked.items() if key not in texts]
-    retry = Path(f"{config.out}.retry.jsonl")
     retry.unlink(missing_ok=True)
     if again:
         write_lines(retry, again)
     print(f"{len(texts)} of {len(asked)} requests answered, {len(judgments)} judgments in {config.out}; " + ", ".join(f"{n} {what}" for what, n in count.items())
-          + (f"; {len(again)} to be asked again in {retry}, give its output beside this one" if again else ""))
+          + f"; {waiting} games wait for their other order" * (waiting > 0)
+          + (f"; {len(again)} to be asked again in {retry}: give its output beside this one, with the same --requests" if again else ""))
 
 
 # ---- report -------------------------------------------------------------------------------------------------------------
@@ -440,7 +533,7 @@ def read_verdicts(config):
 
 @dataclass(frozen=True)
 class ReportConfig:
-    files: tuple = ()  # FastChat judgments, AlpacaEval annotations, conversation scores; told apart by content
+    files: tuple = ()  # FastChat judgments, AlpacaEval annotations, conversation scores, agieval's responses; told apart by content
     baseline: str = "gpt-3.5-turbo"
     png: str = ""  # scatter of the first two judges (Fig. 8)
 
@@ -457,50 +550,64 @@ def outcome(row):
     return float(row["g1_winner"] == "model_1")
 
 
+KINDS = {  # a row's kind by a field that only it has: the fields read from it
+    "g1_winner": ("judge", "model_1", "model_2", "question_id", "turn", "g2_winner"),
+    "preference": ("generator_1", "generator_2", "instruction"),
+    "score": ("judge", "model", "question_id", "turn"),
+}
+
+
 def read_judgments(files):
-    """{pairs, singles, scores, alpaca}: rows by kind. Verdicts that could not be parsed are left out, as the official tools do."""
-    found = {"pairs": [], "singles": [], "scores": [], "alpaca": []}
+    """{judge: {kind: {item: row}}} and how many rows were left out: unparsed verdicts, as the official tools do, and doubled items.
+
+    kind: pair, single, conversation, alpaca. An item is (models, question, turn); the last row of one counts.
+    """
+    found, unparsed, doubled = {}, 0, 0
     for path in files:
-        for where, row in read_rows(path):
-            if not isinstance(row, dict):
+        for where, row in rows_of(path):
+            mark = next((mark for mark in KINDS if isinstance(row, dict) and mark in row), None)
+            if mark is None:
                 raise ValueError(f"{where}: not a judgment; give FastChat judgments, AlpacaEval annotations or conversation scores")
-            if "g1_winner" in row:
-                kind, ok = "pairs", "error" not in (row["g1_winner"], row["g2_winner"])
-            elif "preference" in row:
-                kind, ok = "alpaca", row["preference"] is not None
-            elif "score" in row and "judge" in row:
-                kind, ok = "scores" if row["judge"][1] == "table-6" else "singles", row["score"] != -1
+            values = field(row, where, *KINDS[mark])
+            if mark == "preference":
+                kind, judge, item = "alpaca", row.get("annotator") or "annotator", tuple(values)
+                if row["preference"] == 0:
+                    row = row | {"preference": 1.5}  # a draw, in older files
+                ok = isinstance(row["preference"], (int, float)) and 1 <= row["preference"] <= 2
             else:
-                raise ValueError(f"{where}: not a judgment; give FastChat judgments, AlpacaEval annotations or conversation scores")
+                judge, *item = values[:-1] if mark == "g1_winner" else values
+                if not isinstance(judge, list) or len(judge) != 2:
+                    raise ValueError(f"{where}: judge is [its name, its prompt's name], not {judge!r}; mend the line")
+                kind = "pair" if mark == "g1_winner" else "conversation" if judge[1] == "table-6" else "single"
+                if kind != "conversation" and not str(row["question_id"]).isdigit():
+                    raise ValueError(f"{where}: question_id {row['question_id']!r} is not one of FastChat's numbers; mend the line")
+                judge, item = judge[0], tuple(item)
+                ok = "error" not in (row["g1_winner"], row["g2_winner"]) if kind == "pair" else isinstance(row["score"], (int, float)) and row["score"] != -1
+            unparsed += not ok
             if ok:
-                found[kind].append(row)
-    return found
+                rows = found.setdefault(judge, {}).setdefault(kind, {})
+                doubled += item in rows
+                rows[item] = row
+    return found, unparsed, doubled
 
 
-def win_rates(judgments, baseline):
-    """{(bench, model): (win rate, wins, losses, ties)} against the baseline; the last judge of a question and turn counts once each."""
-    tally = {}
-    for row in judgments["pairs"]:
-        if baseline not in (row["model_1"], row["model_2"]):
-            continue
-        ours = outcome(row)
-        model, points = (row["model_1"], ours) if row["model_2"] == baseline else (row["model_2"], 1 - ours)
-        tally.setdefault((bench_of(row["question_id"]), model), []).append(points)
-    for row in judgments["alpaca"]:  # preference 2: the second, the model's; 1: the reference's
-        tally.setdefault(("AlpacaEval", row["generator_2"]), []).append(row["preference"] - 1)
-    return {key: (statistics.mean(points), sum(p == 1 for p in points), sum(p == 0 for p in points), sum(0 < p < 1 for p in points)) for key, points in tally.items()}
+def win_rates(kinds, baseline):
+    """{(bench, model): (win rate, wins, losses, ties)} of one judge, against the baseline (AlpacaEval: against generator_1)."""
+    points = {}
+    for row in kinds.get("pair", {}).values():
+        if baseline in (row["model_1"], row["model_2"]) and row["model_1"] != row["model_2"]:
+            ours = outcome(row)
+            model, point = (row["model_1"], ours) if row["model_2"] == baseline else (row["model_2"], 1 - ours)
+            points.setdefault((bench_of(row["question_id"]), model), []).append(point)
+    for row in kinds.get("alpaca", {}).values():  # 2: the second is preferred, the model; 1: the first, the reference
+        points.setdefault(("AlpacaEval", row["generator_2"]), []).append(row["preference"] - 1)
+    return {key: (statistics.mean(x), sum(p > 0.5 for p in x), sum(p < 0.5 for p in x), sum(p == 0.5 for p in x)) for key, x in points.items()}
 
 
-def by_judge(judgments):
-    """{judge: {item: value}}: scores, pair outcomes and preferences, for the correlation of judges."""
-    values = {}
-    for row in (*judgments["singles"], *judgments["scores"]):
-        values.setdefault(row["judge"][0], {})[row["model"], row["question_id"], row["turn"]] = row["score"]
-    for row in judgments["pairs"]:
-        values.setdefault(row["judge"][0], {})[row["model_1"], row["model_2"], row["question_id"], row["turn"]] = outcome(row)
-    for row in judgments["alpaca"]:
-        values.setdefault(row.get("annotator", "annotator"), {})[row["generator_2"], row["instruction"]] = row["preference"]
-    return values
+def values_of(kinds):
+    """{item: number} of one judge: scores, outcomes of pairs and preferences, for the correlation of judges."""
+    number = {"pair": outcome, "alpaca": lambda row: row["preference"] - 1}
+    return {(kind, *item): number.get(kind, lambda row: row["score"])(row) for kind, rows in kinds.items() for item, row in rows.items()}
 
 
 def pearson(x, y):
@@ -509,38 +616,53 @@ def pearson(x, y):
 
 def report(config):
     if not config.files:
-        raise ValueError("report needs FILE..: FastChat judgments, AlpacaEval annotations or conversation scores")
-    judgments = read_judgments(config.files)
+        raise ValueError("report needs FILE..: FastChat judgments, AlpacaEval annotations, conversation scores or agieval's responses")
+    agieval_files = [path for path in config.files if isinstance(first := rows_of(path)[0][1], dict) and {"task", "response"} <= first.keys()]
+    for path in agieval_files:  # scored again, from the responses
+        rows = [dict(zip(("task", "label", "response"), field(row, where, "task", "label", "response"))) for where, row in rows_of(path)]
+        print(agieval_table(rows, Path(path).stem))
+    judges, unparsed, doubled = read_judgments([path for path in config.files if path not in agieval_files])
     mean = lambda rows: f"{statistics.mean(row['score'] for row in rows):.2f}" if rows else ""
-    if rates := win_rates(judgments, config.baseline):
-        benches = ("AlpacaEval", "MT-bench", "Vicuna-bench")
+    benches = "AlpacaEval", "MT-bench", "Vicuna-bench"
+    rates = {}  # Table 1's columns have judges of their own: the table is over all, a row per judge and model
+    for judge, kinds in judges.items():
+        for (bench, model), cell in win_rates(kinds, config.baseline).items():
+            rates.setdefault(model, {}).setdefault(bench, {})[judge] = cell
+    if rates:
         print(f"| win rate (Table 1) | {' | '.join(benches)} | average |\n|---|---|---|---|---|")
-        for model in sorted({model for _, model in rates}):
-            cells = [rates.get((bench, model)) for bench in benches]
-            average = f"{statistics.mean(c[0] for c in cells):.1%}" if all(cells) else ""
-            print(f"| {model} | " + " | ".join(f"{c[0]:.1%} ({c[1]} won, {c[2]} lost, {c[3]} tied)" if c else "" for c in cells) + f" | {average} |")
-    if singles := [row for row in judgments["singles"] if bench_of(row["question_id"]) == "MT-bench"]:
-        category = lambda row: MT_CATEGORIES[(int(row["question_id"]) - 81) // 10]
-        print(f"| MT-bench score (Fig. 2) | turn 1 | turn 2 | average | {' | '.join(MT_CATEGORIES)} |\n" + "|---" * (4 + len(MT_CATEGORIES)) + "|")
-        for model in sorted({row["model"] for row in singles}):
-            mine = [row for row in singles if row["model"] == model]
-            parts = [*([r for r in mine if r["turn"] == turn] for turn in (1, 2)), mine, *([r for r in mine if category(r) == name] for name in MT_CATEGORIES)]
-            print(f"| {model} | " + " | ".join(map(mean, parts)) + " |")
-    if judgments["scores"]:  # Fig. 3: a conversation's score is the mean of its turns'
-        print("| conversation scores (Fig. 3) | conversations | mean | " + " | ".join(f"{n}" for n in range(1, 11)) + " |\n" + "|---" * 13 + "|")
-        key = lambda row: (row["model"], row["question_id"])
-        means = [(who[0], statistics.mean(r["score"] for r in rows)) for who, rows in itertools.groupby(sorted(judgments["scores"], key=key), key)]
-        for source in sorted({source for source, _ in means}):
-            mine = [score for name, score in means if name == source]
-            print(f"| {source or '(none)'} | {len(mine)} | {statistics.mean(mine):.2f} | " + " | ".join(str(sum(math.floor(s + 0.5) == n for s in mine)) for n in range(1, 11)) + " |")
-    judges = by_judge(judgments)
-    for one, two in itertools.combinations(sorted(judges), 2):
-        common = sorted(judges[one].keys() & judges[two].keys(), key=str)
-        x, y = ([judges[j][item] for item in common] for j in (one, two))
+        for model, columns in sorted(rates.items()):
+            cells = [" / ".join(f"{c[0]:.1%} ({c[1]} won, {c[2]} lost, {c[3]} tied; {judge})" for judge, c in columns.get(bench, {}).items()) for bench in benches]
+            single = all(len(columns.get(bench, {})) == 1 for bench in benches)  # several judges of one bench have no one average
+            average = f"{statistics.mean(c[0] for bench in benches for c in columns[bench].values()):.1%}" if single else ""
+            print(f"| {model} | {' | '.join(cells)} | {average} |")
+    for judge, kinds in judges.items():
+        singles, scores = list(kinds.get("single", {}).values()), kinds.get("conversation", {})
+        for bench, categories in (("MT-bench", MT_CATEGORIES), ("Vicuna-bench", ())):
+            if rows := [row for row in singles if bench_of(row["question_id"]) == bench]:
+                category = lambda row: MT_CATEGORIES[(int(row["question_id"]) - 81) // 10]
+                print(f"| {bench} score by {judge} (Fig. 2) | turn 1 | turn 2 | average |{''.join(f' {c} |' for c in categories)}\n" + "|---" * (4 + len(categories)) + "|")
+                for model in sorted({row["model"] for row in rows}):
+                    mine = [row for row in rows if row["model"] == model]
+                    parts = [*([r for r in mine if r["turn"] == turn] for turn in (1, 2)), mine, *([r for r in mine if category(r) == name] for name in categories)]
+                    print(f"| {model} | " + " | ".join(map(mean, parts)) + " |")
+        if scores:  # a conversation's score is the mean of its turns'
+            print(f"| conversation scores by {judge} (Fig. 3) | conversations | mean | " + " | ".join(f"{n}" for n in range(1, 11)) + " |\n" + "|---" * 13 + "|")
+            of = {}
+            for (source, conversation, _), row in scores.items():
+                of.setdefault(source, {}).setdefault(conversation, []).append(row["score"])
+            for source, conversations in sorted(of.items()):
+                means = [statistics.mean(x) for x in conversations.values()]
+                print(f"| {source or '(none)'} | {len(means)} | {statistics.mean(means):.2f} | " + " | ".join(str(sum(math.floor(x + 0.5) == n for x in means)) for n in range(1, 11)) + " |")
+    pairs = list(itertools.combinations(sorted(judges), 2))
+    for one, two in pairs:
+        a, b = values_of(judges[one]), values_of(judges[two])
+        common = sorted(a.keys() & b.keys(), key=str)
+        x, y = [a[item] for item in common], [b[item] for item in common]
         print(f"{one} and {two} (Fig. 8, 9): Pearson r = {pearson(x, y):.2f} over {len(common)} common judgments")
-        if config.png and common:
+        if config.png and (one, two) == pairs[0]:
             scatter(config.png, one, x, two, y)
-            config = replace(config, png="")  # of the first pair
+    if judges or unparsed:
+        print(f"{sum(len(rows) for kinds in judges.values() for rows in kinds.values())} judgments; left out: {unparsed} without a verdict, {doubled} doubled")
 
 
 def scatter(path, one, x, two, y):

@@ -42,7 +42,7 @@ class SampleConfig:
     max_new: int = 512
     seed: int = 0
     batch: int = 16
-    truncate_left: bool = False  # cut a prompt that leaves no room for an answer, instead of stopping
+    truncate_left: bool = False  # cut a prompt that leaves no room for max_new tokens, instead of stopping where it leaves none
 
 
 class Speaker:
@@ -81,12 +81,13 @@ class Speaker:
     def ids(self, messages, system=None, truncate_left=False, max_new=1):
         """The prompt's token ids. ValueError when they fill the context, unless the oldest may go (the <s> stays)."""
         ids = tokenize_prompt(messages, self.tokenizer, self.template, self.condition, system)
-        if len(ids) < self.context:
+        room = max(self.context // 2, self.context - max_new)  # half of the context is the prompt's at least
+        if len(ids) < self.context and not truncate_left or len(ids) <= room:
             return ids
         if not truncate_left:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it, or --truncate_left")
         self.cut += 1
-        return [ids[0], *ids[1 - max(self.context // 2, self.context - max_new) :]]  # half of it is the prompt's at least
+        return [ids[0], *ids[1 - room :]]
 
     def text(self, ids):
         text, stop = self.tokenizer.decode(ids), self.template in BASELINES and BASELINES[self.template].stop
@@ -214,16 +215,21 @@ def answer_file(speaker, config):
     print(f"{len(rows)} answers in {config.output}", file=sys.stderr)
 
 
+def check_sampling(config):
+    if not 0 <= config.temperature < math.inf or 0 < config.temperature < 1e-3 or not 0 < config.top_p <= 1:
+        raise ValueError("--temperature is 0 (the likeliest token) or at least 0.001, --top_p above 0 and at most 1")
+    if config.max_new < 1 or config.batch < 1 or (config.top_k or 1) < 1 or not 0 <= config.seed < 2**63:
+        raise ValueError("--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1")
+    return config
+
+
 def main(argv):
     config = parse_args(SampleConfig, argv, positional="folder")
     if len(config.folder) != 1:
         raise ValueError("give one model directory: python sample.py DIR [--prompt TEXT | --input FILE --output FILE]")
     if bool(config.input) != bool(config.output):
         raise ValueError("--input and --output go together")
-    if not 0 <= config.temperature < math.inf or 0 < config.temperature < 1e-3 or not 0 < config.top_p <= 1:
-        raise ValueError("--temperature is 0 (the likeliest token) or at least 0.001, --top_p above 0 and at most 1")
-    if config.max_new < 1 or config.batch < 1 or (config.top_k or 1) < 1 or not 0 <= config.seed < 2**63:
-        raise ValueError("--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1")
+    check_sampling(config)
     speaker = Speaker(config.folder[0], config.condition, config.template, seed=config.seed)
     if config.prompt is not None:
         say(speaker, speaker.ids([Message("user", config.prompt)], config.system, config.truncate_left, config.max_new), config)

@@ -128,28 +128,52 @@ def exam(tmp_path):
     return tmp_path
 
 
-def test_agieval_answers_resumes_and_rescoring_needs_no_model(toy_run, exam, capsys):
+def test_agieval_answers_resumes_and_is_scored_again_from_its_file(toy_run, exam, capsys):
     out = exam / "out.jsonl"
     words = "agieval", str(toy_run / "hf"), "--data", str(exam), "--out", str(out), "--max_new", "4"
     main(words)
     first, table = lines(out), capsys.readouterr()
     assert len(first) == 24 and "| average over items | 24 |" in table.out and "the official file has 254" in table.err
     correct = sum(row["letter"] == "A" for row in first)
+    main(["report", str(out)])
+    assert capsys.readouterr().out.splitlines()[-1] in table.out
     assert all(row["letter"] == agieval_letter(row["response"]) for row in first) and f"| {correct / 24:.1%} |" in table.out
     text = out.read_bytes()
     out.write_bytes(text[: len(text) // 2])  # killed in the middle of a line
     main(words)
     assert sorted(lines(out), key=str) == sorted(first, key=str)
-    message = refused(main, *words[:-1], 5)
-    assert "in another way" in message and lines(out) and len(lines(out)) == 24
-    assert "no such file" in refused(main, "agieval", toy_run / "hf", "--data", exam / "no", "--out", out)
+    kept = out.read_bytes()
+    assert "give another --out" in refused(main, *words[:-1], 5)
+    assert "holds responses" in refused(main, *words, "--prompts_only")
+    write(exam / "sat-en.jsonl", [{"passage": None, "question": "other?", "options": ["(A)a", "(B)b"], "label": "A"}] * 3)
+    assert "to these questions" in refused(main, *words)
+    assert out.read_bytes() == kept
+    notes = exam / "notes.txt"
+    for text in ("a line without an end", "[1]\n", '{"task": "sat-en", "index": 0}\n'):
+        notes.write_text(text)
+        assert "give another --out" in refused(main, *words[:4], "--out", notes) and notes.read_text() == text
+    assert "no such file" in refused(main, "agieval", toy_run / "hf", "--data", exam / "no", "--out", exam / "x.jsonl")
     assert "give one model directory" in refused(main, "agieval", "--data", exam, "--out", exam / "x.jsonl")
+    assert "no such folder" in refused(main, *words[:4], "--out", exam / "no" / "x.jsonl")
+    assert "at least 1" in refused(main, *words[:4], "--out", exam / "x.jsonl", "--batch", 0)
+    write(exam / "sat-en.jsonl", [{"passage": None, "question": "?", "options": None, "label": "A"}])
+    assert "options a list" in refused(main, *words[:4], "--out", exam / "x.jsonl")
 
 
-def test_long_prompts_lose_their_beginning_and_are_counted(toy_run, exam, capsys):
+def test_a_response_with_a_line_separator_can_be_resumed(toy_run, exam, monkeypatch):
+    out = exam / "out.jsonl"
+    monkeypatch.setattr(evaluate.Speaker, "text", lambda self, ids: "A\u2028B\u0085")
+    words = "agieval", str(toy_run / "hf"), "--data", str(exam), "--out", str(out), "--max_new", "1"
+    main(words)
+    main(words)
+    assert out.read_text().count("\n") == 24
+
+
+def test_prompts_that_leave_no_room_lose_their_beginning_and_are_counted(toy_run, exam, capsys):
     write(exam / "sat-en.jsonl", [{"passage": "long " * 300, "question": "?", "options": ["(A)a", "(B)b"], "label": "A"}])
-    main(["agieval", str(toy_run / "hf"), "--data", str(exam), "--out", str(exam / "o.jsonl"), "--max_new", "3"])
-    assert "1 prompts cut on the left" in capsys.readouterr().out
+    for _ in range(2):  # counted from the file: the second run has nothing to ask
+        main(["agieval", str(toy_run / "hf"), "--data", str(exam), "--out", str(exam / "o.jsonl"), "--max_new", "3"])
+        assert "1 prompts cut on the left" in capsys.readouterr().out
 
 
 QUESTIONS = [{"question_id": 81, "category": "writing", "turns": ["sort c a b", "copy a"]}, {"question_id": 111, "category": "math", "turns": ["copy a b", "reverse a b"]}]
@@ -157,7 +181,8 @@ QUESTIONS = [{"question_id": 81, "category": "writing", "turns": ["sort c a b", 
 
 @pytest.fixture
 def answered(toy_run, tmp_path):
-    """(question file, answers of model `one`, answers of model `two`)."""
+    """(question file, answers of model `one`, answers of model `two`); reference.jsonl beside them."""
+    write(tmp_path / "reference.jsonl", [{"question_id": 111, "model_id": "gpt-4", "choices": [{"index": 0, "turns": ["ref 1", "ref 2"]}]}])
     questions = write(tmp_path / "question.jsonl", QUESTIONS)
     for name, seed in (("one", 0), ("two", 1)):
         main(["answers", str(toy_run), "--bench", "mt", "--questions", str(questions), "--out", str(tmp_path / f"{name}.jsonl"), "--name", name, "--seed", str(seed), "--max_new", "8"])
@@ -187,7 +212,29 @@ def test_alpaca_answers_and_the_warning_about_its_own_training_data(toy_run, toy
     assert [row["dataset"] for row in rows] == ["helpful_base", "koala"] and all(row.keys() == {"dataset", "instruction", "output", "generator"} for row in rows)
     assert "1 of the 2 questions are prompts that this model was trained on" in capsys.readouterr().err
     assert "alpaca|mt|vicuna" in refused(main, "answers", toy_run, "--bench", "arena", "--questions", questions, "--out", tmp_path / "x")
-    assert "no 'turns'" in refused(main, "answers", toy_run, "--bench", "mt", "--questions", questions, "--out", tmp_path / "x")
+    mt = "answers", toy_run, "--bench", "mt", "--out", tmp_path / "x", "--questions"
+    assert "no 'turns'" in refused(main, *mt, questions)
+    for turns in ([], None, "hello", [1], ["a", "b", "c"]):
+        assert "one or two texts" in refused(main, *mt, write(tmp_path / "q.jsonl", [{"question_id": 1, "category": "x", "turns": turns}]))
+    (tmp_path / "q.jsonl").write_text("")
+    assert "empty" in refused(main, *mt, tmp_path / "q.jsonl")
+    assert "is an input" in refused(main, "answers", toy_run, "--bench", "alpaca", "--questions", questions, "--out", questions)
+    assert "--temperature" in refused(main, "answers", toy_run, "--bench", "alpaca", "--questions", questions, "--out", tmp_path / "x", "--temperature", -1)
+    assert evaluate.name_of(toy_run / "hf") == toy_run.name
+
+
+JUDGE_PROMPTS = {  # first eight hex digits of the sha256 of FastChat's own (system, blank line, user) with Q1, Q2, A1, A2, B1, B2, R1, R2 in the slots
+    "single-v1": "507129fa", "single-math-v1": "cb40d6ae", "single-v1-multi-turn": "01685415", "single-math-v1-multi-turn": "fd5b1c03",
+    "pair-v2": "741fbbde", "pair-math-v1": "9b6f0b2a", "pair-v2-multi-turn": "43e647a1", "pair-math-v1-multi-turn": "df4b4e02",
+}
+
+
+def test_judge_prompts_are_fastchat_s_to_the_letter():
+    slots = {f"{name}_{i}": f"{letter}{i}" for name, letter in (("question", "Q"), ("answer", "A"), ("other", "B"), ("reference", "R")) for i in (1, 2)}
+    ours = {name: hashlib.sha256(f"{system}\n\n{evaluate.fill(user, **slots)}".encode()).hexdigest()[:8] for name, system, user in evaluate.PROMPTS.values()}
+    assert ours == JUDGE_PROMPTS
+    assert all(name.startswith(mode) and ("math" in name) == math and ("multi" in name) == (turn == 2) for (mode, turn, math), (name, *_) in evaluate.PROMPTS.items())
+    assert hashlib.sha256(evaluate.TABLE_6.encode()).hexdigest()[:8] == "18adae88"
 
 
 def reply(key, text, status=200, error=None):
@@ -198,30 +245,36 @@ def reply(key, text, status=200, error=None):
 def test_single_grading_survives_a_batch_with_every_fault(answered, tmp_path, capsys):
     questions, one, _ = answered
     requests = tmp_path / "requests.jsonl"
-    main(["judge", str(one), "--mode", "single", "--questions", str(questions), "--out", str(requests)])
+    words = "judge", str(one), "--mode", "single", "--questions", str(questions)
+    assert "give --references" in refused(main, *words, "--out", requests)
+    main([*words, "--references", str(tmp_path / "reference.jsonl"), "--out", str(requests)])
     asked = lines(requests)
-    assert len(asked) == 4 and all(row["method"] == "POST" and row["url"] == "/v1/chat/completions" and row["body"]["model"] == "gpt-4" for row in asked)
+    assert len(asked) == 4 and all(row.keys() == {"custom_id", "method", "url", "body"} and row["method"] == "POST" and row["url"] == "/v1/chat/completions" for row in asked)
+    assert all({k: v for k, v in row["body"].items() if k != "messages"} == {"model": "gpt-4", "temperature": 0, "max_tokens": 2048} for row in asked)
+    assert [json.loads(row["custom_id"])[2] for row in asked] == ["single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn"]
+    assert "ref 1" in asked[2]["body"]["messages"][1]["content"] and "ref 2" in asked[3]["body"]["messages"][1]["content"]
     said = lines(one)[0]["choices"][0]["turns"]
     assert f"[The Start of Assistant's Answer]\n{said[0]}\n[The End" in asked[0]["body"]["messages"][1]["content"]
     assert all(text in asked[1]["body"]["messages"][1]["content"] for text in ("sort c a b", "copy a", *said))
     keys = [row["custom_id"] for row in asked]
     batch = tmp_path / "batch.jsonl"
     batch.write_text("\n".join([
-        json.dumps(reply(keys[0], "Good. Rating: [[7]]")), json.dumps(reply(keys[0], "Rating: [[1]]")), json.dumps(reply(keys[1], "", 429)),
+        json.dumps(reply(keys[0], "Good.\u2028 Rating: [[7]]"), ensure_ascii=False), json.dumps(reply(keys[0], "Rating: [[1]]")), json.dumps(reply(keys[1], "", 429)),
         json.dumps(reply(keys[2], "I can't say.")), json.dumps(reply(keys[3], "", 500) | {"error": {"code": "x"}}), json.dumps(reply("[\"other\"]", "[[3]]")),
-        "{not json", json.dumps(reply(keys[1], "Rating: [[4]]"))[:-20],
+        "{not json", json.dumps({"custom_id": ["a"]}), json.dumps({"custom_id": keys[1], "response": "oops"}), json.dumps(reply(keys[1], "Rating: [[4]]"))[:-20],
     ]))
     out = tmp_path / "judgments.jsonl"
     capsys.readouterr()
     main(["judge", str(batch), "--requests", str(requests), "--out", str(out)])
     text = capsys.readouterr().out
-    assert "2 of 4 requests answered" in text and "2 failed, 2 malformed, 1 doubled, 1 foreign, 1 unparsed; 2 to be asked again" in text
-    assert [(row["question_id"], row["turn"], row["model"], row["score"]) for row in lines(out)] == [(81, 1, "one", 7.0), (111, 1, "one", -1)]
+    assert "2 of 4 requests answered" in text and "3 failed, 3 malformed, 1 doubled, 1 foreign, 1 unparsed; 2 to be asked again" in text
+    assert [(row["question_id"], row["turn"], row["model"], row["score"]) for row in map(json.loads, out.read_text().split("\n")[:-1])] == [(81, 1, "one", 7.0), (111, 1, "one", -1)]
+    assert json.loads(out.read_text().split("\n")[0]).keys() == {"question_id", "turn", "judge", "tstamp", "model", "user_prompt", "judgment", "score"}
     retry = tmp_path / "judgments.jsonl.retry.jsonl"
     assert lines(retry) == [asked[1], asked[3]]
     second = write(tmp_path / "batch2.jsonl", [reply(row["custom_id"], "[[9]]") for row in lines(retry)])
     main(["judge", str(batch), str(second), "--requests", str(requests), "--out", str(out)])
-    assert [row["score"] for row in lines(out)] == [7.0, -1, 9.0, 9.0] and not retry.exists()
+    assert [row["score"] for row in map(json.loads, out.read_text().split("\n")[:-1])] == [7.0, -1, 9.0, 9.0] and not retry.exists()
     main(["report", str(out)])  # a score of -1 is left out, as show_result does
     assert "| one | 7.00 | 9.00 | 8.33 |" in capsys.readouterr().out
 
@@ -229,25 +282,37 @@ def test_single_grading_survives_a_batch_with_every_fault(answered, tmp_path, ca
 def test_pairs_are_asked_in_both_orders(answered, tmp_path, capsys):
     questions, one, two = answered
     requests, out = tmp_path / "requests.jsonl", tmp_path / "judgments.jsonl"
-    main(["judge", str(one), "--mode", "pair", "--questions", str(questions), "--baseline", str(two), "--out", str(requests)])
+    words = "judge", str(one), "--mode", "pair", "--questions", str(questions), "--references", str(tmp_path / "reference.jsonl"), "--baseline"
+    main([*words, str(two), "--out", str(requests)])
     asked = lines(requests)
-    assert len(asked) == 8
+    assert len(asked) == 8 and "the baseline itself" in refused(main, *words, one, "--out", tmp_path / "x")
+    turns = [lines(path)[0]["choices"][0]["turns"] for path in (one, two)]
+    talk = asked[2]["body"]["messages"][1]["content"]
+    assert all(talk.count(f"### Assistant {x}:\n{text}\n") >= 1 for x, said in zip("AB", turns) for text in said)
     a, b = (lines(path)[0]["choices"][0]["turns"][0] for path in (one, two))
     for row, first, second in ((asked[0], a, b), (asked[1], b, a)):
         assert f"Assistant A's Answer]\n{first}\n" in row["body"]["messages"][1]["content"] and f"Assistant B's Answer]\n{second}\n" in row["body"]["messages"][1]["content"]
     verdicts = ["[[A]]", "[[B]]", "[[A]]", "[[A]]", "[[B]]", "[[A]]", "[[C]]", "[[C]]"]  # one wins; the orders disagree; two wins; both tie
     batch = write(tmp_path / "batch.jsonl", [reply(row["custom_id"], v) for row, v in zip(asked, verdicts)])
     main(["judge", str(batch), "--requests", str(requests), "--out", str(out)])
+    assert all(row.keys() == {"question_id", "turn", "judge", "tstamp", "model_1", "model_2", "g1_winner", "g2_winner", "g1_user_prompt", "g1_judgment", "g2_user_prompt", "g2_judgment"} for row in lines(out))
     assert [(row["g1_winner"], row["g2_winner"]) for row in lines(out)] == [("model_1", "model_1"), ("model_1", "model_2"), ("model_2", "model_2"), ("tie", "tie")]
     capsys.readouterr()
     main(["report", str(out), "--baseline", "two"])
-    assert "50.0% (1 won, 1 lost, 2 tied)" in capsys.readouterr().out
+    assert "50.0% (1 won, 1 lost, 2 tied; gpt-4)" in capsys.readouterr().out
     lonely = write(tmp_path / "half.jsonl", lines(batch)[1:])  # the first game of a pair is missing: asked again, the second kept
+    capsys.readouterr()
     main(["judge", str(lonely), "--requests", str(requests), "--out", str(out)])
-    assert len(lines(out)) == 3 and lines(tmp_path / "judgments.jsonl.retry.jsonl") == asked[:1]
+    retry = tmp_path / "judgments.jsonl.retry.jsonl"
+    assert len(lines(out)) == 3 and lines(retry) == asked[:1] and "1 games wait for their other order" in capsys.readouterr().out
+    kept = out.read_bytes(), retry.read_bytes()
+    assert "outputs of all its batches" in refused(main, "judge", lonely, "--requests", retry, "--out", out)
+    assert "is an input" in refused(main, "judge", lonely, "--requests", requests, "--out", lonely)
+    assert "not a request" in refused(main, "judge", lonely, "--requests", write(tmp_path / "foreign.jsonl", [{"custom_id": "x", "body": {}}]), "--out", tmp_path / "x")
+    assert (out.read_bytes(), retry.read_bytes()) == kept
     assert "--baseline FILE" in refused(main, "judge", one, "--mode", "pair", "--questions", questions, "--out", out)
     write(one, lines(one)[:1])
-    assert "no whole answer to question 111" in refused(main, "judge", one, "--mode", "single", "--questions", questions, "--out", out)
+    assert "no whole answer to question 111" in refused(main, "judge", one, "--mode", "single", "--questions", questions, "--references", tmp_path / "reference.jsonl", "--out", out)
 
 
 def test_conversation_scoring_goes_turn_by_turn_in_context(tmp_path, capsys):
@@ -274,13 +339,38 @@ def test_report_counts_win_rates_and_averages_the_three(tmp_path, capsys):
     pair = lambda q, g1, g2, m1="m", m2="gpt-3.5-turbo": {"question_id": q, "model_1": m1, "model_2": m2, "g1_winner": g1, "g2_winner": g2, "judge": ["gpt-4", "pair-v2"], "turn": 1}
     mt = [pair(81, "model_1", "model_1"), pair(82, "model_1", "tie"), pair(83, "tie", "tie"), pair(84, "error", "model_2"), pair(85, "model_2", "model_2", "gpt-3.5-turbo", "m")]
     vicuna = [pair(1, "model_2", "model_2"), pair(2, "model_1", "model_1")]  # 2 wins, 2 ties: 75%; 1 win, 1 loss: 50%
-    alpaca = [{"instruction": f"i{i}", "generator_1": "text_davinci_003", "generator_2": "m", "preference": p, "annotator": "alpaca_eval_gpt"} for i, p in enumerate((2, 2, 1.5, 1, None))]
+    alpaca = [{"instruction": f"i{i}", "generator_1": "text_davinci_003", "generator_2": "m", "preference": p, "annotator": "alpaca_eval_gpt"} for i, p in enumerate((2, 1.9, 0, 1, None, float("nan"), 3))]  # 1, 0.9, a draw, 0; the rest is no verdict
     (tmp_path / "a.json").write_text(json.dumps(alpaca))
     files = write(tmp_path / "mt.jsonl", mt), write(tmp_path / "v.jsonl", vicuna), tmp_path / "a.json"
     main(["report", *map(str, files)])
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:-1]]
-    assert cells == ["m", "62.5% (2 won, 1 lost, 1 tied)", "75.0% (2 won, 0 lost, 2 tied)", "50.0% (1 won, 1 lost, 0 tied)", "62.5%"]
-    assert "not a judgment" in refused(main, "report", write(tmp_path / "x.jsonl", [{"a": 1}]))
+    table = ["m", "60.0% (2 won, 1 lost, 1 tied; alpaca_eval_gpt)", "75.0% (2 won, 0 lost, 2 tied; gpt-4)", "50.0% (1 won, 1 lost, 0 tied; gpt-4)", "61.7%"]
+    assert cells == table
+    main(["report", *map(str, files), str(files[0])])  # the same file twice counts once
+    text = capsys.readouterr().out
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]] == table and "left out: 5 without a verdict, 4 doubled" in text
+    other = write(tmp_path / "other.jsonl", [row | {"judge": ["claude-2", "pair-v2"], "g1_winner": "model_2", "g2_winner": "model_2"} for row in mt[:1]])
+    main(["report", str(files[0]), str(other)])  # judges stay apart
+    assert "75.0% (2 won, 0 lost, 2 tied; gpt-4) / 0.0% (0 won, 1 lost, 0 tied; claude-2)" in capsys.readouterr().out
+    bad = lambda row: refused(main, "report", write(tmp_path / "x.jsonl", [row]))
+    assert "not a judgment" in bad({"a": 1}) and "no 'g2_winner'" in bad({k: v for k, v in mt[0].items() if k != "g2_winner"}) and "no 'generator_1'" in bad({"preference": 1})
+    assert "judge is" in bad(mt[0] | {"judge": "gpt-4"}) and "FastChat's numbers" in bad(mt[0] | {"question_id": "abc"})
+
+
+def test_report_of_categories_and_turns(tmp_path, capsys):
+    single = lambda q, turn, score: {"question_id": q, "model": "m", "judge": ["gpt-4", "single-v1"], "score": score, "turn": turn}
+    rows = [single(81 + 10 * i, turn, i + turn) for i in range(8) for turn in (1, 2)] + [single(7, 1, 3)]
+    main(["report", str(write(tmp_path / "s.jsonl", rows))])
+    out = capsys.readouterr().out
+    assert "| turn 1 | turn 2 | average | writing | roleplay | reasoning | math | coding | extraction | stem | humanities |" in out
+    assert "| m | 4.50 | 5.50 | 5.00 | 1.50 | 2.50 | 3.50 | 4.50 | 5.50 | 6.50 | 7.50 | 8.50 |" in out and "| m | 3.00 |  | 3.00 |" in out
+
+
+def test_the_categories_and_temperatures_are_the_benchmark_s(assets):
+    rows = lines(assets / "mt_bench" / "question.jsonl")
+    assert all(row["category"] == evaluate.MT_CATEGORIES[(row["question_id"] - 81) // 10] for row in rows) and len(rows) == 80
+    heat = {"writing": 0.7, "roleplay": 0.7, "math": 0, "coding": 0, "reasoning": 0, "extraction": 0, "stem": 0.1, "humanities": 0.1}
+    assert evaluate.TEMPERATURE == heat
 
 
 def test_correlation_of_judges(tmp_path, capsys):
