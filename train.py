@@ -143,7 +143,10 @@ def start_distributed(config):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        # torchrun --max-restarts starts all ranks again over the same store, where the dead ranks' addresses still stand: a prefix for each attempt
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     elif config.dtype != "float32":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device

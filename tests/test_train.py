@@ -329,6 +329,38 @@ def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy, train):
     assert "step-10" in out and losses(two) == pytest.approx(losses(one), rel=1e-5)
 
 
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+from data import run
+
+step, count = train.train_step, 0
+
+def dying_step(*args):
+    global count
+    count += 1
+    if count == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+
+train.train_step = dying_step
+run(train.main)
+"""
+
+
+def test_torchrun_restarts_resume_by_themselves(toy, tmp_path):
+    """A rank is killed in step 7; torchrun starts all again, they take the checkpoint of step 5 and end with the undisturbed run's bits."""
+    words = "--model", "toy", "--steps", 12, "--batch_tokens", 512, "--micro_tokens", 256, "--save_every", 5
+    (tmp_path / "killer.py").write_text(KILLER.format(root=str(ROOT)))
+    run = "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max_restarts=1", "--monitor_interval=0.2"
+    out, err = call(*run, tmp_path / "killer.py", "--data", toy / "train.safetensors", "--out", tmp_path / "killed", *words)
+    assert "resuming from" in out + err and "step-5" in out + err
+    torchrun(2, toy / "train.safetensors", tmp_path / "whole", *words)
+    assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 13))
+
+
 def test_real_conversations_give_the_same_losses_on_two_ranks(assets, tmp_path, train):
     """The real tokenizer's 32,001 rows, which 2 does not divide; 20 short steps."""
     file = tmp_path / "x.safetensors"
