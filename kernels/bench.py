@@ -80,7 +80,7 @@ def optional(device, module, name):
 absent = {}  # peer -> why
 
 
-# ---- the cases: (inputs, {name: function of the inputs}, the definition, upstream gradients' shapes, costs) ----------------------------
+# ---- the cases: (inputs, {name: function of the inputs}, the definition, costs) -----------------------------------------
 
 
 def rms_norm_case(make, device, T, D):
