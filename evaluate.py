@@ -131,7 +131,7 @@ def interval(correct, n):
     """Wilson's 95% interval of a proportion."""
     z, p = 1.96, correct / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def agieval_table(rows, name="this model"):
