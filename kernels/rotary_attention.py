@@ -163,17 +163,23 @@ def _store_unrotated(b_x, x, o_t, m_t, cos, sin, stride: tl.constexpr, E: tl.con
 
 
 @triton.jit
+def _load_tile(k, v, o_n, length, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr):
+    """Rows o_n of a conversation's keys and values, [BN, E] each. MASK: some lie beyond its end."""
+    o_kv = o_n.to(tl.int64)[:, None] * stride + tl.arange(0, E)
+    if MASK:
+        m_n = (o_n < length)[:, None]
+        b_k, b_v = tl.load(k + o_kv, mask=m_n, other=0.0), tl.load(v + o_kv, mask=m_n, other=0.0)
+    else:
+        b_k, b_v = tl.load(k + o_kv), tl.load(v + o_kv)
+    return b_k, b_v
+
+
+@triton.jit
 def _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, begin, end, scale, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr):
     """Take the keys begin to end of a conversation into the running output, maximum and sum. MASK: some lie after their query."""
-    o_e = tl.arange(0, E)
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
-        o_kv = o_n.to(tl.int64)[:, None] * stride + o_e
-        if MASK:
-            m_n = o_n < length
-            b_k, b_v = tl.load(k + o_kv, mask=m_n[:, None], other=0.0), tl.load(v + o_kv, mask=m_n[:, None], other=0.0)
-        else:
-            b_k, b_v = tl.load(k + o_kv), tl.load(v + o_kv)  # [BN, E]
+        b_k, b_v = _load_tile(k, v, o_n, length, MASK, stride, E)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
         if MASK:
             b_s = tl.where(o_m[:, None] >= o_n, b_s, float("-inf"))
@@ -231,15 +237,9 @@ def _delta_kernel(o, do, delta, T, H: tl.constexpr, E: tl.constexpr, BT: tl.cons
 
 @triton.jit
 def _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, scale, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr):
-    o_e = tl.arange(0, E)
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
-        o_kv = o_n.to(tl.int64)[:, None] * stride + o_e
-        if MASK:
-            m_n = o_n < length
-            b_k, b_v = tl.load(k + o_kv, mask=m_n[:, None], other=0.0), tl.load(v + o_kv, mask=m_n[:, None], other=0.0)
-        else:
-            b_k, b_v = tl.load(k + o_kv), tl.load(v + o_kv)  # [BN, E]
+        b_k, b_v = _load_tile(k, v, o_n, length, MASK, stride, E)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
         if MASK:
             b_s = tl.where(o_m[:, None] >= o_n, b_s, float("-inf"))
