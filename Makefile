@@ -13,10 +13,10 @@ demo: $(if $(VENV),$(VENV)/ready)
 	@$(RUN) -m paper.toy --score out/demo
 
 test: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m pytest -q -m "not long" tests
+	$(RUN) -m pytest -q -rs -m "not long" tests
 
 test_long: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -rs tests
 
 # On a machine with a GPU: every kernel checked on it, then timed against its peers; results/bench.json grows case by case.
 gpu: $(if $(VENV),$(VENV)/dev)
