@@ -175,7 +175,7 @@ def answered(out, items, source):
             raise ValueError(f"{out}:{number}: not an answer of this model, in this way, to these questions; give another --out")
         done[row["task"], row["index"]] = row
     if tail:
-        if not tail.startswith(b'{"task"'):
+        if tail[:7] != b'{"task"'[: len(tail)]:  # a kill may cut anywhere
             raise ValueError(f"{out}:{len(whole) + 1}: not a line of an agieval run; give another --out")
         write_lines(out, done.values())
     return done
@@ -475,9 +475,10 @@ def read_verdicts(config):
         key = field(row, where, "custom_id", "body")[0]
         try:
             kind, judge, name, question, turn, *who = json.loads(key)
-            assert kind in ("single", "pair", "conversation") and len(who) == (3 if kind == "pair" else 1)
-        except (ValueError, TypeError, AssertionError):
-            raise ValueError(f"{where}: not a request that `judge --mode` wrote; give its file") from None
+        except (ValueError, TypeError):
+            kind, who = None, ()
+        if len(who) != {"single": 1, "conversation": 1, "pair": 3}.get(str(kind)):
+            raise ValueError(f"{where}: not a request that `judge --mode` wrote; give its file")
         asked[key], ids[key] = row, (kind, judge, name, question, turn, who)
     texts, count = {}, dict.fromkeys(("failed", "malformed", "doubled", "foreign", "unparsed"), 0)
     for path in config.files:
@@ -619,8 +620,12 @@ def report(config):
         raise ValueError("report needs FILE..: FastChat judgments, AlpacaEval annotations, conversation scores or agieval's responses")
     agieval_files = [path for path in config.files if isinstance(first := rows_of(path)[0][1], dict) and {"task", "response"} <= first.keys()]
     for path in agieval_files:  # scored again, from the responses
-        rows = [dict(zip(("task", "label", "response"), field(row, where, "task", "label", "response"))) for where, row in rows_of(path)]
-        print(agieval_table(rows, Path(path).stem))
+        rows = rows_of(path)
+        for where, row in rows:
+            task, _, response = field(row, where, "task", "label", "response")
+            if str(task) not in TASKS or not isinstance(response, str):
+                raise ValueError(f"{where}: no response to one of AGIEval's English tasks; give the --out of an agieval run")
+        print(agieval_table([row for _, row in rows], Path(path).stem))
     judges, unparsed, doubled = read_judgments([path for path in config.files if path not in agieval_files])
     mean = lambda rows: f"{statistics.mean(row['score'] for row in rows):.2f}" if rows else ""
     benches = "AlpacaEval", "MT-bench", "Vicuna-bench"

@@ -34,7 +34,7 @@ class SampleConfig:
     input: str | None = None
     output: str | None = None
     condition: str | None = None  # default: the expert's, from crlft.json
-    template: str | None = None  # default: the one trained with; `base` is the raw text
+    template: str | None = None  # default: the one trained with; another model's, or `base`, the raw text: PROMPTS in data.py
     system: str | None = None
     temperature: float = 0.7  # 0: always the likeliest token
     top_k: int | None = None

@@ -48,14 +48,14 @@ def gradients(f, inputs, upstream):
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, upstream)]
 
 
-def compare(names, dtype, kernel, plain, exact, inputs, upstream, scales={}):
+def compare(names, dtype, kernel, plain, exact, inputs, upstream, scales=None):
     """Outputs and gradients of the kernel against fp64, no worse than the plain version's; on a GPU, the same bits twice."""
     ours, theirs = gradients(kernel, inputs, upstream), gradients(plain, inputs, upstream)
     if inputs[0].is_cuda:
         assert all(torch.equal(a, b) for a, b in zip(ours, gradients(kernel, inputs, upstream))), "the same inputs gave other bits"
     ref = gradients(exact, [x.double() for x in inputs], [u.double() for u in upstream])
     for name, a, b, c in zip(names, ours, theirs, ref, strict=True):
-        close((name, dtype), a, b, c, scales.get(name))
+        close((name, dtype), a, b, c, (scales or {}).get(name))
     return ours
 
 

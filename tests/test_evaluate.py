@@ -142,6 +142,9 @@ def test_agieval_answers_resumes_and_is_scored_again_from_its_file(toy_run, exam
     out.write_bytes(text[: len(text) // 2])  # killed in the middle of a line
     main(words)
     assert sorted(lines(out), key=str) == sorted(first, key=str)
+    out.write_bytes(out.read_bytes() + b'{"ta')  # killed after its first letters
+    main(words)
+    assert sorted(lines(out), key=str) == sorted(first, key=str)
     kept = out.read_bytes()
     assert "give another --out" in refused(main, *words[:-1], 5)
     assert "holds responses" in refused(main, *words, "--prompts_only")
@@ -149,7 +152,7 @@ def test_agieval_answers_resumes_and_is_scored_again_from_its_file(toy_run, exam
     assert "to these questions" in refused(main, *words)
     assert out.read_bytes() == kept
     notes = exam / "notes.txt"
-    for text in ("a line without an end", "[1]\n", '{"task": "sat-en", "index": 0}\n'):
+    for text in ("a line without an end", '{"model": 1', "[1]\n", '{"task": "sat-en", "index": 0}\n'):
         notes.write_text(text)
         assert "give another --out" in refused(main, *words[:4], "--out", notes) and notes.read_text() == text
     assert "no such file" in refused(main, "agieval", toy_run / "hf", "--data", exam / "no", "--out", exam / "x.jsonl")
@@ -309,6 +312,8 @@ def test_pairs_are_asked_in_both_orders(answered, tmp_path, capsys):
     assert "outputs of all its batches" in refused(main, "judge", lonely, "--requests", retry, "--out", out)
     assert "is an input" in refused(main, "judge", lonely, "--requests", requests, "--out", lonely)
     assert "not a request" in refused(main, "judge", lonely, "--requests", write(tmp_path / "foreign.jsonl", [{"custom_id": "x", "body": {}}]), "--out", tmp_path / "x")
+    for key in ("[1, 2]", '["pair", "gpt-4", "n", 1, 1, "m"]', '[[], 1, 2, 3, 4, 5]', "7", 7):
+        assert "not a request" in refused(main, "judge", lonely, "--requests", write(tmp_path / "foreign.jsonl", [{"custom_id": key, "body": {}}]), "--out", tmp_path / "x")
     assert (out.read_bytes(), retry.read_bytes()) == kept
     assert "--baseline FILE" in refused(main, "judge", one, "--mode", "pair", "--questions", questions, "--out", out)
     write(one, lines(one)[:1])
@@ -355,6 +360,7 @@ def test_report_counts_win_rates_and_averages_the_three(tmp_path, capsys):
     bad = lambda row: refused(main, "report", write(tmp_path / "x.jsonl", [row]))
     assert "not a judgment" in bad({"a": 1}) and "no 'g2_winner'" in bad({k: v for k, v in mt[0].items() if k != "g2_winner"}) and "no 'generator_1'" in bad({"preference": 1})
     assert "judge is" in bad(mt[0] | {"judge": "gpt-4"}) and "FastChat's numbers" in bad(mt[0] | {"question_id": "abc"})
+    assert all("the --out of an agieval run" in bad({"task": task, "label": "A", "response": response}) for task, response in (("gaokao", "A"), ("sat-en", 5), ([], "A")))
 
 
 def test_report_of_categories_and_turns(tmp_path, capsys):
