@@ -1,25 +1,41 @@
-"""What makes a run survive: checkpoints that are whole or absent, and the search for the newest whole one.
+"""What makes a run survive: ranks that meet, leave and fail together, and checkpoints that are whole or absent.
 
-A checkpoint is written by torch.distributed.checkpoint into step-N.partial, listed with sizes and sha256 in its MANIFEST.json,
-flushed to the disk and made visible by one rename to step-N; then the file `latest` names it. Whatever dies in between, a
-reader finds the old checkpoints or the new one, never half of it.
+A checkpoint is written by torch.distributed.checkpoint into step-N.partial, every rank its shards; listed with the sizes and
+sha256 of what was written in its MANIFEST.json, flushed to the disk, and made visible by one rename to step-N; then the file
+`latest` names it. Whatever dies in between, a reader finds the old checkpoints or the new one, never half of it.
+
+It holds model, optimizer, step and, in `identity`, what the run is made of. The plan's position is the step, because the plan is
+a pure function of data and settings, and nothing after the initial weights draws a random number: there is no other state.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import sys
+import time
+import traceback
+import uuid
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._pytree import tree_map
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no accident
+
+# ---- ranks --------------------------------------------------------------------------------------------------------------
 
 
 def rank():
@@ -29,6 +45,107 @@ def rank():
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def on_first_rank(function):
+    """What function() returns on rank 0, on every rank; its ValueError likewise."""
+    result = [None, None]
+    if rank() == 0:
+        try:
+            result[0] = function()
+        except ValueError as error:
+            result[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    if result[1]:
+        raise result[1]
+    return result[0]
+
+
+def meet(wait=timedelta(minutes=10)):
+    """A part of torchrun's store that only the ranks of this attempt share.
+
+    A restart finds the same store, where the dead ranks' addresses still stand, and agents on several nodes do not count
+    restarts alike. So rank 0 draws a new name and tells it to whoever greets it with a number of its own: an answer to a
+    greeting that a dead rank left is read by nobody.
+    """
+    store, me, world = next(dist.rendezvous("env://", timeout=wait))
+    mine = uuid.uuid4().hex
+    if me:
+        store.set(f"hello {me}", mine)
+        fresh = dist.PrefixStore(store.get(f"answer to {mine}").decode(), store)
+        fresh.set(f"here {me}", "")
+        return fresh
+    fresh, missing, until = dist.PrefixStore(mine, store), set(range(1, world)), time.monotonic() + wait.total_seconds()
+    while missing := {other for other in missing if not fresh.check([f"here {other}"])}:
+        for other in missing:
+            if store.check([f"hello {other}"]):
+                store.set(f"answer to {store.get(f'hello {other}').decode()}", mine)
+        if time.monotonic() > until:
+            raise ValueError(f"ranks {sorted(missing)} did not start within {wait}; look at their nodes")
+        time.sleep(0.02)
+    return fresh
+
+
+@contextmanager
+def together(explain):
+    """Yields the ranks' store, None for a process alone. When they fail, the first to fail says why and all leave.
+
+    explain(error) -> the line for the user, or None for a traceback. What the others have to say, once a peer is gone, is
+    its echo; and a process group is not taken down in order when half of it is missing, so they leave by _exit.
+    """
+    store = meet() if "RANK" in os.environ else None
+    try:
+        yield store
+    except Exception as error:
+        if store is None:
+            raise
+        try:
+            first = store.add("failures", 1) == 1
+        except RuntimeError:  # the store's host is gone too
+            first = int(os.environ["RANK"]) == 0
+        if first:
+            lost = "gloo" in str(error) or isinstance(error, dist.DistError)
+            reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0]
+            line = explain(error) or lost and (f"rank {os.environ['RANK']} lost another rank, which died, hangs or is out of reach ({reason}); "
+                                               "torchrun names it. The same command resumes from the last checkpoint")
+            print(f"{Path(sys.argv[0]).name}: {line}" if line else traceback.format_exc(), file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun stops all once one has left: the first finishes its sentence
+        os._exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_group(store, alone, timeout):
+    """The process group: of all ranks that share the store; or, where a process is alone and needs one, of itself."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if store is not None:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    elif alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+class Signals:
+    """Ctrl-C and SIGTERM (preemption) ask the loop to save and leave; a second one does not wait."""
+
+    def __enter__(self):
+        self.received = None
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, _frame):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------------
 
 
 def fsync(path):
@@ -44,44 +161,37 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class HashedFile(io.BufferedWriter):
+    def __init__(self, path, mode):
+        super().__init__(io.FileIO(path, mode))
+        self.bytes, self.hash = 0, hashlib.sha256()
+
+    def write(self, data):
+        self.bytes += memoryview(data).nbytes
+        self.hash.update(data)
+        return super().write(data)
+
+
+class HashedFiles(FileSystem):
+    """Knows sizes and sha256 of the files it wrote without reading them back: what the disk then holds is checked against them."""
+
+    def __init__(self):
+        self.files = {}
+
+    @contextmanager
+    def create_stream(self, path, mode):
+        with HashedFile(path, mode) as stream:
+            yield stream
+        self.files[path.name] = {"bytes": stream.bytes, "sha256": stream.hash.hexdigest()}
+
+    def rename(self, path, new_path):
+        super().rename(path, new_path)
+        self.files[new_path.name] = self.files.pop(path.name)
+
+
 def state_of(model, optimizer):
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
-
-
-def save(root, step, model, optimizer, identity, keep):
-    """Write checkpoint step-N, every rank its shards; keep the last `keep`. OSError: the old ones are untouched.
-
-    identity: a JSON dict of what a run must share with this one to resume from it.
-    """
-    final, partial = Path(root) / f"step-{step}", Path(root) / f"step-{step}.partial"
-    if rank() == 0:
-        for left in Path(root).glob("*.partial"):  # of a save that was killed
-            shutil.rmtree(left)
-        partial.mkdir(parents=True)
-    barrier()
-    try:
-        dcp.save(state_of(model, optimizer), checkpoint_id=partial, no_dist=not dist.is_initialized())
-        if rank() == 0:
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(partial.iterdir())}
-            manifest = partial / "MANIFEST.json"
-            manifest.write_text(json.dumps({"step": step, "identity": identity, "files": files}, indent=1))
-            for path in (manifest, partial):
-                fsync(path)
-            shutil.rmtree(final, ignore_errors=True)  # only ever a corrupt one: a valid step-N would have been resumed from
-            partial.rename(final)
-            fsync(root)
-            (Path(root) / ".latest").write_text(final.name)
-            (Path(root) / ".latest").replace(Path(root) / "latest")
-            kept = [s for s in steps(root) if s <= step][:keep]  # a later one is broken, or this run would have resumed from it
-            for old in set(steps(root)) - set(kept):
-                shutil.rmtree(Path(root) / f"step-{old}")
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise OSError(f"{final} could not be written ({reason}); the checkpoints before it are whole") from error
-    barrier()
 
 
 def steps(root):
@@ -90,40 +200,116 @@ def steps(root):
     return sorted((int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))), reverse=True)
 
 
-def fault(path):
-    """Why this checkpoint can't be trusted, or None."""
+def fault(path, share=slice(None)):
+    """Why this checkpoint can't be trusted, as far as this share of its files goes, or None."""
     try:
-        files = json.loads((path / "MANIFEST.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"MANIFEST.json unreadable: {error}"
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
-            return f"{name} missing or changed"
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        files = manifest["files"]
+        if path.name != f"step-{manifest['step']}" or not isinstance(manifest["identity"], dict):
+            return "MANIFEST.json is of another checkpoint"
+        for name in sorted(files)[share]:
+            file = path / name
+            if not file.is_file() or file.stat().st_size != files[name]["bytes"] or sha256(file) != files[name]["sha256"]:
+                return f"{name} missing or changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"MANIFEST.json unreadable ({error})"
     return None
 
 
-def newest(root, identity):
-    """(path, step) of the newest whole checkpoint, or (None, 0). Broken ones are said and passed over.
+class Checkpoints:
+    """The checkpoints of one run, in the folder root; the last `keep` stay.
 
-    ValueError names the first entry of `identity` in which the run that wrote it differs.
+    identity: a JSON dict of what a run must share with this one to resume from it. background: training goes on while a copy
+    of the state in host memory is written; what goes wrong there is raised by the next save or wait.
     """
-    for step in steps(root):
-        path = Path(root) / f"step-{step}"
-        if problem := fault(path):
-            print(f"{path}: {problem}; taking the one before", file=sys.stderr)
-            continue
-        theirs = json.loads((path / "MANIFEST.json").read_text())["identity"]
-        for key in identity | theirs:
-            if theirs.get(key) != identity.get(key):
-                raise ValueError(f"{path} is of a run with {key} {theirs.get(key)!r}, this one has {identity.get(key)!r}; "
-                                 "use its value, or another --out")
-        return path, step
-    return None, 0
 
+    def __init__(self, root, identity, keep, background=False):
+        self.root, self.identity, self.keep = Path(root), identity, keep
+        # Its own group: what a background save has to tell the other ranks must not meet the step's collectives.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.thread, self.pending = ThreadPoolExecutor(1) if background else None, None
 
-def load(path, model, optimizer):
-    """Fill model and optimizer, sharded as they are now, from a checkpoint that any number of ranks wrote."""
-    state = state_of(model, optimizer)
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    def gather(self, value):
+        """Every rank's value, in order."""
+        if self.group is None:
+            return [value]
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, self.group)
+        return values
+
+    def save(self, step, model, optimizer):
+        """Write checkpoint step-N, every rank its shards. OSError: the old ones are untouched."""
+        self.wait()
+        state = state_of(model, optimizer)
+        if self.thread is None:
+            return self._write(step, state)
+        state = tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, state)
+        self.pending = self.thread.submit(self._write, step, state)
+
+    def wait(self):
+        """Until the last save has its name, or has raised its OSError."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def _write(self, step, state):
+        root, final, partial = self.root, self.root / f"step-{step}", self.root / f"step-{step}.partial"
+        first = rank() == 0
+        if first:
+            for left in root.glob("*.partial"):  # of a save that was killed
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+        self.gather(None)
+        try:
+            writer = FileSystemWriter(partial)
+            writer.fs = HashedFiles()
+            dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            files = {name: entry for written in self.gather(writer.fs.files) for name, entry in written.items()}
+            if first:
+                manifest = partial / "MANIFEST.json"
+                manifest.write_text(json.dumps({"step": step, "identity": self.identity, "files": files}, indent=1))
+                for path in (manifest, partial):
+                    fsync(path)
+                shutil.rmtree(final, ignore_errors=True)  # only ever a corrupt one: a valid step-N would have been resumed from
+                partial.rename(final)
+                fsync(root)
+                (root / ".latest").write_text(final.name)
+                fsync(root / ".latest")
+                (root / ".latest").replace(root / "latest")
+                kept = [s for s in steps(root) if s <= step][: self.keep]  # a later one is broken, or this run would have resumed from it
+                for old in set(steps(root)) - set(kept):
+                    shutil.rmtree(root / f"step-{old}")
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            if "gloo" in str(error):
+                raise  # another rank is gone
+            reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise OSError(f"{final} could not be written ({reason}); the checkpoints before it are whole") from error
+        self.gather(None)
+
+    def newest(self):
+        """(path, step) of the newest whole checkpoint, or (None, 0). Broken ones are said and passed over.
+
+        The ranks share the work of hashing. ValueError names the first entry of `identity` in which the run that wrote it differs.
+        """
+        for step in self.gather(steps(self.root))[0]:
+            path = self.root / f"step-{step}"
+            problems = self.gather(fault(path, slice(rank(), None, dist.get_world_size() if self.group else 1)))
+            if problem := next(filter(None, problems), None):
+                if rank() == 0:
+                    print(f"{path}: {problem}; taking the one before", file=sys.stderr)
+                continue
+            theirs = json.loads((path / "MANIFEST.json").read_text())["identity"]
+            for key in self.identity | theirs:
+                if theirs.get(key) != self.identity.get(key):
+                    raise ValueError(f"{path} is of a run with {key} {theirs.get(key)!r}, this one has {self.identity.get(key)!r}; "
+                                     "use its value, or another --out")
+            return path, step
+        return None, 0
+
+    def load(self, path, model, optimizer):
+        """Fill model and optimizer, sharded as they are now, from a checkpoint that any number of ranks wrote."""
+        state = state_of(model, optimizer)
+        dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

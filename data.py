@@ -1082,19 +1082,27 @@ def parse_args(config_class, argv, positional=None):
     return config_class(**values)
 
 
+def one_line(error):
+    """What the user is told of an error that a user can cause; None: it is ours, and wants a traceback."""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"{place}; free space or choose another folder"
+    return str(error) if isinstance(error, (ValueError, SafetensorError)) else None
+
+
 def run(main):
     """Call main(argv); what a user can cause ends in one line on stderr and a non-zero exit."""
     try:
         main(sys.argv[1:])
-    except (ValueError, SafetensorError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except BrokenPipeError:  # `.. | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or ''}: {error.strerror or error}; free space or choose another folder")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if (line := one_line(error)) is None:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {line}")
 
 
 def main(argv):

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import CHUNK_BYTES, linear_cross_entropy  # noqa: F401, train.py counts the chunk
 from kernels.rms_norm import rms_norm
 from kernels.rotary_attention import rotary_attention, rotate
 from kernels.swiglu import swiglu
@@ -118,8 +119,20 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
+RECOMPUTE = ("none", "cheap", "all")  # what of a block's activations is rebuilt in the backward pass
+KEPT = {torch.ops.aten.mm.default, torch.ops.crlft.rotary_attention.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+def activation_width(config, recompute):
+    """Numbers that a block keeps for each token until its backward pass (on a GPU, fp32 log-sum-exps aside)."""
+    D, F, Q, K = config.hidden_size, config.intermediate_size, *(n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    return {"none": 4 * D + 2 * Q + 2 * K + 3 * F,  # input, residual and both their norms; q, rotated k, v, o; gate, up, their product
+            "cheap": 2 * D + 2 * Q + 3 * K + 2 * F,  # input; q, k, v; o, rotated k; o_proj's output; gate, up
+            "all": D}[recompute]
+
+
 class Block(nn.Module):
-    recompute = False  # keep only a block's input, and run it again in the backward pass
+    recompute = "none"
 
     def __init__(self, config):
         super().__init__()
@@ -129,9 +142,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
 
     def forward(self, *args):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, *args, use_reentrant=False)
-        return self.compute(*args)
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.compute(*args)
+        context = partial(create_selective_checkpoint_contexts, self.keep) if self.recompute == "cheap" else noop_context_fn
+        return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+
+    def keep(self, _context, op, *args, **_):
+        """Of recompute = cheap: outputs of matmuls and attention stay, but down_proj's, which no gradient needs."""
+        down = op == torch.ops.aten.mm.default and args[0].shape[1] == self.mlp.down_proj.in_features
+        return CheckpointPolicy.MUST_SAVE if op in KEPT and not down else CheckpointPolicy.PREFER_RECOMPUTE
 
     def compute(self, x_TD, cos_TC, sin_TC, cu_seqlens, cache=None):
         attn_TD = self.self_attn(self.input_layernorm(x_TD), cos_TC, sin_TC, cu_seqlens, cache)

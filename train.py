@@ -5,6 +5,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ..
     python train.py plot out/demo
 
+    python train.py --dry_run --model llama-2-13b --ranks 8 --steps 2000
+
 The method is `train_step`: the sum of w * nll over the step's micro-batches, divided once by the whole step's sum of w (Eq. 6).
 Around it: FSDP2, AdamW, a cosine, a log line, and checkpoint.py. Run the same command again to resume.
 """
@@ -16,11 +18,12 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +35,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import checkpoint
-from data import Prepared, ahead, finetune_lr, flat, pack, parse_args, plan, run, write_tokenizer
-from model import (SIZES, Model, RandomWeights, SafetensorsWeights, check_manifest, config_json, load_weights, read_config,
-                   train_flops, write_manifest, write_weights)
+from checkpoint import on_first_rank, sha256
+from data import Prepared, ahead, finetune_lr, flat, one_line, pack, parse_args, plan, run, write_tokenizer
+from model import (CHUNK_BYTES, RECOMPUTE, SIZES, Model, RandomWeights, SafetensorsWeights, activation_width, check_manifest, config_json,
+                   load_weights, parameter_shapes, read_config, train_flops, write_manifest, write_weights)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,16 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     dtype: str | None = None  # of compute: bfloat16 on GPUs, float32 on CPUs; weights and AdamW's moments are fp32
-    recompute: bool | None = None  # a block's activations in the backward pass instead of keeping them; default on GPUs
+    recompute: str | None = None  # of a block in the backward pass: none, cheap (what takes no matmul), all; default on GPUs: all
+    compile: bool = False  # the blocks, by torch.compile
+    exact: bool = False  # the same bits on any number of ranks: gradients are summed in fp64
+    nonfinite: str = "stop"  # or skip: what to do with a step whose loss or gradient is not finite
     val_fraction: float = 0.01  # of the prompts
     val_every: int = 100
     save_every: int = 500
     keep: int = 2  # checkpoints
+    async_save: bool = False  # train on while a copy of the state in host memory is written
+    timeout: int = 600  # seconds that a rank waits for the others before the job fails
 
 
 PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-training's
@@ -73,7 +82,8 @@ PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-train
     "llama-2-34b": (1.5e-4, 2**22),
     "llama-2-70b": (1.5e-4, 2**22),
 }
-RESUME_MAY_CHANGE = ("data", "out", "epochs", "val_every", "save_every", "keep")  # the data by name; its content is compared
+RESUME_MAY_CHANGE = ("data", "model", "out", "epochs", "recompute", "compile", "nonfinite", "val_every", "save_every", "keep",
+                     "async_save", "timeout")  # data and model by name: their content is compared
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a word in the device's name
 
 
@@ -95,18 +105,25 @@ def log(text):
 
 
 def resolve(config, data):
-    """(config without None but for lr and steps, model config); ValueError where the parts do not belong together."""
+    """(config without None but for lr and steps, model config); ValueError where the parts do not belong together.
+
+    data: a Prepared, or None for what Llama-2's tokenizer and context would give.
+    """
     for name in ("warmup", "min_lr", "val_fraction", "beta1", "beta2", "weight_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} is not from 0 to below 1")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed {config.seed} is not from 0 to 2^63 - 1")
-    for name in ("steps", "epochs", "batch_tokens", "micro_tokens", "lr", "eps", "clip", "val_every", "save_every", "keep"):
+    for name in ("steps", "epochs", "batch_tokens", "micro_tokens", "lr", "eps", "clip", "val_every", "save_every", "keep", "timeout"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
-    cuda, vocab = torch.cuda.is_available(), data.tokenizer.eot + 1
+    for name, allowed in (("recompute", (None, *RECOMPUTE)), ("nonfinite", ("stop", "skip")), ("dtype", (None, "float32", "bfloat16"))):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(filter(None, allowed))}")
+    cuda, vocab = torch.cuda.is_available(), data.tokenizer.eot + 1 if data else 32001
     if config.model in SIZES:
-        model_config = dataclasses.replace(SIZES[config.model], vocab_size=vocab, max_position_embeddings=data.meta["max_len"])
+        max_len = data.meta["max_len"] if data else SIZES[config.model].max_position_embeddings
+        model_config = dataclasses.replace(SIZES[config.model], vocab_size=vocab, max_position_embeddings=max_len)
         lr, batch_tokens = PRESETS[config.model]
     elif Path(config.model).is_dir():
         file = read_config(config.model)
@@ -114,85 +131,61 @@ def resolve(config, data):
             raise ValueError(f"{config.model}: vocab_size {file.vocab_size} is below the {vocab - 1} tokens of the data's tokenizer; "
                              "prepare the data with this model's tokenizer.model")
         own = Path(config.model) / "tokenizer.model"
-        if own.is_file() and hashlib.sha256(own.read_bytes()).hexdigest() != data.meta["tokenizer_sha256"]:
+        if data and own.is_file() and hashlib.sha256(own.read_bytes()).hexdigest() != data.meta["tokenizer_sha256"]:
             raise ValueError(f"{own} is not the tokenizer of {config.data}; prepare the data with it")
         model_config = dataclasses.replace(file, vocab_size=max(vocab, file.vocab_size))  # the row of <|end_of_turn|>
         lr, batch_tokens = None, 262_144
     else:
         raise ValueError(f"--model {config.model!r} is neither a directory nor one of {', '.join(SIZES)}")
-    if data.lengths.max() > model_config.max_position_embeddings:
+    if data and data.lengths.max() > model_config.max_position_embeddings:
         raise ValueError(f"{config.data}: a conversation of {data.lengths.max()} tokens, but the model's context is "
                          f"{model_config.max_position_embeddings}; prepare with --max_len {model_config.max_position_embeddings}")
     batch_tokens = config.batch_tokens or batch_tokens
     config = dataclasses.replace(
         config, batch_tokens=batch_tokens, micro_tokens=min(config.micro_tokens or 16_384, batch_tokens), lr=config.lr or lr,
-        dtype=config.dtype or ("bfloat16" if cuda else "float32"), recompute=cuda if config.recompute is None else config.recompute)
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype {config.dtype!r} is not float32 or bfloat16")
-    if data.meta["max_len"] > config.micro_tokens:
+        dtype=config.dtype or ("bfloat16" if cuda else "float32"), recompute=config.recompute or ("all" if cuda else "none"))
+    if data and data.meta["max_len"] > config.micro_tokens:
         raise ValueError(f"{config.data} has conversations of up to max_len {data.meta['max_len']}, more than --micro_tokens "
                          f"{config.micro_tokens}; raise it (and --batch_tokens), or prepare with a smaller --max_len")
     return config, model_config
 
 
-def start_distributed(config):
-    """The device of this rank. A process group where there are several ranks, or where FSDP keeps the fp32 masters of bf16."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        # torchrun --max-restarts starts all ranks again over the same store, where the dead ranks' addresses still stand: a prefix for each attempt
-        store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    elif config.dtype != "float32":
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device
-
-
-def on_first_rank(function):
-    """What function() returns on rank 0, on every rank; its ValueError likewise."""
-    result = [None, None]
-    if checkpoint.rank() == 0:
-        try:
-            result[0] = function()
-        except ValueError as error:
-            result[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
-    if result[1]:
-        raise result[1]
-    return result[0]
+def base_sha256(model):
+    """What tells one base from another, whatever its folder is called; None for a preset. ValueError: not as its manifest has it."""
+    if model in SIZES:
+        return None
+    check_manifest(model)
+    manifest = Path(model) / "manifest.json"
+    if manifest.is_file():
+        return sha256(manifest)
+    files = sorted(p for p in Path(model).iterdir() if p.name == "config.json" or p.suffix == ".safetensors")
+    return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()
 
 
 def build(config, model_config, device):
-    """The model on its device, each rank with its shard, and AdamW over it."""
+    """(model on its device, each rank with its shard and no values yet; AdamW over it; its ExactSums with --exact, else None)."""
     with torch.device("meta"):
         model = Model(model_config)
     for block in model.model.layers:
         block.recompute = config.recompute
+        if config.compile:  # inside a whole recomputation; around a partial one, which the compiler has to see
+            name = "forward" if config.recompute == "cheap" else "compute"
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=True))
+    exact = ExactSums() if config.exact else None
     if dist.is_initialized():
         # Inputs are not cast: loss weights and RoPE tables stay fp32 (0.1 in bf16 is 0.1001).
-        policy = MixedPrecisionPolicy(getattr(torch, config.dtype), torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(getattr(torch, config.dtype), torch.float64 if exact else torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for part in (*model.model.layers, model):
             fully_shard(part, mesh=mesh, mp_policy=policy)
-        for part in model.modules():
-            if isinstance(part, FSDPModule):  # gradients are summed: train_step divides, once. Neither call is recursive.
-                part.set_gradient_divide_factor(1.0)
-                part.set_force_sum_reduction_for_comms(True)
+            part.set_gradient_divide_factor(1.0)  # gradients are summed: train_step divides, once. Neither call is recursive.
+            part.set_force_sum_reduction_for_comms(True)
+            if exact:
+                part.set_all_reduce_hook(partial(exact.add, part))
     model.to_empty(device=device)
-    if config.model in SIZES:
-        source = RandomWeights(model_config, config.seed)
-    else:
-        on_first_rank(lambda: check_manifest(config.model))
-        source = SafetensorsWeights(config.model, model_config)
-    load_weights(model, source, local_rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
-    return model, optimizer, source
+    return model, optimizer, exact
 
 
 def rank_and_world():
@@ -215,7 +208,23 @@ def forward(model, batch):
                  rows_R=batch.rows_R, per_row=True)
 
 
-def train_step(model, optimizer, batches, device, weight_sum, clip, tally):
+class ExactSums:
+    """--exact: gradients summed in fp64 over ranks and micro-batches, and rounded to fp32 once.
+
+    fp32 numbers sum up exactly in fp64 unless their exponents lie 2^29 apart, so the order of the sum is free: a step's fixed
+    micro-batches give the same bits on any number of ranks. FSDP would round after each round of micro-batches and add in
+    fp32; its hook, which sees a group's fp64 sum over the ranks before that, adds up the rounds here and hands out the total.
+    """
+
+    def __init__(self):
+        self.totals = {}
+
+    def add(self, part, reduced):
+        reduced += self.totals.get(part, 0.0)  # + 0.0 makes 0.0 of -0.0, which is what the sum with an idle rank's gives
+        self.totals[part] = reduced
+
+
+def train_step(model, optimizer, batches, device, weight_sum, clip, tally, exact=None):
     """One optimizer step; returns the gradient norm. Adds to tally, which then has this rank's share of the log's sums.
 
     weight_sum is of the whole step, all ranks and micro-batches: the loss is a sum until it is divided, here, once. No rank
@@ -224,8 +233,12 @@ def train_step(model, optimizer, batches, device, weight_sum, clip, tally):
     for batch in batches:
         batch = batch.to(device)
         loss_sum, _, nll_T, correct_T = forward(model, batch)
+        if exact:
+            optimizer.zero_grad()  # the total so far comes again, with this micro-batch's share
         (loss_sum / weight_sum).backward()  # FSDP sums over the ranks
         tally.add(batch, loss_sum, nll_T, correct_T)
+    if exact:
+        exact.totals.clear()
     norm = clip_gradients([local_rows(p.grad)[0] for p in model.parameters()], clip)
     tally.reduce()
     if not (math.isfinite(tally.loss_sum) and math.isfinite(norm)):
@@ -302,6 +315,79 @@ def validate(model, data, steps, device):
     return {"val_loss": tally.loss_sum / weight_sum, "val_loss_by_class": tally.by_class(data.classes, tally.nll)}
 
 
+# ---- what a run needs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FitConfig(TrainConfig):
+    """--dry_run: the memory and time of a run on `ranks` GPUs like this one. Without --data: --steps of batch_tokens each."""
+
+    dry_run: bool = False
+    ranks: int = 1
+    tflops: float = 312.0  # of one GPU, dense bf16: A100 312; H100, H200 989
+    gb: float = 80.0  # of one GPU
+    mfu: float = 0.45  # share of the FLOPs that the method needs (recomputation not counted) of those the GPU could do
+
+
+def memory_parts(config, model_config, ranks):
+    """{part: bytes on each GPU} at the fullest moment, the start of the backward pass; activations once for each RECOMPUTE."""
+    size = {name: math.prod(shape) for name, shape in parameter_shapes(model_config).items()}
+    whole, tokens = sum(size.values()), config.micro_tokens
+    block = sum(n for name, n in size.items() if name.startswith("model.layers.0."))
+    head, D, V, b = size["lm_head.weight"], model_config.hidden_size, model_config.vocab_size, getattr(torch, config.dtype).itemsize
+    alone = ranks == 1 and config.dtype == "float32" and not config.exact  # no FSDP: nothing is gathered or reduced
+    width = lambda how: activation_width(model_config, how)
+    kept = {how: tokens * model_config.num_hidden_layers * width(how) * b for how in RECOMPUTE}
+    rebuilt = {how: tokens * (width("none") - width(how)) * b for how in RECOMPUTE}  # of the one block that is in its backward pass
+    return {
+        "weights, fp32, sharded": 4 * whole / ranks,
+        "gradients, fp32, sharded": 4 * whole / ranks,
+        "AdamW's two moments, sharded": 8 * whole / ranks,
+        "gradient sums in fp64, sharded": 8 * whole / ranks if config.exact else 0,
+        "gathered: two blocks, embedding, head": 0 if alone else b * (2 * block + 2 * head + D),
+        "gradients of a block to be reduced": 0 if alone else (b + (8 if config.exact else 4)) * block,
+        "head's gradient, chunk of logits": 4 * head + min(CHUNK_BYTES["cpu" if alone else "cuda"], b * V * tokens),
+        "activations": {how: kept[how] + rebuilt[how] + 4 * tokens * D * b for how in RECOMPUTE},
+    }
+
+
+def fit(config):
+    """Print what a run needs; nothing is loaded."""
+    if not config.model or not (config.data or config.steps):
+        raise ValueError("--dry_run wants --model, and --data or --steps; for example --model llama-2-13b --ranks 8 --steps 2000")
+    for name in ("ranks", "tflops", "gb", "mfu"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
+    data = Prepared(config.data) if config.data else None
+    config, model_config = resolve(dataclasses.replace(config, dtype=config.dtype or "bfloat16"), data)
+    linear, head, quadratic = train_flops(model_config)
+    if data:
+        rows = data.split(config.val_fraction)[0]
+        steps = all_steps(data, rows, config, (linear + head, quadratic))[0]
+        used = flat(steps)
+        tokens, supervised, squares = data.lengths[used].sum(), data.supervised[used].sum(), (data.lengths[used].astype(float) ** 2).sum()
+        count, about = len(steps), f"{config.data}: {supervised / tokens:.0%} supervised"
+    else:
+        count, tokens = config.steps, config.steps * config.batch_tokens
+        supervised, squares, about = tokens, tokens * 1500.0, "without --data: all supervised, conversations of 1,500"
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
+    print(f"{config.model}: {parameters:,} parameters in {config.dtype} on {config.ranks} x {config.gb:g} GB, micro-batches of {config.micro_tokens:,} tokens")
+    parts = memory_parts(config, model_config, config.ranks)
+    print(f"{'GiB on each GPU, by --recompute':40}" + "".join(f"{how:>8}" for how in RECOMPUTE))
+    total = dict.fromkeys(RECOMPUTE, 0.0)
+    for name, x in parts.items():
+        row = {how: round((x[how] if isinstance(x, dict) else x) / 2**30, 2) for how in RECOMPUTE}
+        total = {how: total[how] + row[how] for how in RECOMPUTE}
+        if any(row.values()):
+            print(f"  {name:38}" + "".join(f"{row[how]:8.2f}" for how in RECOMPUTE))
+    print(f"{'sum':40}" + "".join(f"{total[how]:8.2f}" for how in RECOMPUTE))
+    fits = {how: total[how] * 2**30 < 0.92 * config.gb * 1e9 for how in RECOMPUTE}  # the rest: CUDA's context, NCCL, fragmentation
+    print(f"{f'within 92% of {config.gb:g} GB':40}" + "".join(f"{'yes' if fits[how] else 'no':>8}" for how in RECOMPUTE))
+    flops = linear * tokens + head * supervised + quadratic * squares
+    print(f"{count:,} steps, {tokens:,} tokens ({about}): {flops:.3g} FLOPs / ({config.ranks} x {config.tflops:g} TFLOP/s x MFU {config.mfu:.0%}) = "
+          f"{flops / (config.ranks * config.tflops * 1e12 * config.mfu) / 3600:,.1f} hours")
+
+
 # ---- the run ------------------------------------------------------------------------------------------------------------
 
 
@@ -323,23 +409,6 @@ def all_steps(data, conversations, config, cost):
     return steps[: config.steps], ends
 
 
-class Signals:
-    """Ctrl-C and SIGTERM (preemption) ask the loop to save and leave; a second one does not wait."""
-
-    def __enter__(self):
-        self.received = None
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def receive(self, number, _frame):
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def read_metrics(path, until=math.inf):
     """The whole lines of a metrics.jsonl, up to a step; a crash may have torn the last."""
     lines = []
@@ -355,13 +424,14 @@ class Log:
     """metrics.jsonl, and a progress bar or, off a terminal, a line now and then; on rank 0."""
 
     def __init__(self, out, start, steps):
-        self.first, self.every, self.steps = checkpoint.rank() == 0, max(1, steps // 20), steps
+        self.first, self.every, self.steps, self.skipped = checkpoint.rank() == 0, max(1, steps // 20), steps, 0
         if self.first:
             path = Path(out) / "metrics.jsonl"
-            partial = path.with_name("metrics.partial")
+            unfinished = path.with_name("metrics.partial")
             kept = read_metrics(path, until=start)  # steps after the checkpoint are taken again
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(path)
+            self.skipped = sum("skipped" in line for line in kept)
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            unfinished.replace(path)
             self.file = open(path, "a", buffering=1)
             self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
 
@@ -369,6 +439,8 @@ class Log:
         if not self.first:
             return
         self.file.write(json.dumps(line) + "\n")
+        if "skipped" in line:
+            return log(f"step {line['step']} skipped, {line['skipped']} so far: {line['reason']}")
         classes = lambda key: " ".join(f"{name} {x:.3f}" for name, x in line[key].items() if x is not None)
         if "val_loss" in line:
             return log(f"step {line['step']}: validation loss {line['val_loss']:.4f} ({classes('val_loss_by_class')})")
@@ -403,10 +475,30 @@ def gauges(device, line, lengths, flops, world):
     return f"{mfu} {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
 
 
-def train(config, signals):
+def memory(device, ranks):
+    """Of each rank, for the log: memory that is its own, its peak with the mapped pages of files, and the device's peak; GiB."""
+    try:
+        import resource
+        own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 2**10
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    except (ImportError, OSError, StopIteration):  # not Linux
+        return "memory not known on this system"
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    columns = zip(*ranks.gather((own, peak, on_device)))
+    names = ("host", "peak with mapped files", "device peak")
+    return "memory, GiB by rank: " + "; ".join(name + "".join(f" {x / 2**30:.2f}" for x in row) for name, row in zip(names, columns) if any(row))
+
+
+def train(config, signals, store):
     data = Prepared(config.data)
     config, model_config = resolve(config, data)
-    device = start_distributed(config)
+    if config.exact:
+        torch.set_num_threads(1)  # a sum's order on a CPU depends on their number
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    checkpoint.start_group(store, alone=config.exact or config.dtype != "float32", timeout=config.timeout)
     train_on, held_out = data.split(config.val_fraction)
     if len(train_on) == 0:
         raise ValueError(f"{config.data}: every prompt falls into --val_fraction {config.val_fraction}; lower it")
@@ -421,20 +513,26 @@ def train(config, signals):
 
     out, last = Path(config.out), len(steps)
     settings = dataclasses.asdict(config) | {"steps": last, "model_config": dataclasses.asdict(model_config),
-                                             "data_sha256": on_first_rank(lambda: checkpoint.sha256(config.data))}
+                                             "data_sha256": on_first_rank(lambda: sha256(config.data)),
+                                             "model_sha256": on_first_rank(lambda: base_sha256(config.model))}
     identity = {key: value for key, value in settings.items() if key not in RESUME_MAY_CHANGE}
-    path, start = on_first_rank(lambda: checkpoint.newest(out / "checkpoints", identity))
+    checkpoints = checkpoint.Checkpoints(out / "checkpoints", identity, config.keep, config.async_save)
+    path, start = checkpoints.newest()
     if start == last and (out / "hf" / "manifest.json").is_file():
         return log(f"{out}: this run is finished, {last} steps; chat with `python sample.py {out / 'hf'}`, or give another --out")
-    model, optimizer, source = build(config, model_config, device)
+    fresh = RandomWeights(model_config, config.seed) if config.model in SIZES else SafetensorsWeights(config.model, model_config)
+    model, optimizer, exact = build(config, model_config, device)
     if checkpoint.rank() == 0:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1))
     if path:
-        checkpoint.load(path, model, optimizer)
+        checkpoints.load(path, model, optimizer)
         log(f"resuming from {path}")
-    log(f"{sum(math.prod(s) for s in source.shapes.values()):,} parameters, {len(train_on):,} conversations to train on, "
+    else:
+        load_weights(model, fresh, local_rows)
+    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_on):,} conversations to train on, "
         f"{len(held_out):,} held out, {last} steps of up to {max(1, config.batch_tokens // config.micro_tokens)} x {config.micro_tokens:,} tokens; {reason}")
+    log(memory(device, checkpoints))
 
     metrics = Log(out, start, last)
     rank, world = rank_and_world()
@@ -446,12 +544,17 @@ def train(config, signals):
             group["lr"] = lr
         batches = itertools.islice(loader, rounds(steps[step - 1], world))
         try:
-            norm = train_step(model, optimizer, batches, device, data.weight_sums[mine].sum(), config.clip, tally)
+            norm = train_step(model, optimizer, batches, device, data.weight_sums[mine].sum(), config.clip, tally, exact)
         except FloatingPointError as error:
-            raise ValueError(f"step {step}: {error}, the run stops; lower --lr, or look at conversations {mine[:8].tolist()}.. of "
-                             f"{config.data}; the same command resumes from the last checkpoint") from None
-        line = log_line(step, data, mine, tally, norm, lr, time.perf_counter() - began)
-        metrics.write(line, gauges(device, line, data.lengths[mine], flops, world))
+            optimizer.zero_grad()
+            metrics.write({"step": step, "skipped": metrics.skipped + 1, "reason": str(error), "conversations": mine.tolist()})
+            if config.nonfinite == "stop":
+                raise ValueError(f"step {step}: {error}, the run stops; lower --lr, or look at conversations {mine[:8].tolist()}.. of "
+                                 f"{config.data} (all {len(mine)} in metrics.jsonl); the same command resumes from the last checkpoint") from None
+            metrics.skipped += 1
+        else:
+            line = log_line(step, data, mine, tally, norm, lr, time.perf_counter() - began)
+            metrics.write(line, gauges(device, line, data.lengths[mine], flops, world))
         if step in epoch_ends:
             trained, held = data.lengths[train_on].sum(), data.lengths[held_out].sum()
             log(f"epoch {epoch_ends.index(step) + 1} done after step {step}: {len(train_on):,} conversations once each, {trained:,} tokens "
@@ -459,30 +562,42 @@ def train(config, signals):
         if val_steps and (step % config.val_every == 0 or step == last):
             metrics.write({"step": step} | validate(model, data, val_steps, device))
         if step % config.save_every == 0 or step == last or tally.stop:
-            checkpoint.save(out / "checkpoints", step, model, optimizer, identity, config.keep)
+            checkpoints.save(step, model, optimizer)
         if tally.stop and step < last:
+            checkpoints.wait()
             log(f"stopped by a signal after step {step}; a checkpoint remains, the same command resumes")
             sys.exit(130)
 
+    checkpoints.wait()
     export(out / "hf", model, model_config, data, getattr(torch, config.dtype))
     if checkpoint.rank() == 0:
         try:
             plot(out)
         except ImportError as error:
             log(str(error))
+    log(memory(device, checkpoints))
     log(f"exported to {out / 'hf'}; chat with `python sample.py {out / 'hf'}`")
+
+
+def out_of_memory(error, config):
+    """error, or what to do about it where memory ran out."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return error
+    tried = re.search(r"[Tt]ried to allocate \S+ \w+", str(error))
+    return ValueError(f"rank {os.environ.get('RANK', 0)} is out of memory ({tried[0] if tried else error}): lower --micro_tokens, set "
+                      "--recompute cheap or all, or take more ranks; the same flags with --dry_run show where it goes")
 
 
 def export(folder, model, model_config, data, dtype):
     """Write the Hugging Face directory, read it back, compare every value, then give it its name."""
-    partial, first = folder.with_name("hf.partial"), checkpoint.rank() == 0
+    unfinished, first = folder.with_name("hf.partial"), checkpoint.rank() == 0
     try:
-        write_export(partial, model, model_config, data, dtype)
+        write_export(unfinished, model, model_config, data, dtype)
         if first:
             shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            unfinished.rename(folder)
     except (OSError, SafetensorError):
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     checkpoint.barrier()
 
@@ -540,17 +655,19 @@ def main(argv):
         if len(argv) != 2:
             raise ValueError("plot takes the --out folder of a run")
         return plot(argv[1])
-    config = parse_args(TrainConfig, argv)
-    if not config.data or not config.model or not config.out:
-        missing = next(name for name in ("data", "model", "out") if not getattr(config, name))
-        raise ValueError(f"--{missing} is missing; the demo's two commands are `python -m paper.toy --out out/demo` and "
-                         "`python train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500`")
-    try:
-        with Signals() as signals:
-            train(config, signals)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if "--dry_run" in argv:
+        return fit(parse_args(FitConfig, argv))
+    with checkpoint.together(one_line) as store:
+        config = parse_args(TrainConfig, argv)
+        if not config.data or not config.model or not config.out:
+            missing = next(name for name in ("data", "model", "out") if not getattr(config, name))
+            raise ValueError(f"--{missing} is missing; the demo's two commands are `python -m paper.toy --out out/demo` and "
+                             "`python train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500`")
+        with checkpoint.Signals() as signals:
+            try:
+                train(config, signals, store)
+            except RuntimeError as error:
+                raise out_of_memory(error, config) from error
 
 
 if __name__ == "__main__":

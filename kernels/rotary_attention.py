@@ -60,6 +60,7 @@ def rotate(x_TAE, cos_TC, sin_TC):
     return torch.cat([lo_TAC * cos_T1C - hi_TAC * sin_T1C, hi_TAC * cos_T1C + lo_TAC * sin_T1C], -1).to(x_TAE.dtype)
 
 
+@torch.compiler.disable  # its loop over conversations would be compiled anew for each number of them
 def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     q_THE, k_TGE = rotate(q_THE, cos_TC, sin_TC), rotate(k_TGE, cos_TC, sin_TC)
     ends = cu_seqlens.tolist()
