@@ -1,8 +1,9 @@
 """What makes a run survive: ranks that meet, leave and fail together, and checkpoints that are whole or absent.
 
 A checkpoint is written by torch.distributed.checkpoint into step-N.partial, every rank its shards; listed with the sizes and
-sha256 of what was written in its MANIFEST.json, flushed to the disk, and made visible by one rename to step-N; then the file
-`latest` names it. Whatever dies in between, a reader finds the old checkpoints or the new one, never half of it.
+sha256 of what was written in its MANIFEST.json, flushed to the disk, and made visible by one rename to step-N. Whatever dies in
+between, a reader finds the old checkpoints or the new one, never half of it. (The file `latest` is for people: a resumed run goes
+by names and manifests.)
 
 It holds model, optimizer, step and, in `identity`, what the run is made of. The plan's position is the step, because the plan is
 a pure function of data and settings, and nothing after the initial weights draws a random number: there is no other state.
@@ -62,7 +63,7 @@ def on_first_rank(function):
     return result[0]
 
 
-def meet(wait=timedelta(minutes=10)):
+def meet(wait=timedelta(hours=1)):
     """A part of torchrun's store that only the ranks of this attempt share.
 
     A restart finds the same store, where the dead ranks' addresses still stand, and agents on several nodes do not count
@@ -87,6 +88,11 @@ def meet(wait=timedelta(minutes=10)):
     return fresh
 
 
+def cause(error):
+    """What one rank raised, of the collection that torch.distributed.checkpoint makes of it."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 @contextmanager
 def together(explain):
     """Yields the ranks' store, None for a process alone. When they fail, the first to fail says why and all leave.
@@ -94,18 +100,20 @@ def together(explain):
     explain(error) -> the line for the user, or None for a traceback. What the others have to say, once a peer is gone, is
     its echo; and a process group is not taken down in order when half of it is missing, so they leave by _exit.
     """
-    store = meet() if "RANK" in os.environ else None
+    store = None
     try:
+        store = meet() if "RANK" in os.environ else None
         yield store
-    except Exception as error:
-        if store is None:
+    except (Exception, CheckpointException) as error:
+        if "RANK" not in os.environ:
             raise
+        error = cause(error)
         try:
             first = store.add("failures", 1) == 1
-        except RuntimeError:  # the store's host is gone too
-            first = int(os.environ["RANK"]) == 0
+        except (RuntimeError, AttributeError):  # the store is gone with its host, or the ranks have not met: one speaks on each host
+            first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if first:
-            lost = "gloo" in str(error) or isinstance(error, dist.DistError)
+            lost = "gloo" in str(error) or isinstance(error, dist.DistError)  # a store's timeout is one too
             reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0]
             line = explain(error) or lost and (f"rank {os.environ['RANK']} lost another rank, which died, hangs or is out of reach ({reason}); "
                                                "torchrun names it. The same command resumes from the last checkpoint")
@@ -182,6 +190,7 @@ class HashedFiles(FileSystem):
     def create_stream(self, path, mode):
         with HashedFile(path, mode) as stream:
             yield stream
+        fsync(path)
         self.files[path.name] = {"bytes": stream.bytes, "sha256": stream.hash.hexdigest()}
 
     def rename(self, path, new_path):
@@ -201,18 +210,21 @@ def steps(root):
 
 
 def fault(path, share=slice(None)):
-    """Why this checkpoint can't be trusted, as far as this share of its files goes, or None."""
+    """Why this checkpoint can't be trusted, as far as this share of its files goes, or None.
+
+    OSError: a file could not be read, which says nothing about the checkpoint.
+    """
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())
-        files = manifest["files"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         if path.name != f"step-{manifest['step']}" or not isinstance(manifest["identity"], dict):
             return "MANIFEST.json is of another checkpoint"
-        for name in sorted(files)[share]:
-            file = path / name
-            if not file.is_file() or file.stat().st_size != files[name]["bytes"] or sha256(file) != files[name]["sha256"]:
-                return f"{name} missing or changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"MANIFEST.json unreadable ({error})"
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"MANIFEST.json missing or changed ({error})"
+    for name in sorted(files)[share]:
+        file = path / name
+        if not file.is_file() or file.stat().st_size != files[name][0] or sha256(file) != files[name][1]:
+            return f"{name} missing or changed"
     return None
 
 
@@ -223,10 +235,10 @@ class Checkpoints:
     of the state in host memory is written; what goes wrong there is raised by the next save or wait.
     """
 
-    def __init__(self, root, identity, keep, background=False):
+    def __init__(self, root, identity, keep, background=False, timeout=1800):
         self.root, self.identity, self.keep = Path(root), identity, keep
         # Its own group: what a background save has to tell the other ranks must not meet the step's collectives.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
         self.thread, self.pending = ThreadPoolExecutor(1) if background else None, None
 
     def gather(self, value):
@@ -236,6 +248,17 @@ class Checkpoints:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, self.group)
         return values
+
+    def agree(self, function=None):
+        """Call function, on the ranks that have one; an OSError there is raised on all."""
+        problem = None
+        try:
+            if function:
+                function()
+        except OSError as error:
+            problem = str(error)
+        if problem := next(filter(None, self.gather(problem)), None):
+            raise OSError(problem)
 
     def save(self, step, model, optimizer):
         """Write checkpoint step-N, every rank its shards. OSError: the old ones are untouched."""
@@ -255,50 +278,60 @@ class Checkpoints:
     def _write(self, step, state):
         root, final, partial = self.root, self.root / f"step-{step}", self.root / f"step-{step}.partial"
         first = rank() == 0
-        if first:
+
+        def begin():
             for left in root.glob("*.partial"):  # of a save that was killed
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
-        self.gather(None)
+
+        def find():
+            if not partial.is_dir():
+                raise OSError(f"rank {rank()} does not see the folder that rank 0 made: --out must lie on a file system that all ranks share")
+
+        def publish():
+            manifest = partial / "MANIFEST.json"
+            manifest.write_text(json.dumps({"step": step, "identity": self.identity, "files": files}, indent=1))
+            for path in (manifest, partial):
+                fsync(path)
+            partial.rename(final)
+            fsync(root)
+            (root / ".latest").write_text(final.name)
+            (root / ".latest").replace(root / "latest")
+            for old in steps(root)[self.keep :]:
+                shutil.rmtree(root / f"step-{old}")
+
         try:
-            writer = FileSystemWriter(partial)
+            self.agree(begin if first else None)
+            self.agree(find)
+            # HashedFiles flushes to the disk. A state in host memory needs no copying ahead, which would be done on GPU 0 by any thread.
+            writer = FileSystemWriter(partial, sync_files=False, per_thread_copy_ahead=0 if self.thread else 10_000_000)
             writer.fs = HashedFiles()
             dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             files = {name: entry for written in self.gather(writer.fs.files) for name, entry in written.items()}
-            if first:
-                manifest = partial / "MANIFEST.json"
-                manifest.write_text(json.dumps({"step": step, "identity": self.identity, "files": files}, indent=1))
-                for path in (manifest, partial):
-                    fsync(path)
-                shutil.rmtree(final, ignore_errors=True)  # only ever a corrupt one: a valid step-N would have been resumed from
-                partial.rename(final)
-                fsync(root)
-                (root / ".latest").write_text(final.name)
-                fsync(root / ".latest")
-                (root / ".latest").replace(root / "latest")
-                kept = [s for s in steps(root) if s <= step][: self.keep]  # a later one is broken, or this run would have resumed from it
-                for old in set(steps(root)) - set(kept):
-                    shutil.rmtree(root / f"step-{old}")
+            self.agree(publish if first else None)
         except (OSError, RuntimeError, CheckpointException) as error:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
-            if "gloo" in str(error):
-                raise  # another rank is gone
-            reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            reason = cause(error)
+            if "gloo" in str(reason):  # another rank is gone
+                raise RuntimeError(str(reason)) from error
             raise OSError(f"{final} could not be written ({reason}); the checkpoints before it are whole") from error
-        self.gather(None)
 
     def newest(self):
-        """(path, step) of the newest whole checkpoint, or (None, 0). Broken ones are said and passed over.
+        """(path, step) of the newest whole checkpoint, or (None, 0) where there is none at all.
 
-        The ranks share the work of hashing. ValueError names the first entry of `identity` in which the run that wrote it differs.
+        The ranks share the work of hashing. A broken one is said, renamed to step-N.broken and passed over. ValueError: all are
+        broken, or the first entry of `identity` in which the run that wrote it differs.
         """
-        for step in self.gather(steps(self.root))[0]:
+        there = self.gather(steps(self.root))[0]
+        for step in there:
             path = self.root / f"step-{step}"
             problems = self.gather(fault(path, slice(rank(), None, dist.get_world_size() if self.group else 1)))
             if problem := next(filter(None, problems), None):
                 if rank() == 0:
                     print(f"{path}: {problem}; taking the one before", file=sys.stderr)
+                    shutil.rmtree(f"{path}.broken", ignore_errors=True)
+                    path.rename(f"{path}.broken")
                 continue
             theirs = json.loads((path / "MANIFEST.json").read_text())["identity"]
             for key in self.identity | theirs:
@@ -306,6 +339,8 @@ class Checkpoints:
                     raise ValueError(f"{path} is of a run with {key} {theirs.get(key)!r}, this one has {self.identity.get(key)!r}; "
                                      "use its value, or another --out")
             return path, step
+        if there:
+            raise ValueError(f"{self.root}: no checkpoint there is whole; move the folder away to begin again")
         return None, 0
 
     def load(self, path, model, optimizer):

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels.cross_entropy import CHUNK_BYTES, linear_cross_entropy  # noqa: F401, train.py counts the chunk
 from kernels.rms_norm import rms_norm
@@ -131,6 +131,12 @@ def activation_width(config, recompute):
             "all": D}[recompute]
 
 
+def keep(down_width, _context, op, *args, **_):
+    """The policy of recompute = cheap: outputs of matmuls and attention stay, but down_proj's, which no gradient needs."""
+    down = op == torch.ops.aten.mm.default and args[0].shape[1] == down_width
+    return CheckpointPolicy.MUST_SAVE if op in KEPT and not down else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     recompute = "none"
 
@@ -144,13 +150,10 @@ class Block(nn.Module):
     def forward(self, *args):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(*args)
-        context = partial(create_selective_checkpoint_contexts, self.keep) if self.recompute == "cheap" else noop_context_fn
-        return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
-
-    def keep(self, _context, op, *args, **_):
-        """Of recompute = cheap: outputs of matmuls and attention stay, but down_proj's, which no gradient needs."""
-        down = op == torch.ops.aten.mm.default and args[0].shape[1] == self.mlp.down_proj.in_features
-        return CheckpointPolicy.MUST_SAVE if op in KEPT and not down else CheckpointPolicy.PREFER_RECOMPUTE
+        if self.recompute == "all":
+            return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False)
+        contexts = partial(create_selective_checkpoint_contexts, partial(keep, self.mlp.down_proj.in_features))
+        return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def compute(self, x_TD, cos_TC, sin_TC, cu_seqlens, cache=None):
         attn_TD = self.self_attn(self.input_layernorm(x_TD), cos_TC, sin_TC, cu_seqlens, cache)
@@ -386,7 +389,7 @@ class SafetensorsWeights:
         have = slice_.get_shape()[0]
         parts = [slice_[start : min(stop, have)].float()] if start < have else []
         if stop > have:  # only the two V x D tensors can be short: the constructor checked
-            mean_1D = torch.stack([slice_[i : i + 4096].double().sum(0) for i in range(0, have, 4096)]).sum(0)[None] / have
+            mean_1D = torch.stack([slice_[i : i + 512].double().sum(0) for i in range(0, have, 512)]).sum(0)[None] / have
             parts.append(mean_1D.float().expand(stop - max(start, have), -1))
         return torch.cat(parts)
 
@@ -455,5 +458,6 @@ def check_manifest(folder):
         return print(f"{folder}: no manifest.json, files not verified", file=sys.stderr)
     for name, entry in read_json(path).items():
         file = path.with_name(name)
-        if not file.is_file() or os.path.getsize(file) != entry["bytes"] or sha256(file) != entry["sha256"]:
+        entry = entry if isinstance(entry, dict) else {}
+        if not file.is_file() or os.path.getsize(file) != entry.get("bytes") or sha256(file) != entry.get("sha256"):
             raise ValueError(f"{file}: missing or not as manifest.json has it; fetch or export the directory again")

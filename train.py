@@ -5,7 +5,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ..
     python train.py plot out/demo
 
-    python train.py --dry_run --model llama-2-13b --ranks 8 --steps 2000
+    python train.py --dry_run --model llama-2-13b --ranks 8 --batch_tokens 262144 --steps 2000
 
 The method is `train_step`: the sum of w * nll over the step's micro-batches, divided once by the whole step's sum of w (Eq. 6).
 Around it: FSDP2, AdamW, a cosine, a log line, and checkpoint.py. Run the same command again to resume.
@@ -71,7 +71,7 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2  # checkpoints
     async_save: bool = False  # train on while a copy of the state in host memory is written
-    timeout: int = 600  # seconds that a rank waits for the others before the job fails
+    timeout: int = 1800  # seconds that a rank waits for the others before the job fails
 
 
 PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-training's
@@ -211,16 +211,20 @@ def forward(model, batch):
 class ExactSums:
     """--exact: gradients summed in fp64 over ranks and micro-batches, and rounded to fp32 once.
 
-    fp32 numbers sum up exactly in fp64 unless their exponents lie 2^29 apart, so the order of the sum is free: a step's fixed
-    micro-batches give the same bits on any number of ranks. FSDP would round after each round of micro-batches and add in
-    fp32; its hook, which sees a group's fp64 sum over the ranks before that, adds up the rounds here and hands out the total.
+    fp32 numbers sum up exactly in fp64 unless one is 2^29 times another (bf16: 2^45), and then the last bit of the rounded sum
+    changes with odds of about 2^-29: the order of the sum is free, and a step's fixed micro-batches give the same bits on any
+    number of ranks. FSDP would round after each round of micro-batches and add in fp32; its hook, which sees a group's fp64 sum
+    over the ranks before that, adds up the rounds here and hands out the total.
     """
 
     def __init__(self):
         self.totals = {}
 
     def add(self, part, reduced):
-        reduced += self.totals.get(part, 0.0)  # + 0.0 makes 0.0 of -0.0, which is what the sum with an idle rank's gives
+        before = self.totals.get(part)
+        reduced += 0.0 if before is None else before  # + 0.0 makes 0.0 of -0.0, as the sum with an idle rank's 0.0 does
+        if before is not None and before.is_cuda:
+            before.record_stream(torch.cuda.current_stream())  # not to be used again before this stream has added it
         self.totals[part] = reduced
 
 
@@ -345,16 +349,16 @@ def memory_parts(config, model_config, ranks):
         "AdamW's two moments, sharded": 8 * whole / ranks,
         "gradient sums in fp64, sharded": 8 * whole / ranks if config.exact else 0,
         "gathered: two blocks, embedding, head": 0 if alone else b * (2 * block + 2 * head + D),
-        "gradients of a block to be reduced": 0 if alone else (b + (8 if config.exact else 4)) * block,
+        "gradients of one group in reduction": 0 if alone else (b + (8 if config.exact else 4) * (1 + (ranks == 1))) * max(block, 2 * head + D),
         "head's gradient, chunk of logits": 4 * head + min(CHUNK_BYTES["cpu" if alone else "cuda"], b * V * tokens),
-        "activations": {how: kept[how] + rebuilt[how] + 4 * tokens * D * b for how in RECOMPUTE},
+        "activations": {how: kept[how] + rebuilt[how] + tokens * (4 * D + 3 * model_config.intermediate_size) * b for how in RECOMPUTE},
     }
 
 
 def fit(config):
     """Print what a run needs; nothing is loaded."""
     if not config.model or not (config.data or config.steps):
-        raise ValueError("--dry_run wants --model, and --data or --steps; for example --model llama-2-13b --ranks 8 --steps 2000")
+        raise ValueError("--dry_run wants --model, and --data or --steps; for example --model llama-2-13b --ranks 8 --batch_tokens 262144 --steps 2000")
     for name in ("ranks", "tflops", "gb", "mfu"):
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
@@ -373,7 +377,7 @@ def fit(config):
     parameters = sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
     print(f"{config.model}: {parameters:,} parameters in {config.dtype} on {config.ranks} x {config.gb:g} GB, micro-batches of {config.micro_tokens:,} tokens")
     parts = memory_parts(config, model_config, config.ranks)
-    print(f"{'GiB on each GPU, by --recompute':40}" + "".join(f"{how:>8}" for how in RECOMPUTE))
+    print(f"{'GiB on each rank, by --recompute':40}" + "".join(f"{how:>8}" for how in RECOMPUTE))
     total = dict.fromkeys(RECOMPUTE, 0.0)
     for name, x in parts.items():
         row = {how: round((x[how] if isinstance(x, dict) else x) / 2**30, 2) for how in RECOMPUTE}
@@ -384,8 +388,13 @@ def fit(config):
     fits = {how: total[how] * 2**30 < 0.92 * config.gb * 1e9 for how in RECOMPUTE}  # the rest: CUDA's context, NCCL, fragmentation
     print(f"{f'within 92% of {config.gb:g} GB':40}" + "".join(f"{'yes' if fits[how] else 'no':>8}" for how in RECOMPUTE))
     flops = linear * tokens + head * supervised + quadratic * squares
+    micro = max(1, config.batch_tokens // config.micro_tokens)
+    turns = -(-micro // config.ranks)  # of the ranks through a step's micro-batches
+    seconds = flops / (config.ranks * config.tflops * 1e12 * config.mfu) * turns * config.ranks / micro
+    if turns * config.ranks > micro:
+        print(f"a step has {micro} micro-batches: {config.ranks} ranks take {turns} turns and are idle {1 - micro / turns / config.ranks:.0%} of the time")
     print(f"{count:,} steps, {tokens:,} tokens ({about}): {flops:.3g} FLOPs / ({config.ranks} x {config.tflops:g} TFLOP/s x MFU {config.mfu:.0%}) = "
-          f"{flops / (config.ranks * config.tflops * 1e12 * config.mfu) / 3600:,.1f} hours")
+          + (f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:.0f} seconds"))
 
 
 # ---- the run ------------------------------------------------------------------------------------------------------------
@@ -440,7 +449,9 @@ class Log:
             return
         self.file.write(json.dumps(line) + "\n")
         if "skipped" in line:
-            return log(f"step {line['step']} skipped, {line['skipped']} so far: {line['reason']}")
+            return log(f"step {line['step']} skipped, {line['skipped']} so far: {line['nonfinite']}")
+        if "nonfinite" in line:
+            return
         classes = lambda key: " ".join(f"{name} {x:.3f}" for name, x in line[key].items() if x is not None)
         if "val_loss" in line:
             return log(f"step {line['step']}: validation loss {line['val_loss']:.4f} ({classes('val_loss_by_class')})")
@@ -496,6 +507,8 @@ def train(config, signals, store):
         torch.set_num_threads(1)  # a sum's order on a CPU depends on their number
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise ValueError(f"{torch.cuda.device_count()} GPUs here, none for process {device.index + 1}; lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
     checkpoint.start_group(store, alone=config.exact or config.dtype != "float32", timeout=config.timeout)
@@ -516,7 +529,7 @@ def train(config, signals, store):
                                              "data_sha256": on_first_rank(lambda: sha256(config.data)),
                                              "model_sha256": on_first_rank(lambda: base_sha256(config.model))}
     identity = {key: value for key, value in settings.items() if key not in RESUME_MAY_CHANGE}
-    checkpoints = checkpoint.Checkpoints(out / "checkpoints", identity, config.keep, config.async_save)
+    checkpoints = checkpoint.Checkpoints(out / "checkpoints", identity, config.keep, config.async_save, config.timeout)
     path, start = checkpoints.newest()
     if start == last and (out / "hf" / "manifest.json").is_file():
         return log(f"{out}: this run is finished, {last} steps; chat with `python sample.py {out / 'hf'}`, or give another --out")
@@ -534,7 +547,7 @@ def train(config, signals, store):
         f"{len(held_out):,} held out, {last} steps of up to {max(1, config.batch_tokens // config.micro_tokens)} x {config.micro_tokens:,} tokens; {reason}")
     log(memory(device, checkpoints))
 
-    metrics = Log(out, start, last)
+    metrics, in_a_row = Log(out, start, last), 0
     rank, world = rank_and_world()
     loader = ahead(my_batches(data, steps[start:], rank, world), pin=device.type == "cuda")
     for step in range(start + 1, last + 1):
@@ -547,12 +560,16 @@ def train(config, signals, store):
             norm = train_step(model, optimizer, batches, device, data.weight_sums[mine].sum(), config.clip, tally, exact)
         except FloatingPointError as error:
             optimizer.zero_grad()
-            metrics.write({"step": step, "skipped": metrics.skipped + 1, "reason": str(error), "conversations": mine.tolist()})
-            if config.nonfinite == "stop":
-                raise ValueError(f"step {step}: {error}, the run stops; lower --lr, or look at conversations {mine[:8].tolist()}.. of "
-                                 f"{config.data} (all {len(mine)} in metrics.jsonl); the same command resumes from the last checkpoint") from None
-            metrics.skipped += 1
+            in_a_row, metrics.skipped = in_a_row + 1, metrics.skipped + 1
+            stop = config.nonfinite == "stop" or in_a_row == 10
+            metrics.write({"step": step, "nonfinite": str(error), "conversations": mine.tolist()} | ({} if stop else {"skipped": metrics.skipped}))
+            if stop:
+                checkpoints.wait()
+                raise ValueError(f"step {step}: {error}, the run stops{' after 10 such steps in a row' * (in_a_row == 10)}; look at conversations "
+                                 f"{mine[:8].tolist()}.. of {config.data} (all {len(mine)} in metrics.jsonl); --nonfinite skip leaves such steps out, "
+                                 "or begin another --out with a lower --lr") from None
         else:
+            in_a_row = 0
             line = log_line(step, data, mine, tally, norm, lr, time.perf_counter() - began)
             metrics.write(line, gauges(device, line, data.lengths[mine], flops, world))
         if step in epoch_ends:
@@ -655,7 +672,7 @@ def main(argv):
         if len(argv) != 2:
             raise ValueError("plot takes the --out folder of a run")
         return plot(argv[1])
-    if "--dry_run" in argv:
+    if any(word.split("=")[0] == "--dry_run" for word in argv):
         return fit(parse_args(FitConfig, argv))
     with checkpoint.together(one_line) as store:
         config = parse_args(TrainConfig, argv)

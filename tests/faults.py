@@ -85,8 +85,7 @@ def victim():
            after=lambda path, *_: at("after_rename") if saving(path) else None)
 
     if broken:
-        if rank == 0:
-            break_newest(out / "checkpoints", fault["kind"], random.Random(attempt))
+        broken = rank == 0 and break_newest(out / "checkpoints", fault["kind"], random.Random(attempt))
         fault["kind"] = "after_step"  # the attempt that found it dies too, for the next fault
 
     journal = open(out.parent / f"{out.name}.rank{rank}.jsonl", "a", buffering=1)
@@ -110,7 +109,7 @@ def victim():
 
         norm = real_step(model, optimizer, noted(), *args)
         count += 1
-        journal.write(json.dumps({"step": start + count, "seen": seen, "time": time.time()}) + "\n")
+        journal.write(json.dumps({"step": start + count, "job": os.environ["JOB"], "seen": seen, "time": time.time()}) + "\n")
         at("after_step")
         return norm
 
@@ -127,7 +126,7 @@ def break_newest(root, kind, rng):
 
     whole = [step for step in checkpoint.steps(root) if checkpoint.fault(root / f"step-{step}") is None]
     if len(whole) < 2:  # nothing to fall back on: leave it
-        return
+        return False
     shards = sorted((root / f"step-{whole[0]}").glob("*.distcp"))
     shard = rng.choice(shards)
     raw = bytearray(shard.read_bytes())
@@ -138,6 +137,7 @@ def break_newest(root, kind, rng):
     else:
         raw = (root / f"step-{whole[1]}" / shard.name).read_bytes()
     shard.write_bytes(raw)
+    return True
 
 
 # ---- around it
@@ -164,7 +164,7 @@ def job(out, plan, words, ranks=2, mode="standalone", timeout=900, restarts=None
 
     As many restarts as faults, or `restarts`. It must end with exit code 0, or with another one where ok is False.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(plan), "PYTHONPATH": str(ROOT), **env}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(plan), "JOB": str(time.time()), "PYTHONPATH": str(ROOT), **env}
     env.pop("TRITON_INTERPRET", None)
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--max_restarts={len(plan) if restarts is None else restarts}", "--monitor_interval=0.1"]
     log = Path(f"{out}.log")
@@ -187,15 +187,16 @@ def journals(out):
 
 def history(out):
     """A hash chain over the data that the steps used, in the steps' order; of a step taken again, the last time counts."""
-    seen = {}
-    for lines in journals(out):
-        mine = {line["step"]: line["seen"] for line in lines if "step" in line}
-        for step, hashes in mine.items():
-            seen.setdefault(step, []).extend(hashes)
-    assert sorted(seen) == list(range(1, len(seen) + 1)), f"steps {sorted(seen)}"
+    taken = {}  # step: {rank: (job, hashes)}
+    for rank, lines in enumerate(journals(out)):
+        for line in lines:
+            if "step" in line:
+                taken.setdefault(line["step"], {})[rank] = line["job"], line["seen"]
+    assert sorted(taken) == list(range(1, len(taken) + 1)), f"steps {sorted(taken)}"
     chain = hashlib.sha256()
-    for step in sorted(seen):
-        for one in sorted(seen[step]):
+    for step, ranks in sorted(taken.items()):
+        last = max(job for job, _ in ranks.values())  # a rank that this job has no more may have taken the step in an earlier one
+        for one in sorted(one for job, hashes in ranks.values() if job == last for one in hashes):
             chain.update(f"{step} {one}".encode())
     return chain.hexdigest()
 
@@ -209,7 +210,7 @@ def check_starts(out):
             assert line["start"] >= last or line["broken"], f"an attempt begins at {line['start']}, but {last} had been saved"
             if clock:
                 waits.append(line["time"] - clock)
-        last = line["start"] if line.get("broken") else line.get("saved", last)
+        last = line.get("start", line.get("saved", last))
         clock = line.get("time", clock)
     return waits
 
@@ -230,7 +231,7 @@ def random_plan(rng, count, ranks):
 def main(jobs=10, faults=10):
     work = Path(tempfile.mkdtemp())
     subprocess.run([sys.executable, "-m", "paper.toy", "--out", work], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    words = ["--data", work / "train.safetensors", "--model", "toy", "--steps", 30, "--batch_tokens", 512, "--micro_tokens", 256, "--save_every", 2, "--keep", 3]
+    words = ["--data", work / "train.safetensors", "--model", "toy", "--steps", 60, "--batch_tokens", 512, "--micro_tokens", 256, "--save_every", 2, "--keep", 3]
     job(work / "whole", [], words)
     print(f"undisturbed: weights {weights(work / 'whole')[:12]}, data {history(work / 'whole')[:12]}", flush=True)
     for number in range(jobs):
@@ -240,7 +241,7 @@ def main(jobs=10, faults=10):
         same, waits = weights(out) == weights(work / "whole") and history(out) == history(work / "whole"), check_starts(out)
         print(f"job {number}: {' '.join(fault['kind'] for fault in plan)}: {'same bits, same data' if same else 'DIFFERENT'}, "
               f"{len(waits)} restarts, the longest {max(waits):.0f} s, {time.time() - began:.0f} s in all", flush=True)
-        assert same
+        assert same and len(waits) == len(plan), "a fault that did not happen"
     shutil.rmtree(work)
 
 

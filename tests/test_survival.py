@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import faults
 import numpy as np
@@ -180,14 +181,14 @@ def elastic(toy, base, *more):
 
 
 def chain(toy, base, tmp_path, *more):
-    """2 ranks, killed; 1, killed; 4, killed; 3 to the end. The digest, and one process's that nothing disturbed."""
+    """2 ranks, killed; 1, killed; 4, killed; 3 to the end: (weights, data) of it, and of one rank that nothing disturbed."""
     run = tmp_path / "chain"
     for ranks, after in ((2, 3), (1, 2), (4, 3)):
         job(run, [fault("after_backward", after, ranks - 1)], elastic(toy, base, *more), ranks=ranks, restarts=0, ok=False)
     job(run, [], elastic(toy, base, *more), ranks=3)
-    call("train.py", "--out", tmp_path / "one", *elastic(toy, base, *more))
+    job(tmp_path / "one", [], elastic(toy, base, *more), ranks=1)
     assert [line["step"] for line in metrics(run)] == list(range(1, 10))
-    return weights(run), weights(tmp_path / "one")
+    return outcome(run), outcome(tmp_path / "one")
 
 
 def test_a_chain_of_kills_on_2_1_4_and_3_ranks_ends_with_the_same_bits(toy, base, tmp_path):
@@ -246,7 +247,7 @@ FLAT = "--model", "toy", "--steps", 6, "--batch_tokens", 512
 
 def test_a_step_that_is_not_finite_stops_the_run_and_names_its_conversations(toy, tmp_path, poisoned):
     err = refused(main, "--data", toy / "train.safetensors", "--out", tmp_path / "run", *FLAT)
-    assert "step 3: loss nan" in err and "the same command resumes" in err
+    assert "step 3: loss nan" in err and "--nonfinite skip leaves such steps out" in err
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["step"] == 3 and str(line["conversations"][:8])[1:-1] in err
     assert Prepared(toy / "train.safetensors").lengths[line["conversations"]].sum() > 400
@@ -259,10 +260,37 @@ def test_or_is_skipped_and_counted(toy, tmp_path, poisoned, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 5, 6]
     assert [line["skipped"] for line in lines if "skipped" in line] == [1]
-    with np.errstate(all="raise"):
-        assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
-    step = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", {}, 1)
-    assert step.root.is_dir()
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_ten_in_a_row_are_no_accident(toy, tmp_path, monkeypatch):
+    real = train_module.forward
+    monkeypatch.setattr(train_module, "forward", lambda *args: (real(*args)[0] * float("nan"), *real(*args)[1:]))
+    err = refused(main, "--data", toy / "train.safetensors", "--out", tmp_path / "run", "--model", "toy", "--steps", 30, "--batch_tokens", 512, "--nonfinite", "skip")
+    assert "step 10: loss nan" in err and "after 10 such steps in a row" in err
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    state = lambda: [model.weight.detach().clone(), optimizer.state[model.weight]["exp_avg"].clone(), optimizer.state[model.weight]["step"].clone()]
+    before, tally = state(), type("Tally", (), {"add": lambda *_: None, "reduce": lambda self: setattr(self, "loss_sum", float("nan"))})()
+    batch = type("Batch", (), {"to": lambda self, _: self})()
+
+    def forward(*_):
+        loss = model(torch.ones(2)).sum() * float("nan")
+        return loss, None, None, None
+
+    real, train_module.forward = train_module.forward, forward
+    try:
+        with pytest.raises(FloatingPointError):
+            train_module.train_step(model, optimizer, [batch], "cpu", 1.0, 1.0, tally)
+    finally:
+        train_module.forward = real
+    assert all(torch.equal(a, b) for a, b in zip(before, state()))
 
 
 def test_clipping_is_by_the_norm_over_all_gradients():
@@ -316,6 +344,17 @@ def dies_at(root, number, save):
         os._exit(0)
 
 
+def test_a_save_reaches_the_disk_in_order(tmp_path, monkeypatch):
+    """Every shard, then the manifest and its folder, then the name, then the folder that holds the name: what a power cut needs."""
+    events, fsync, rename = [], os.fsync, checkpoint.Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name), fsync(handle))[1])
+    monkeypatch.setattr(checkpoint.Path, "rename", lambda path, new: (events.append(f"{path.name} -> {Path(new).name}"), rename(path, new))[1])
+    model, optimizer = tiny()
+    stepped(model, optimizer)
+    checkpoint.Checkpoints(tmp_path / "root", {}, 1).save(2, model, optimizer)
+    assert events == ["__0_0.distcp", ".metadata.tmp", ".metadata.tmp -> .metadata", "MANIFEST.json", "step-2.partial", "step-2.partial -> step-2", "root"]
+
+
 def test_every_event_of_a_save_as_a_crash_point(tmp_path):
     """After each, the old checkpoint or the new one loads, whole."""
     model, optimizer = tiny()
@@ -323,9 +362,8 @@ def test_every_event_of_a_save_as_a_crash_point(tmp_path):
     first = checkpoint.Checkpoints(tmp_path / "first", {"a": 1}, 1)
     first.save(1, model, optimizer)
     new = stepped(model, optimizer)
-    found = []
+    found, root = [], tmp_path / "root"
     for number in range(1, 500):
-        root = tmp_path / "root"
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(tmp_path / "first", root)
         checkpoints = checkpoint.Checkpoints(root, {"a": 1}, 1)
@@ -378,6 +416,7 @@ def corrupt(toy_run, tmp_path, count):
         path.write_bytes(bad)
         if twin:
             assert checkpoint.Checkpoints(root, identity, 2).newest() == (root / "step-50", 50), (path, kind)
+            (root / "step-60.broken").rename(root / "step-60")
         else:
             with pytest.raises(ValueError, match="not as manifest.json has it"):
                 load_model(hf)

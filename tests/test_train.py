@@ -217,22 +217,37 @@ def test_a_torn_log_and_leftovers_of_a_killed_save_do_not_stop_a_run(toy, tmp_pa
 
 
 def test_keep_counts_whole_checkpoints_only(tmp_path):
-    """A broken step-6 is passed over, the run starts again below it, and what it saves stays."""
+    """A broken step-6 is put aside, the run goes on from step-4, and what it saves stays. Without any whole one it stops."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     checkpoints = lambda keep, a=1: checkpoint.Checkpoints(tmp_path, {"a": a}, keep)
     save = lambda step, keep: checkpoints(keep).save(step, model, optimizer)
     names = lambda: sorted(p.name for p in tmp_path.glob("step-*"))
-    save(6, 1)
-    (tmp_path / "step-6" / ".metadata").write_bytes(b"")
     assert checkpoints(1).newest() == (None, 0)
-    save(4, 1)
-    assert names() == ["step-4"] and (tmp_path / "latest").read_text() == "step-4"
-    save(5, 2)
+    save(4, 2)
+    save(6, 2)
+    (tmp_path / "step-6" / ".metadata").write_bytes(b"")
+    assert checkpoints(2).newest() == (tmp_path / "step-4", 4) and names() == ["step-4", "step-6.broken"]
+    save(6, 2)
+    assert names() == ["step-4", "step-6", "step-6.broken"] and (tmp_path / "latest").read_text() == "step-6"
     save(7, 2)
-    assert names() == ["step-5", "step-7"] and checkpoints(1).newest() == (tmp_path / "step-7", 7)
+    assert names() == ["step-6", "step-6.broken", "step-7"] and checkpoints(1).newest() == (tmp_path / "step-7", 7)
     with pytest.raises(ValueError, match="a 1, this one has 2"):
         checkpoints(1, a=2).newest()
+    for step in ("step-6", "step-7"):
+        (tmp_path / step / "MANIFEST.json").unlink()
+    with pytest.raises(ValueError, match="no checkpoint there is whole; move the folder away"):
+        checkpoints(1).newest()
+
+
+def test_what_cannot_be_read_is_not_called_broken(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    checkpoints = checkpoint.Checkpoints(tmp_path, {"a": 1}, 2)
+    checkpoints.save(1, model, torch.optim.AdamW(model.parameters()))
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error", str(path))))
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.newest()
+    assert (tmp_path / "step-1").is_dir()
 
 
 def test_sigterm_saves_and_other_data_does_not_resume(toy, tmp_path):
@@ -318,9 +333,13 @@ def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy, train):
     torchrun(2, data, two, *words)
     torchrun(4, data, four, *words)
     train(data, half, *words, "--dtype", "bfloat16")
+    for size in (384, 768):  # the same steps in 2 micro-batches, and in one
+        train(data, toy / str(size), *words, "--micro_tokens", size)
     losses = lambda run: [line["loss"] for line in metrics(run)]
-    for run in (two, four):
+    for run in (two, four, toy / "384", toy / "768"):
         assert losses(run) == pytest.approx(losses(one), rel=1e-5)
+        norms = lambda run: [line["grad_norm"] for line in metrics(run)]
+        assert norms(run) == pytest.approx(norms(one), rel=1e-5) and min(norms(one)) > 0.1 and max(norms(one)) > 1  # clipped
         for key in ("tokens", "supervised_tokens", "weight_sum", "lr"):  # test_data.py shows that the conversations are the same
             assert [line[key] for line in metrics(run)] == [line[key] for line in metrics(one)]
     assert losses(half) == pytest.approx(losses(one), rel=2e-2) and losses(half) != losses(one)
