@@ -120,6 +120,7 @@ def together(explain):
             print(f"{Path(sys.argv[0]).name}: {line}" if line else traceback.format_exc(), file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # torchrun stops all once one has left: the first finishes its sentence
+        sys.stdout.flush()
         os._exit(1)
     finally:
         if dist.is_initialized():

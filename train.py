@@ -433,7 +433,7 @@ class Log:
     """metrics.jsonl, and a progress bar or, off a terminal, a line now and then; on rank 0."""
 
     def __init__(self, out, start, steps):
-        self.first, self.every, self.steps, self.skipped = checkpoint.rank() == 0, max(1, steps // 20), steps, 0
+        self.first, self.every, self.steps, self.skipped, self.in_a_row = checkpoint.rank() == 0, max(1, steps // 20), steps, 0, 0
         if self.first:
             path = Path(out) / "metrics.jsonl"
             unfinished = path.with_name("metrics.partial")
@@ -445,6 +445,8 @@ class Log:
             self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
 
     def write(self, line, tail=""):
+        if "loss" in line:
+            self.in_a_row = 0
         if not self.first:
             return
         self.file.write(json.dumps(line) + "\n")
@@ -461,6 +463,23 @@ class Log:
         self.bar.update()
         if self.bar.disable and (line["step"] % self.every == 0 or line["step"] in (1, self.steps)):
             print(f"step {line['step']}/{self.steps} {text}", flush=True)
+
+
+    def nonfinite(self, step, error, conversations, config):
+        """Log a step that was not taken. Returns why the run must stop, or None where such steps are skipped; the tenth in a row stops it."""
+        self.in_a_row += 1
+        stop = config.nonfinite == "stop" or self.in_a_row == 10
+        self.skipped += not stop
+        self.write({"step": step, "nonfinite": str(error), "conversations": conversations.tolist()} | ({} if stop else {"skipped": self.skipped}))
+        return stop and (f"step {step}: {error}, the run stops{' after 10 such steps in a row' * (self.in_a_row == 10)}; look at conversations "
+                         f"{conversations[:8].tolist()}.. of {config.data} (all {len(conversations)} in metrics.jsonl); --nonfinite skip leaves "
+                         "such steps out, or begin another --out with a lower --lr")
+
+
+def ledger(data, train_on, held_out):
+    trained, held = data.lengths[train_on].sum(), data.lengths[held_out].sum()
+    return (f"{len(train_on):,} conversations once each, {trained:,} tokens ({data.supervised[train_on].sum():,} supervised) "
+            f"+ {held:,} held out = {trained + held:,} of the file")
 
 
 def log_line(step, data, conversations, tally, norm, lr, seconds):
@@ -547,7 +566,7 @@ def train(config, signals, store):
         f"{len(held_out):,} held out, {last} steps of up to {max(1, config.batch_tokens // config.micro_tokens)} x {config.micro_tokens:,} tokens; {reason}")
     log(memory(device, checkpoints))
 
-    metrics, in_a_row = Log(out, start, last), 0
+    metrics = Log(out, start, last)
     rank, world = rank_and_world()
     loader = ahead(my_batches(data, steps[start:], rank, world), pin=device.type == "cuda")
     for step in range(start + 1, last + 1):
@@ -560,22 +579,14 @@ def train(config, signals, store):
             norm = train_step(model, optimizer, batches, device, data.weight_sums[mine].sum(), config.clip, tally, exact)
         except FloatingPointError as error:
             optimizer.zero_grad()
-            in_a_row, metrics.skipped = in_a_row + 1, metrics.skipped + 1
-            stop = config.nonfinite == "stop" or in_a_row == 10
-            metrics.write({"step": step, "nonfinite": str(error), "conversations": mine.tolist()} | ({} if stop else {"skipped": metrics.skipped}))
-            if stop:
+            if problem := metrics.nonfinite(step, error, mine, config):
                 checkpoints.wait()
-                raise ValueError(f"step {step}: {error}, the run stops{' after 10 such steps in a row' * (in_a_row == 10)}; look at conversations "
-                                 f"{mine[:8].tolist()}.. of {config.data} (all {len(mine)} in metrics.jsonl); --nonfinite skip leaves such steps out, "
-                                 "or begin another --out with a lower --lr") from None
+                raise ValueError(problem) from None
         else:
-            in_a_row = 0
             line = log_line(step, data, mine, tally, norm, lr, time.perf_counter() - began)
             metrics.write(line, gauges(device, line, data.lengths[mine], flops, world))
         if step in epoch_ends:
-            trained, held = data.lengths[train_on].sum(), data.lengths[held_out].sum()
-            log(f"epoch {epoch_ends.index(step) + 1} done after step {step}: {len(train_on):,} conversations once each, {trained:,} tokens "
-                f"({data.supervised[train_on].sum():,} supervised) + {held:,} held out = {trained + held:,} of the file")
+            log(f"epoch {epoch_ends.index(step) + 1} done after step {step}: {ledger(data, train_on, held_out)}")
         if val_steps and (step % config.val_every == 0 or step == last):
             metrics.write({"step": step} | validate(model, data, val_steps, device))
         if step % config.save_every == 0 or step == last or tally.stop:
