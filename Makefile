@@ -18,10 +18,11 @@ test: $(if $(VENV),$(VENV)/dev)
 test_long: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m pytest -q -rs tests
 
-# On a machine with a GPU: every kernel checked on it, then timed against its peers; results/bench.json grows case by case.
+# On a machine with a GPU: every kernel checked on it, then kernels and whole steps timed against their peers; results/*.json grow case by case.
 gpu: $(if $(VENV),$(VENV)/dev)
 	@mkdir -p results
-	$(RUN) -m pytest -q -m gpu --junitxml=results/gpu.xml tests; checked=$$?; $(RUN) -m kernels.bench && exit $$checked
+	$(RUN) -m pytest -q -m gpu --junitxml=results/gpu.xml tests; checked=$$?; $(RUN) -m kernels.bench && $(RUN) -m paper.step --model 7b --rounds 1 \
+	  && $(RUN) -m paper.step --model 13b --rounds 1 && exit $$checked
 
 ifneq ($(VENV),)
 $(VENV)/ready: requirements.txt

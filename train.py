@@ -360,8 +360,8 @@ def fit(config):
     if not config.model or not (config.data or config.steps):
         raise ValueError("--dry_run wants --model, and --data or --steps; for example --model llama-2-13b --ranks 8 --batch_tokens 262144 --steps 2000")
     for name in ("ranks", "tflops", "gb", "mfu"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
+        if not 0 < getattr(config, name) <= (1 if name == "mfu" else math.inf):
+            raise ValueError(f"--{name} {getattr(config, name)} is not above 0" + " and at most 1" * (name == "mfu"))
     data = Prepared(config.data) if config.data else None
     config, model_config = resolve(dataclasses.replace(config, dtype=config.dtype or "bfloat16"), data)
     linear, head, quadratic = train_flops(model_config)

@@ -1,7 +1,7 @@
 """A whole training step beside transformers': the same conversations, the same AdamW, an untied head.
 
     python -m paper.step                    this CPU, one thread, a process for each contestant, in turn   -> results/step_cpu.json
-    python -m paper.step --model 13b        a GPU: layers of LLaMA-2-13B's width, 16,384 packed tokens      -> results/step_gpu_13b.json
+    python -m paper.step --model 13b        a GPU: 8 layers of LLaMA-2-13B's width, 16,384 packed tokens    -> results/step_gpu_13b.json
 
 Contestants: ours; ours in plain PyTorch (the kernels' references; on a GPU only); transformers packed (rows filled first-fit
 decreasing, positions from 0 in each conversation, a block-diagonal mask, so the same numbers) and padded; on a GPU both with
@@ -28,10 +28,15 @@ import kernels.rotary_attention
 import kernels.swiglu
 import train
 from data import flat, pack, parse_args, plan, run
-from model import SIZES, Config, RandomWeights, load_weights, train_flops
+from model import SIZES, Config, train_flops
 from paper.packing import sharegpt_like
 
-WIDTHS = {"cpu": (Config(288, 768, 6, 6, 6, 32000, 2048), 64, 1024, 4), "7b": (SIZES["llama-2-7b"], 88, 4096, 4), "13b": (SIZES["llama-2-13b"], 88, 4096, 4)}
+WIDTHS = {  # config of the model, conversations, tokens of a row, rows of a step
+    "cpu": (Config(288, 768, 6, 6, 6, 32000, 2048), 64, 1024, 4),
+    "7b": (SIZES["llama-2-7b"], 88, 4096, 4),
+    "13b": (SIZES["llama-2-13b"], 88, 4096, 4),
+}
+SUPERVISED = {"cpu": (1.0, 0.6), "cuda": (0.6,)}
 CONTESTANTS = {"cpu": ("ours", "transformers, packed", "transformers, padded"),
                "cuda": ("ours", "ours, plain PyTorch", "transformers, packed", "transformers + Liger, packed", "transformers + Liger, padded")}
 
@@ -48,7 +53,7 @@ class StepConfig:
 
 
 def workload(config, supervised):
-    """(config of the model, conversations, tokens of a row, rows of a step). The answer is the last part of a conversation."""
+    """A row of WIDTHS with its conversations, (tokens, weights), in them. The answer is the last part of a conversation."""
     model_config, n, row, rows = WIDTHS[config.model]
     n, rng = config.conversations or n, np.random.default_rng(0)
     if config.model == "cpu":  # log-normal, mean 350 before the cut
@@ -64,7 +69,8 @@ def our_steps(config, model_config, conversations, row, rows, device):
     how = train.TrainConfig(dtype="bfloat16" if device.type == "cuda" else "float32", recompute=config.recompute, lr=1e-4)
     train.checkpoint.start_group(None, alone=device.type == "cuda", timeout=600)
     model, optimizer, _ = train.build(how, model_config, device)
-    load_weights(model, RandomWeights(model_config, 0), train.local_rows)
+    for p in model.parameters():
+        torch.nn.init.normal_(train.local_rows(p)[0].detach(), std=0.02)
     lengths, sums = np.array([len(t) for t, _ in conversations]), np.array([w.sum() for _, w in conversations])
     linear, head, quadratic = train_flops(model_config)
     planned = plan(lengths, np.zeros(len(lengths), int), sums, 0, 0, row * rows, row * rows, (linear + head, quadratic))
@@ -156,7 +162,9 @@ def contest(config):
     began = clock()
     for step in steps:
         step()
-    seconds = clock() - began  # each step ended by reading a number
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = clock() - began
     lengths = np.array([len(t) for t, _ in conversations])
     linear, head, quadratic = train_flops(model_config)
     supervised = sum(int(w[1:].sum()) for _, w in conversations)
@@ -164,6 +172,9 @@ def contest(config):
     line = {"contestant": config.contestant, "supervised": config.supervised, "tokens": int(lengths.sum()), "steps": len(steps), "seconds": seconds,
             "tokens_per_s": lengths.sum() / seconds, "tflops": flops / seconds / 1e12,
             "peak_bytes": peak if device.type == "cpu" else torch.cuda.max_memory_allocated()}
+    if device.type == "cuda":
+        peak_flops = next((x for word, x in train.PEAK_FLOPS.items() if word in torch.cuda.get_device_name()), None)
+        line["mfu"] = peak_flops and flops / seconds / peak_flops
     print(json.dumps(line), flush=True)
 
 
@@ -180,17 +191,18 @@ def main(argv):
     about = {"command": " ".join(["python -m paper.step", *argv]), "torch": torch.__version__, "threads": 1,
              "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "rows": lines}
     for _ in range(config.rounds):
-        for supervised in (1.0, 0.6):
+        for supervised in SUPERVISED[device]:
             for name in CONTESTANTS[device]:
                 done = subprocess.run([sys.executable, "-m", "paper.step", *argv, "--contestant", name, "--supervised", str(supervised)], capture_output=True, text=True)
                 if done.returncode:
                     print(f"{name}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
                     continue
                 lines.append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"{supervised:4.0%} supervised  {name:30} {lines[-1]['tokens_per_s']:9.0f} tokens/s {lines[-1]['peak_bytes'] / 2**20:9.0f} MiB", flush=True)
+                print(f"{supervised:4.0%} supervised  {name:30} {lines[-1]['tokens_per_s']:9.0f} tokens/s {lines[-1]['peak_bytes'] / 2**20:9.0f} MiB"
+                      + (f" MFU {lines[-1]['mfu']:.0%}" if lines[-1].get("mfu") else ""), flush=True)
                 out.parent.mkdir(exist_ok=True)
                 out.write_text(json.dumps(about, indent=1) + "\n")
-    for supervised in (1.0, 0.6):
+    for supervised in SUPERVISED[device]:
         mine = {name: statistics.median(x["tokens_per_s"] for x in lines if (x["contestant"], x["supervised"]) == (name, supervised))
                 for name in CONTESTANTS[device] if any(x["contestant"] == name for x in lines)}
         print(f"{supervised:.0%} supervised, ours over: " + ", ".join(f"{name} {mine['ours'] / x:.2f}" for name, x in mine.items() if name != "ours"))

@@ -662,3 +662,23 @@ def test_a_compiled_run_is_the_same_run(toy, tmp_path, toy_run):
     call("train.py", "--out", tmp_path / "run", *flags)
     whole = metrics(toy_run)[:1]
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+
+
+# ---- a whole step beside transformers
+
+
+@pytest.mark.long
+def test_a_step_beats_transformers(tmp_path):
+    """The first 12 conversations of the workload: speed and memory have room to the floors here, which results/step_cpu.json meets on all 64."""
+    out, _ = call("-c", f"import os, sys; os.chdir({str(tmp_path)!r}); sys.argv = ['paper.step', '--conversations', '12', '--rounds', '1']; "
+                        "from data import run; from paper.step import main; run(main)")
+    ratios = [float(x) for x in re.findall(r"(?:packed|padded) ([\d.]+)", out.split("ours over", 1)[1])]
+    assert len(ratios) == 4 and ratios[0] > 1.1 and ratios[2] > 1.3 and min(ratios[1], ratios[3]) > 2.5, out
+    rows = json.loads((tmp_path / "results" / "step_cpu.json").read_text())["rows"]
+    peak = {row["contestant"]: row["peak_bytes"] for row in rows}
+    assert peak["ours"] < 0.6 * peak["transformers, packed"]
+
+
+def test_the_gpu_s_step_says_that_it_needs_one():
+    import paper.step
+    assert "needs a GPU" in refused(paper.step.main, "--model", "7b") and "is not one of cpu, 7b, 13b" in refused(paper.step.main, "--model", "8b")
