@@ -63,7 +63,7 @@ def on_first_rank(function):
     return result[0]
 
 
-def meet(wait=timedelta(hours=1)):
+def meet(wait=timedelta(minutes=30)):
     """A part of torchrun's store that only the ranks of this attempt share.
 
     A restart finds the same store, where the dead ranks' addresses still stand, and agents on several nodes do not count
@@ -138,14 +138,16 @@ def start_group(store, alone, timeout):
 
 
 class Signals:
-    """Ctrl-C and SIGTERM (preemption) ask the loop to save and leave; a second one does not wait."""
+    """Ctrl-C and SIGTERM (preemption) ask the loop to save and leave; a second one, or one outside the loop, does not wait."""
 
     def __enter__(self):
-        self.received = None
+        self.received, self.in_loop = None, False
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def receive(self, number, _frame):
+        if not self.in_loop:  # nothing is there to be saved
+            raise KeyboardInterrupt
         self.received = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -210,6 +212,10 @@ def steps(root):
     return sorted((int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))), reverse=True)
 
 
+def digest(manifest):
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def fault(path, share=slice(None)):
     """Why this checkpoint can't be trusted, as far as this share of its files goes, or None.
 
@@ -217,8 +223,10 @@ def fault(path, share=slice(None)):
     """
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())
+        if manifest.pop("sha256") != digest(manifest):
+            return "MANIFEST.json changed"
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        if path.name != f"step-{manifest['step']}" or not isinstance(manifest["identity"], dict):
+        if path.name != f"step-{manifest['step']}":
             return "MANIFEST.json is of another checkpoint"
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"MANIFEST.json missing or changed ({error})"
@@ -291,15 +299,16 @@ class Checkpoints:
 
         def publish():
             manifest = partial / "MANIFEST.json"
-            manifest.write_text(json.dumps({"step": step, "identity": self.identity, "files": files}, indent=1))
+            content = {"step": step, "identity": self.identity, "files": files}
+            manifest.write_text(json.dumps({"sha256": digest(content)} | content, indent=1))
             for path in (manifest, partial):
                 fsync(path)
             partial.rename(final)
             fsync(root)
             (root / ".latest").write_text(final.name)
             (root / ".latest").replace(root / "latest")
-            for old in steps(root)[self.keep :]:
-                shutil.rmtree(root / f"step-{old}")
+            for old in [root / f"step-{s}" for s in steps(root)[self.keep :]] + list(root.glob("*.broken")):
+                shutil.rmtree(old)
 
         try:
             self.agree(begin if first else None)

@@ -303,6 +303,8 @@ def read_config(folder):
     names = [field.name for field in dataclasses.fields(Config)]
     if missing := [name for name in names if name not in fields]:
         raise ValueError(f"{path}: no {missing[0]}; add the field")
+    if wrong := [name for name in names if not isinstance(fields[name], (int, float)) or not fields[name] > 0]:
+        raise ValueError(f"{path}: {wrong[0]} = {fields[wrong[0]]!r} is not a number above 0")
     config = Config(**{name: fields[name] for name in names})
     if fields.get("head_dim") not in (None, config.head_dim):
         raise ValueError(f"{path}: head_dim = {fields['head_dim']} is not supported, only hidden_size / num_attention_heads")
@@ -360,7 +362,10 @@ class SafetensorsWeights:
         self.shapes, file_vocab = parameter_shapes(config), read_config(folder).vocab_size
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+                raise ValueError(f"{index}: no weight_map of tensors to files; fetch the file again")
+            names = sorted(set(files.values()))
         else:
             names = ["model.safetensors"]
         for name in names:

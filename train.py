@@ -109,17 +109,22 @@ def resolve(config, data):
 
     data: a Prepared, or None for what Llama-2's tokenizer and context would give.
     """
+    if config.steps and config.steps > 10**6:
+        raise ValueError(f"--steps {config.steps:,} is above 1,000,000")  # all are planned before the first
     for name in ("warmup", "min_lr", "val_fraction", "beta1", "beta2", "weight_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} is not from 0 to below 1")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed {config.seed} is not from 0 to 2^63 - 1")
     for name in ("steps", "epochs", "batch_tokens", "micro_tokens", "lr", "eps", "clip", "val_every", "save_every", "keep", "timeout"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
+        value = getattr(config, name)
+        if value is not None and not 0 < value < (1e9 if isinstance(value, int) else math.inf):
+            raise ValueError(f"--{name} {value} is not above 0" + " and below 1e9" * isinstance(value, int))
     for name, allowed in (("recompute", (None, *RECOMPUTE)), ("nonfinite", ("stop", "skip")), ("dtype", (None, "float32", "bfloat16"))):
         if getattr(config, name) not in allowed:
             raise ValueError(f"--{name} {getattr(config, name)!r} is not one of {', '.join(filter(None, allowed))}")
+    if config.compile and not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise ValueError("--compile needs a C++ compiler on a CPU, and finds none; install g++")
     cuda, vocab = torch.cuda.is_available(), data.tokenizer.eot + 1 if data else 32001
     if config.model in SIZES:
         max_len = data.meta["max_len"] if data else SIZES[config.model].max_position_embeddings
@@ -211,9 +216,9 @@ def forward(model, batch):
 class ExactSums:
     """--exact: gradients summed in fp64 over ranks and micro-batches, and rounded to fp32 once.
 
-    fp32 numbers sum up exactly in fp64 unless one is 2^29 times another (bf16: 2^45), and then the last bit of the rounded sum
-    changes with odds of about 2^-29: the order of the sum is free, and a step's fixed micro-batches give the same bits on any
-    number of ranks. FSDP would round after each round of micro-batches and add in fp32; its hook, which sees a group's fp64 sum
+    fp32 numbers sum up exactly in fp64 unless one is 2^29 times another (bf16: 2^45); and then, where they do not nearly cancel,
+    the last bit of the rounded sum changes with odds of about 2^-29. So the order of the sum is free, and a step's fixed
+    micro-batches give the same bits on any number of ranks. FSDP would round after each round of micro-batches and add in fp32; its hook, which sees a group's fp64 sum
     over the ranks before that, adds up the rounds here and hands out the total.
     """
 
@@ -326,7 +331,6 @@ def validate(model, data, steps, device):
 class FitConfig(TrainConfig):
     """--dry_run: the memory and time of a run on `ranks` GPUs like this one. Without --data: --steps of batch_tokens each."""
 
-    dry_run: bool = False
     ranks: int = 1
     tflops: float = 312.0  # of one GPU, dense bf16: A100 312; H100, H200 989
     gb: float = 80.0  # of one GPU
@@ -360,7 +364,7 @@ def fit(config):
     if not config.model or not (config.data or config.steps):
         raise ValueError("--dry_run wants --model, and --data or --steps; for example --model llama-2-13b --ranks 8 --batch_tokens 262144 --steps 2000")
     for name in ("ranks", "tflops", "gb", "mfu"):
-        if not 0 < getattr(config, name) <= (1 if name == "mfu" else math.inf):
+        if not 1e-6 < getattr(config, name) <= (1 if name == "mfu" else 1e9):
             raise ValueError(f"--{name} {getattr(config, name)} is not above 0" + " and at most 1" * (name == "mfu"))
     data = Prepared(config.data) if config.data else None
     config, model_config = resolve(dataclasses.replace(config, dtype=config.dtype or "bfloat16"), data)
@@ -426,7 +430,7 @@ def read_metrics(path, until=math.inf):
             lines.append(json.loads(line))
         except ValueError:
             continue
-    return [line for line in lines if line["step"] <= until]
+    return [line for line in lines if isinstance(line, dict) and line.get("step", math.inf) <= until]
 
 
 class Log:
@@ -451,6 +455,7 @@ class Log:
             return
         self.file.write(json.dumps(line) + "\n")
         if "skipped" in line:
+            self.bar.update()
             return log(f"step {line['step']} skipped, {line['skipped']} so far: {line['nonfinite']}")
         if "nonfinite" in line:
             return
@@ -464,16 +469,16 @@ class Log:
         if self.bar.disable and (line["step"] % self.every == 0 or line["step"] in (1, self.steps)):
             print(f"step {line['step']}/{self.steps} {text}", flush=True)
 
-
     def nonfinite(self, step, error, conversations, config):
         """Log a step that was not taken. Returns why the run must stop, or None where such steps are skipped; the tenth in a row stops it."""
         self.in_a_row += 1
         stop = config.nonfinite == "stop" or self.in_a_row == 10
         self.skipped += not stop
         self.write({"step": step, "nonfinite": str(error), "conversations": conversations.tolist()} | ({} if stop else {"skipped": self.skipped}))
-        return stop and (f"step {step}: {error}, the run stops{' after 10 such steps in a row' * (self.in_a_row == 10)}; look at conversations "
-                         f"{conversations[:8].tolist()}.. of {config.data} (all {len(conversations)} in metrics.jsonl); --nonfinite skip leaves "
-                         "such steps out, or begin another --out with a lower --lr")
+        if stop:
+            return (f"step {step}: {error}, the run stops{' after 10 such steps in a row' * (self.in_a_row == 10)}; look at conversations "
+                    f"{conversations[:8].tolist()}.. of {config.data} (all {len(conversations)} in metrics.jsonl); --nonfinite skip leaves such "
+                    "steps out, or begin another --out with a lower --lr")
 
 
 def ledger(data, train_on, held_out):
@@ -491,6 +496,11 @@ def log_line(step, data, conversations, tally, norm, lr, seconds):
             "supervised_tokens": supervised, "weight_sum": weight_sum, "tokens_per_s": tokens / seconds, "seconds": seconds}
 
 
+def peak_flops():
+    """Of this GPU, dense bf16; None where it is not in the table."""
+    return next((peak for word, peak in PEAK_FLOPS.items() if word in torch.cuda.get_device_name()), None)
+
+
 def gauges(device, line, lengths, flops, world):
     """For the terminal: peak memory, and on a GPU that we know MFU, the FLOPs of `train_flops` (real attention) over its peak."""
     if device.type == "cpu":
@@ -500,7 +510,7 @@ def gauges(device, line, lengths, flops, world):
             return ""
         return f" {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20):.1f} GiB"
     done = flops[0] * line["tokens"] + flops[1] * line["supervised_tokens"] + flops[2] * float((lengths.astype(np.float64) ** 2).sum())
-    peak = next((peak for word, peak in PEAK_FLOPS.items() if word in torch.cuda.get_device_name(device)), None)
+    peak = peak_flops()
     mfu = f" MFU {done / line['seconds'] / world / peak:.0%}" if peak else ""
     return f"{mfu} {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
 
@@ -569,22 +579,23 @@ def train(config, signals, store):
     metrics = Log(out, start, last)
     rank, world = rank_and_world()
     loader = ahead(my_batches(data, steps[start:], rank, world), pin=device.type == "cuda")
+    signals.in_loop = True
     for step in range(start + 1, last + 1):
-        began, mine = time.perf_counter(), flat(steps[step - 1 : step])
+        began, used = time.perf_counter(), flat(steps[step - 1 : step])
         tally, lr = Tally(len(data.classes), device, stop=signals.received is not None), lr_at(step, last, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = itertools.islice(loader, rounds(steps[step - 1], world))
         try:
-            norm = train_step(model, optimizer, batches, device, data.weight_sums[mine].sum(), config.clip, tally, exact)
+            norm = train_step(model, optimizer, batches, device, data.weight_sums[used].sum(), config.clip, tally, exact)
         except FloatingPointError as error:
             optimizer.zero_grad()
-            if problem := metrics.nonfinite(step, error, mine, config):
+            if problem := metrics.nonfinite(step, error, used, config):
                 checkpoints.wait()
                 raise ValueError(problem) from None
         else:
-            line = log_line(step, data, mine, tally, norm, lr, time.perf_counter() - began)
-            metrics.write(line, gauges(device, line, data.lengths[mine], flops, world))
+            line = log_line(step, data, used, tally, norm, lr, time.perf_counter() - began)
+            metrics.write(line, gauges(device, line, data.lengths[used], flops, world))
         if step in epoch_ends:
             log(f"epoch {epoch_ends.index(step) + 1} done after step {step}: {ledger(data, train_on, held_out)}")
         if val_steps and (step % config.val_every == 0 or step == last):
@@ -597,6 +608,7 @@ def train(config, signals, store):
             sys.exit(130)
 
     checkpoints.wait()
+    signals.in_loop = False
     export(out / "hf", model, model_config, data, getattr(torch, config.dtype))
     if checkpoint.rank() == 0:
         try:
@@ -607,13 +619,12 @@ def train(config, signals, store):
     log(f"exported to {out / 'hf'}; chat with `python sample.py {out / 'hf'}`")
 
 
-def out_of_memory(error, config):
-    """error, or what to do about it where memory ran out."""
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return error
-    tried = re.search(r"[Tt]ried to allocate \S+ \w+", str(error))
-    return ValueError(f"rank {os.environ.get('RANK', 0)} is out of memory ({tried[0] if tried else error}): lower --micro_tokens, set "
-                      "--recompute cheap or all, or take more ranks; the same flags with --dry_run show where it goes")
+def out_of_memory(error):
+    """What to do about it, where this is why the run failed."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        tried = re.search(r"[Tt]ried to allocate \S+ \w+", str(error))
+        return (f"rank {os.environ.get('RANK', 0)} is out of memory ({tried[0] if tried else error}): lower --micro_tokens, set --recompute "
+                "cheap or all, or take more ranks; the same flags with --dry_run show where it goes")
 
 
 def export(folder, model, model_config, data, dtype):
@@ -667,6 +678,8 @@ def plot(folder):
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the --out of a run")
     lines = read_metrics(path)
+    if not lines:
+        raise ValueError(f"{path}: no step in it yet")
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for prefix, style in (("", "-"), ("val_", "o--")):
         for name in next((line[prefix + "loss_by_class"] for line in lines if prefix + "loss_by_class" in line), ()):
@@ -683,8 +696,8 @@ def main(argv):
         if len(argv) != 2:
             raise ValueError("plot takes the --out folder of a run")
         return plot(argv[1])
-    if any(word.split("=")[0] == "--dry_run" for word in argv):
-        return fit(parse_args(FitConfig, argv))
+    if "--dry_run" in argv:
+        return fit(parse_args(FitConfig, [word for word in argv if word != "--dry_run"]))
     with checkpoint.together(one_line) as store:
         config = parse_args(TrainConfig, argv)
         if not config.data or not config.model or not config.out:
@@ -694,8 +707,10 @@ def main(argv):
         with checkpoint.Signals() as signals:
             try:
                 train(config, signals, store)
-            except RuntimeError as error:
-                raise out_of_memory(error, config) from error
+            except (RuntimeError, MemoryError) as error:
+                if not (line := out_of_memory(error)):
+                    raise
+                raise ValueError(line) from None
 
 
 if __name__ == "__main__":

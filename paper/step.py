@@ -173,8 +173,7 @@ def contest(config):
             "tokens_per_s": lengths.sum() / seconds, "tflops": flops / seconds / 1e12,
             "peak_bytes": peak if device.type == "cpu" else torch.cuda.max_memory_allocated()}
     if device.type == "cuda":
-        peak_flops = next((x for word, x in train.PEAK_FLOPS.items() if word in torch.cuda.get_device_name()), None)
-        line["mfu"] = peak_flops and flops / seconds / peak_flops
+        line["mfu"] = train.peak_flops() and flops / seconds / train.peak_flops()
     print(json.dumps(line), flush=True)
 
 

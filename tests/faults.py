@@ -241,7 +241,7 @@ def main(jobs=10, faults=10):
         same, waits = weights(out) == weights(work / "whole") and history(out) == history(work / "whole"), check_starts(out)
         print(f"job {number}: {' '.join(fault['kind'] for fault in plan)}: {'same bits, same data' if same else 'DIFFERENT'}, "
               f"{len(waits)} restarts, the longest {max(waits):.0f} s, {time.time() - began:.0f} s in all", flush=True)
-        assert same and len(waits) == len(plan), "a fault that did not happen"
+        assert same and len(waits) == len(plan) and max(waits) < 60, "a fault that did not happen, or a restart that took a minute"
     shutil.rmtree(work)
 
 
