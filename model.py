@@ -394,8 +394,10 @@ class SafetensorsWeights:
         have = slice_.get_shape()[0]
         parts = [slice_[start : min(stop, have)].float()] if start < have else []
         if stop > have:  # only the two V x D tensors can be short: the constructor checked
-            mean_1D = torch.stack([slice_[i : i + 512].double().sum(0) for i in range(0, have, 512)]).sum(0)[None] / have
-            parts.append(mean_1D.float().expand(stop - max(start, have), -1))
+            sum_D = torch.zeros(slice_.get_shape()[1], dtype=torch.float64)
+            for i in range(0, have, 512):  # added up as it goes: results kept in a list would pin the allocator's holes, 100 MB of them
+                sum_D += slice_[i : i + 512].double().sum(0)
+            parts.append((sum_D / have).float().expand(stop - max(start, have), -1))
         return torch.cat(parts)
 
 
