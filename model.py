@@ -84,15 +84,45 @@ class RMSNorm(nn.Module):
         return rms_norm(x_TD, self.weight, self.eps, residual_TD)
 
 
+def onednn(a_MK, b_NK):
+    """a @ b.T, fp32 on a CPU, by oneDNN: on AMD's twice as fast as F.linear's MKL."""
+    return F.linear(a_MK.contiguous().to_mkldnn(), b_NK.contiguous().to_mkldnn()).to_dense()
+
+
+class OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TK, weight_NK):
+        ctx.save_for_backward(x_TK, weight_NK)
+        return onednn(x_TK, weight_NK)
+
+    @staticmethod
+    def backward(ctx, dy_TN):
+        x_TK, weight_NK = ctx.saved_tensors
+        return onednn(dy_TN, weight_NK.t()), onednn(dy_TN.t(), x_TK.t())
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias; in training, many rows of fp32 on a CPU go to oneDNN."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x_TK):
+        cpu = x_TK.device.type == "cpu" and x_TK.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        if cpu and torch.is_grad_enabled() and len(x_TK) >= 64 and not torch.compiler.is_compiling():
+            return OneDNNLinear.apply(x_TK, self.weight)
+        return super().forward(x_TK)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         self.H, self.G, self.E = config.num_attention_heads, config.num_key_value_heads, E
-        self.q_proj = nn.Linear(D, self.H * E, bias=False)
-        self.k_proj = nn.Linear(D, self.G * E, bias=False)
-        self.v_proj = nn.Linear(D, self.G * E, bias=False)
-        self.o_proj = nn.Linear(self.H * E, D, bias=False)
+        self.q_proj = Linear(D, self.H * E)
+        self.k_proj = Linear(D, self.G * E)
+        self.v_proj = Linear(D, self.G * E)
+        self.o_proj = Linear(self.H * E, D)
 
     def forward(self, x_TD, cos_TC, sin_TC, cu_seqlens, cache):
         q_THE = self.q_proj(x_TD).view(-1, self.H, self.E)
@@ -111,16 +141,17 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, F, bias=False)
-        self.up_proj = nn.Linear(D, F, bias=False)
-        self.down_proj = nn.Linear(F, D, bias=False)
+        self.gate_proj = Linear(D, F)
+        self.up_proj = Linear(D, F)
+        self.down_proj = Linear(F, D)
 
     def forward(self, x_TD):
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 RECOMPUTE = ("none", "cheap", "all")  # what of a block's activations is rebuilt in the backward pass
-KEPT = {torch.ops.aten.mm.default, torch.ops.crlft.rotary_attention.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+KEPT = {torch.ops.aten.mm.default, torch.ops.crlft.rotary_attention.default,
+        torch.ops.aten.mkldnn_linear.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}  # the CPU's
 
 
 def activation_width(config, recompute):
@@ -188,7 +219,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, tokens_T, positions_T, cu_seqlens, labels_T=None, weights_T=None, *,
                 rows_R=None, per_row=False):

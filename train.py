@@ -83,7 +83,7 @@ PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-train
     "llama-2-70b": (1.5e-4, 2**22),
 }
 RESUME_MAY_CHANGE = ("data", "model", "out", "epochs", "recompute", "compile", "nonfinite", "val_every", "save_every", "keep",
-                     "async_save", "timeout")  # data and model by name: their content is compared
+                     "async_save", "timeout")  # data and model by name: their content is compared; epochs: steps says it
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a word in the device's name
 
 
@@ -189,7 +189,7 @@ def build(config, model_config, device):
                 part.set_all_reduce_hook(partial(exact.add, part))
     model.to_empty(device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
-                                  weight_decay=config.weight_decay, fused=device.type == "cuda")
+                                  weight_decay=config.weight_decay, fused=True)
     return model, optimizer, exact
 
 

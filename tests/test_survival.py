@@ -23,6 +23,7 @@ from faults import check_starts, history, job, weights
 from kernel_checks import kernels_on
 
 import checkpoint
+import model as model_module
 import train as train_module
 from data import Prepared
 from model import Config, Model, RandomWeights, activation_width, load_model, load_weights
@@ -602,6 +603,26 @@ def test_what_the_kernels_keep_is_what_dry_run_counts(toy):
     two, one = (saved_bytes(lone(n, "none"), batch)[0] for n in (2, 1))
     config = lone(1, "none").config
     assert (two - one) / 4 / T == pytest.approx(activation_width(config, "none"), abs=config.num_attention_heads + 3)
+
+
+def test_what_cheap_recomputation_keeps_is_what_dry_run_counts(toy, monkeypatch):
+    """The block's input, and what its policy says must be kept: outputs of mm, and o and rotated k of the attention."""
+    batch, kept = Prepared(toy / "train.safetensors").batch(np.arange(2)), 0
+    keep = model_module.keep
+
+    def noting(width, context, op, *args, **kwargs):
+        nonlocal kept
+        policy = keep(width, context, op, *args, **kwargs)
+        if policy == model_module.CheckpointPolicy.MUST_SAVE and not context.is_recompute:
+            kept += args[0].shape[0] * args[1].shape[1] if op == torch.ops.aten.mm.default else args[0].numel() + args[1].numel()
+        return policy
+
+    monkeypatch.setattr(model_module, "keep", noting)
+    model = lone(1, "cheap")
+    with kernels_interpreted():
+        model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, batch.weights_T)
+    T = len(batch.tokens_T)
+    assert kept + T * model.config.hidden_size == T * activation_width(model.config, "cheap")
 
 
 def matmuls(model, batch):
