@@ -501,32 +501,28 @@ def peak_flops():
     return next((peak for word, peak in PEAK_FLOPS.items() if word in torch.cuda.get_device_name()), None)
 
 
+def memory(device):
+    """Bytes of this process: memory of its own, peak with the mapped pages of files, peak on the device; 0 where that is not known."""
+    status = Path("/proc/self/status")
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.is_file() else {}
+    own, peak = (int(fields.get(key, "0").split()[0]) * 2**10 for key in ("RssAnon", "VmHWM"))
+    return own, peak, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def memory_by_rank(device, ranks):
+    names = ("host", "peak with mapped files", "device peak")
+    columns = zip(names, zip(*ranks.gather(memory(device))))
+    return "memory, GiB by rank: " + "; ".join(name + "".join(f" {x / 2**30:.2f}" for x in row) for name, row in columns if any(row))
+
+
 def gauges(device, line, lengths, flops, world):
     """For the terminal: peak memory, and on a GPU that we know MFU, the FLOPs of `train_flops` (real attention) over its peak."""
-    if device.type == "cpu":
-        try:
-            import resource
-        except ImportError:  # Windows
-            return ""
-        return f" {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20):.1f} GiB"
-    done = flops[0] * line["tokens"] + flops[1] * line["supervised_tokens"] + flops[2] * float((lengths.astype(np.float64) ** 2).sum())
-    peak = peak_flops()
-    mfu = f" MFU {done / line['seconds'] / world / peak:.0%}" if peak else ""
-    return f"{mfu} {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
-
-
-def memory(device, ranks):
-    """Of each rank, for the log: memory that is its own, its peak with the mapped pages of files, and the device's peak; GiB."""
-    try:
-        import resource
-        own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 2**10
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-    except (ImportError, OSError, StopIteration):  # not Linux
-        return "memory not known on this system"
-    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    columns = zip(*ranks.gather((own, peak, on_device)))
-    names = ("host", "peak with mapped files", "device peak")
-    return "memory, GiB by rank: " + "; ".join(name + "".join(f" {x / 2**30:.2f}" for x in row) for name, row in zip(names, columns) if any(row))
+    _, host, on_device = memory(device)
+    text = f" {(on_device or host) / 2**30:.1f} GiB"
+    if device.type == "cuda" and (peak := peak_flops()):
+        done = flops[0] * line["tokens"] + flops[1] * line["supervised_tokens"] + flops[2] * float((lengths.astype(np.float64) ** 2).sum())
+        text = f" MFU {done / line['seconds'] / world / peak:.0%}" + text
+    return text
 
 
 def train(config, signals, store):
@@ -574,7 +570,7 @@ def train(config, signals, store):
         load_weights(model, fresh, local_rows)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_on):,} conversations to train on, "
         f"{len(held_out):,} held out, {last} steps of up to {max(1, config.batch_tokens // config.micro_tokens)} x {config.micro_tokens:,} tokens; {reason}")
-    log(memory(device, checkpoints))
+    log(memory_by_rank(device, checkpoints))
 
     metrics = Log(out, start, last)
     rank, world = rank_and_world()
@@ -615,7 +611,7 @@ def train(config, signals, store):
             plot(out)
         except ImportError as error:
             log(str(error))
-    log(memory(device, checkpoints))
+    log(memory_by_rank(device, checkpoints))
     log(f"exported to {out / 'hf'}; chat with `python sample.py {out / 'hf'}`")
 
 
@@ -629,41 +625,35 @@ def out_of_memory(error):
 
 def export(folder, model, model_config, data, dtype):
     """Write the Hugging Face directory, read it back, compare every value, then give it its name."""
-    unfinished, first = folder.with_name("hf.partial"), checkpoint.rank() == 0
+    unfinished, first, tokenizer = folder.with_name("hf.partial"), checkpoint.rank() == 0, data.tokenizer
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
     try:
-        write_export(unfinished, model, model_config, data, dtype)
+        whole = ((name, p.full_tensor() if hasattr(p, "full_tensor") else p) for name, p in model.named_parameters())
+        write_weights(unfinished, model_config, whole, dtype, write=first)
+        if first:
+            generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eot, tokenizer.eos]}
+            for name, content in (("config.json", config_json(model_config, dtype, tokenizer.bos, tokenizer.eos)), ("generation_config.json", generation)):
+                (unfinished / name).write_text(json.dumps(content, indent=1))
+            prompts = np.unique(data.group).astype(np.uint32)  # first user messages by 32 bits of their hash: evaluate.py asks what was trained on
+            write_tokenizer(unfinished, tokenizer, data.meta | {"prompts": base64.b64encode(prompts.tobytes()).decode()})
+            write_manifest(unfinished)
+            check_manifest(unfinished)
+        checkpoint.barrier()
+        written = SafetensorsWeights(unfinished, model_config)
+        for name, parameter in model.named_parameters():
+            local, start = local_rows(parameter)
+            if local.numel():
+                same = torch.equal(written.rows(name, start, start + len(local)), local.detach().to("cpu", dtype).float())
+                assert same, f"{folder}: {name} reads back other values than were written"
+        checkpoint.barrier()
         if first:
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
     except (OSError, SafetensorError):
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    checkpoint.barrier()
-
-
-def write_export(folder, model, model_config, data, dtype):
-    first, tokenizer = checkpoint.rank() == 0, data.tokenizer
-    if first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    whole = ((name, p.full_tensor() if hasattr(p, "full_tensor") else p) for name, p in model.named_parameters())
-    write_weights(folder, model_config, whole, dtype, write=first)
-    if first:
-        generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eot, tokenizer.eos]}
-        for name, content in (("config.json", config_json(model_config, dtype, tokenizer.bos, tokenizer.eos)), ("generation_config.json", generation)):
-            (folder / name).write_text(json.dumps(content, indent=1))
-        prompts = np.unique(data.group).astype(np.uint32)  # first user messages by 32 bits of their hash: evaluate.py asks what was trained on
-        write_tokenizer(folder, tokenizer, data.meta | {"prompts": base64.b64encode(prompts.tobytes()).decode()})
-        write_manifest(folder)
-        check_manifest(folder)
-    checkpoint.barrier()
-    written = SafetensorsWeights(folder, model_config)
-    for name, parameter in model.named_parameters():
-        local, start = local_rows(parameter)
-        if local.numel():
-            same = torch.equal(written.rows(name, start, start + len(local)), local.detach().to("cpu", dtype).float())
-            assert same, f"{folder}: {name} reads back other values than were written"
-    checkpoint.barrier()
 
 
 def plot(folder):

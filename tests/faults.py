@@ -174,8 +174,9 @@ def job(out, plan, words, ranks=2, mode="standalone", timeout=900, restarts=None
         try:
             codes = [process.wait(timeout) for process in started]
         finally:
-            for process in started:
-                process.kill()
+            for process in [process for process in started if process.poll() is None]:
+                process.terminate()  # it takes its ranks with it, which kill would leave behind
+                process.wait(60)
     assert all((code == 0) == ok for code in codes), f"{mode}, {plan}: {codes}\n{log.read_text()[-6000:]}"
     return log.read_text()
 

@@ -350,6 +350,7 @@ def dies_at(root, number, save):
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     count, fsync, write = 0, os.fsync, checkpoint.HashedFile.write
+    signal.alarm(60)  # a child that hangs is found
 
     def tick(*_):
         nonlocal count
