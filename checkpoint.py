@@ -333,7 +333,7 @@ class Checkpoints:
         The ranks share the work of hashing. A broken one is said, renamed to step-N.broken and passed over. ValueError: all are
         broken, or the first entry of `identity` in which the run that wrote it differs.
         """
-        there = self.gather(steps(self.root))[0]
+        there, broken = self.gather((steps(self.root), list(self.root.glob("*.broken"))))[0]
         for step in there:
             path = self.root / f"step-{step}"
             problems = self.gather(fault(path, slice(rank(), None, dist.get_world_size() if self.group else 1)))
@@ -349,7 +349,7 @@ class Checkpoints:
                     raise ValueError(f"{path} is of a run with {key} {theirs.get(key)!r}, this one has {self.identity.get(key)!r}; "
                                      "use its value, or another --out")
             return path, step
-        if there:
+        if there or broken:
             raise ValueError(f"{self.root}: no checkpoint there is whole; move the folder away to begin again")
         return None, 0
 
