@@ -84,6 +84,9 @@ class RMSNorm(nn.Module):
         return rms_norm(x_TD, self.weight, self.eps, residual_TD)
 
 
+HAVE_ONEDNN = torch.backends.mkldnn.is_available()
+
+
 def onednn(a_MK, b_NK):
     """a @ b.T, fp32 on a CPU, by oneDNN: on AMD's twice as fast as F.linear's MKL."""
     return F.linear(a_MK.contiguous().to_mkldnn(), b_NK.contiguous().to_mkldnn()).to_dense()
@@ -108,8 +111,8 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x_TK):
-        cpu = x_TK.device.type == "cpu" and x_TK.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        if cpu and torch.is_grad_enabled() and len(x_TK) >= 64 and not torch.compiler.is_compiling():
+        eager_cpu = x_TK.device.type == "cpu" and x_TK.dtype == torch.float32 and not torch.compiler.is_compiling()
+        if eager_cpu and HAVE_ONEDNN and torch.is_grad_enabled() and len(x_TK) >= 64:
             return OneDNNLinear.apply(x_TK, self.weight)
         return super().forward(x_TK)
 
