@@ -687,7 +687,9 @@ def main(argv):
             raise ValueError("plot takes the --out folder of a run")
         return plot(argv[1])
     if "--dry_run" in argv:
-        return fit(parse_args(FitConfig, [word for word in argv if word != "--dry_run"]))
+        if int(os.environ.get("RANK", 0)) == 0:
+            fit(parse_args(FitConfig, [word for word in argv if word != "--dry_run"]))
+        return
     with checkpoint.together(one_line) as store:
         config = parse_args(TrainConfig, argv)
         if not config.data or not config.model or not config.out:
