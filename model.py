@@ -88,7 +88,7 @@ HAVE_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def onednn(a_MK, b_NK):
-    """a @ b.T, fp32 on a CPU, by oneDNN: on AMD's twice as fast as F.linear's MKL."""
+    """a @ b.T, fp32 on a CPU, by oneDNN: on the AMD CPU of README.md twice as fast as F.linear's MKL. No autograd of its own works here."""
     return F.linear(a_MK.contiguous().to_mkldnn(), b_NK.contiguous().to_mkldnn()).to_dense()
 
 
@@ -337,8 +337,10 @@ def read_config(folder):
     names = [field.name for field in dataclasses.fields(Config)]
     if missing := [name for name in names if name not in fields]:
         raise ValueError(f"{path}: no {missing[0]}; add the field")
-    if wrong := [name for name in names if not isinstance(fields[name], (int, float)) or not fields[name] > 0]:
-        raise ValueError(f"{path}: {wrong[0]} = {fields[wrong[0]]!r} is not a number above 0")
+    for field in dataclasses.fields(Config):
+        value = fields[field.name]
+        if not isinstance(value, (int, field.type)) or not value > 0:
+            raise ValueError(f"{path}: {field.name} = {value!r} is not {'a whole number' if field.type is int else 'a number'} above 0; fetch the file again")
     config = Config(**{name: fields[name] for name in names})
     if fields.get("head_dim") not in (None, config.head_dim):
         raise ValueError(f"{path}: head_dim = {fields['head_dim']} is not supported, only hidden_size / num_attention_heads")

@@ -430,7 +430,7 @@ def read_metrics(path, until=math.inf):
             lines.append(json.loads(line))
         except ValueError:
             continue
-    return [line for line in lines if isinstance(line, dict) and line.get("step", math.inf) <= until]
+    return [line for line in lines if isinstance(line, dict) and "step" in line and line["step"] <= until]
 
 
 class Log:

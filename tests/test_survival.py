@@ -141,6 +141,17 @@ def test_sigterm_to_torchrun_saves_and_leaves(toy, tmp_path):
     assert last == len(metrics(out)) and checkpoint.fault(out / "checkpoints" / f"step-{last}") is None
 
 
+def test_foreign_lines_and_fields_are_said_in_a_line(base, tmp_path, toy):
+    """A metrics.jsonl that holds other JSON; a config.json whose sizes are no whole numbers above 0."""
+    for text in ("", "3\n", "{}\n", '{"loss": 1}\n'):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert "no step in it yet" in refused(main, "plot", tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    for bad in ("64", 64.5, 0, None, [64]):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": bad}))
+        assert "hidden_size = " in refused(main, "--dry_run", "--model", tmp_path, "--steps", 3)
+
+
 def test_what_a_user_did_wrong_is_said_once(toy, tmp_path):
     """Three ranks find it; one speaks. So it is where one rank alone fails and the others are left waiting."""
     printed = job(tmp_path / "run", [], words(toy, "--lr", -1), ranks=3, ok=False)
