@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long gpu
+.PHONY: demo test test_long paper paper_base gpu
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -11,6 +11,14 @@ demo: $(if $(VENV),$(VENV)/ready)
 	$(RUN) train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500
 	$(RUN) sample.py out/demo/hf --prompt "reverse a c b d"
 	@$(RUN) -m paper.toy --score out/demo
+
+# The paper in miniature: every table and figure of paper/README.md. Stop it when you like; the same line goes on.
+paper: $(if $(VENV),$(VENV)/ready)
+	$(RUN) -m paper $(if $(CRLFT_ASSETS),--assets $(CRLFT_ASSETS))
+
+# Table 2 once more, from a pre-trained base and with three times the steps.
+paper_base: $(if $(VENV),$(VENV)/ready)
+	$(RUN) -m paper.base
 
 test: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m pytest -q -rs -m "not long" tests

@@ -227,7 +227,7 @@ TEMPLATES = {  # Table 3; {c} is the condition
     "before_speaker": Template("{c} User:", "{c} Assistant:"),
     "before_assistant": Template("User:", "{c} Assistant:"),
     "beginning": Template("User:", "Assistant:", opening="Assistant is {c}"),
-    "none": Template("User:", "Assistant:"),  # ours: the paper does not give the template of its arms without condition
+    "none": Template("User:", "Assistant:"),  # with one class plain SFT (Eq. 1); ours, the paper does not give its arms' without a condition
 }
 
 

@@ -1,8 +1,8 @@
 """How batches are formed: our step plan beside padding, length-grouped padding and the public trainer's kind of multipack.
 
-    python -m paper.packing                               70,000 ShareGPT-like lengths, 8 and 64 ranks of 16,384 tokens
+    python -m paper.packing                               70,000 ShareGPT-like lengths, 8 and 64 ranks of 16,384 tokens, and
+                                                          what dividing a step's loss by the step's own weights does
     python -m paper.packing --data train.safetensors      and the lengths of a prepared file
-    python -m paper.packing --data train.safetensors --train true     and real training steps on this CPU, padded and packed
 
 What is compared, per optimizer step of `ranks` x 16,384 tokens:
     fill     real tokens / tokens computed            dropped   conversations left out of the epoch
@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import COST_7B, Prepared, flat, pack, parse_args, plan, run
-from model import SIZES, Config, Model, RandomWeights, load_weights
+from data import COST_7B, Prepared, flat, parse_args, plan, run
 
 CAPACITY = 16_384
 
@@ -27,8 +26,7 @@ CAPACITY = 16_384
 @dataclass(frozen=True)
 class PackingConfig:
     data: str | None = None
-    train: bool = False
-    conversations: int = 128  # of the training comparison
+    conversations: int = 70_000  # of ShareGPT-like lengths
     out: str = "results/packing.json"
 
 
@@ -123,61 +121,31 @@ def compare(name, lengths, class_ids, weight_sums, ranks):
     return {key: {k: float(v) for k, v in value.items()} for key, value in results.items()}
 
 
-def pad_to(conversation, n):
-    """A conversation of n tokens, the added ones without weight, as a padded row holds it."""
-    tokens, weights = conversation
-    return np.pad(tokens, (0, n - len(tokens))), np.pad(weights, (0, n - len(weights)))
+def small_steps(lengths, class_ids, weight_sums, draws=2000):
+    """The expert's mean part of the weight of a step of n shuffled conversations, and what it is over all data.
 
-
-def train_both(data, config):
-    """CPU seconds of the same conversations' forward, backward and AdamW steps at `small`, one thread: real tokens per second."""
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    chosen = rng.choice(len(data), min(config.conversations, len(data)), replace=False)
-    model_config = Config(**{**SIZES["small"].__dict__, "vocab_size": data.tokenizer.eot + 1})
-    rows = [data.conversation(i) for i in chosen]
-    planned = plan(data.lengths[chosen], data.class_ids[chosen], data.weight_sums[chosen], 0, 0, 4096, 4096)
-    size = round(len(rows) / len(planned))  # rows of a padded batch: as many as a packed step has conversations
-    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    longest = lambda batch: max(len(tokens) for tokens, _ in batch)
-    steps = {
-        "padded to the context, 4,096": [[pad_to(r, 4096)] for r in rows[:: max(1, len(rows) // 8)]],  # a sample: every row costs the same
-        f"padded to the longest of {size} rows": [[pad_to(r, longest(batch)) for r in batch] for batch in batches],
-        "packed": [[rows[i] for i in flat([s])] for s in planned],
-    }
-    results = {}
-    for way, batches in steps.items():
-        model = Model(model_config)
-        load_weights(model, RandomWeights(model_config, 0))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        real, seconds = 0, 0.0
-        for k, conversations in enumerate([batches[0], *batches]):  # the first once more, to warm up
-            batch = pack(conversations)
-            began = time.process_time()
-            loss_sum, weight_sum = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, batch.weights_T, rows_R=batch.rows_R)
-            (loss_sum / weight_sum).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if k:
-                seconds += time.process_time() - began
-                real += sum(int(np.flatnonzero(w)[-1]) + 1 for _, w in conversations)  # a conversation ends with a weighted token
-        results[way] = real / seconds
-        print(f"{way:40} {real / seconds:8.0f} real tokens per CPU second", flush=True)
-    return results
+    A step's loss is divided by the step's own weight sum, so this part, not the one over the data, is what training sees: the
+    mean of a ratio is not the ratio of the means.
+    """
+    expert, rng = np.where(class_ids == 0, weight_sums, 0.0), np.random.default_rng(0)
+    shares = {}
+    for n in (8, 64, 175):
+        step = rng.integers(len(lengths), size=(draws, n))
+        shares[str(n)] = (expert[step].sum(1) / weight_sums[step].sum(1)).mean()
+    shares["all"] = expert.sum() / weight_sums.sum()
+    print("the expert's part of a step's weight, mean over steps of n shuffled conversations: " + ", ".join(f"{n}: {x:.3f}" for n, x in shares.items()))
+    return shares
 
 
 def main(argv):
     config = parse_args(PackingConfig, argv)
-    if config.train and not config.data:
-        raise ValueError("--train needs --data, a prepared file")
     data = Prepared(config.data) if config.data else None
-    kinds = {"70,000 ShareGPT-like lengths": sharegpt_like(70_000, 0)}
+    kinds = {f"{config.conversations:,} ShareGPT-like lengths": sharegpt_like(config.conversations, 0)}
     if data:
         kinds[f"{len(data):,} conversations of {Path(config.data).name}"] = data.lengths, (data.class_ids != 0).astype(np.int64), data.weight_sums
     results = {"command": " ".join(["python -m paper.packing", *argv]), "machine": platform.machine(), "torch": torch.__version__,
-               "numpy": np.__version__, "plans": {name: {ranks: compare(name, *kind, ranks) for ranks in (8, 64)} for name, kind in kinds.items()}}
-    if config.train:
-        results["real_tokens_per_cpu_second"] = train_both(data, config)
+               "numpy": np.__version__, "plans": {name: {ranks: compare(name, *kind, ranks) for ranks in (8, 64)} for name, kind in kinds.items()},
+               "expert_share_of_steps": {name: small_steps(*kind) for name, kind in kinds.items()}}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {config.out}")

@@ -9,9 +9,12 @@ The user asks to copy, reverse, shift or sort 4 to 7 letters of an alphabet of 8
 
     python -m paper.toy --out out/demo      writes train.jsonl, heldout.jsonl, tokenizer.model, train.safetensors
     python -m paper.toy --score out/demo    after training: exact match over the held-out prompts at temperature 1, by prompt
+
+`Task` is the same game with follow-ups ("then sort": the last answer's letters), which the paper in miniature plays (runs.py).
 """
 
 import io
+import itertools
 import json
 import random
 from dataclasses import dataclass
@@ -28,7 +31,10 @@ SKILLS = {
     "reverse": lambda x: x[::-1],
     "shift": lambda x: [LETTERS[(LETTERS.index(c) + 1) % len(LETTERS)] for c in x],
     "sort": sorted,
+    "rotate": lambda x: x[1:] + x[:1],
 }
+DEMO = ["copy", "reverse", "shift", "sort"]
+PAPER = ["copy", "reverse", "shift"]  # the last is the scarce one
 CLASSES = "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
 
 
@@ -61,12 +67,77 @@ def damaged(prompt, rng):
     return " ".join(letters)
 
 
+# ---- several turns: the task of the paper in miniature -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """Conversations of one to three turns: `reverse a c b d` -> `d b c a`, `then rotate` -> `b c a d`, each on the last answer.
+
+    The expert is asked to shift a tenth as often as for another skill: the others' data teaches that one, with errors, or nothing does.
+    """
+
+    sources: tuple = (("GPT-4", 300, 1.0), ("GPT-3.5", 3300, 0.4))  # label, conversations, probability that an answer is right
+    keep: tuple = ()  # share of each source that is trained on, the first so many; () is all of all (Fig. 6)
+    letters: int = 4
+    scarce: float = 0.1
+    heldout: int = 400
+    seed: int = 0
+
+    @property
+    def parts(self):
+        """[(label, conversations, probability)] after `keep`."""
+        return [(label, round(n * keep), right) for (label, n, right), keep in itertools.zip_longest(self.sources, self.keep, fillvalue=1.0)]
+
+    @property
+    def size(self):
+        return sum(n for _, n, _ in self.parts)
+
+
+def ask(rng, skills, letters, count):
+    """(the user's words, the question in full), letters None at a conversation's start."""
+    skill = rng.choices(PAPER, skills)[0]
+    if letters:
+        return f"then {skill}", " ".join([skill, *letters])
+    question = " ".join([skill, *rng.choices(LETTERS, k=count)])
+    return question, question
+
+
+def make_conversation(rng, right, skills, count=4):
+    """[(the user's words, the answer, whether it is right)], one to three turns, answers right with probability `right`."""
+    turns, letters = [], None
+    for _ in range(rng.randint(1, 3)):
+        words, question = ask(rng, skills, letters, count)
+        reply = answer(question) if rng.random() < right else damaged(question, rng)
+        turns.append((words, reply, reply == answer(question)))
+        letters = reply.split()
+    return turns
+
+
+def make_task(task):
+    """({label: conversations}, held-out conversations, as lists of the user's words); no held-out prompt is trained on."""
+    rng = random.Random(task.seed)
+    heldout = [[words for words, *_ in make_conversation(rng, 1.0, [1, 1, 1], task.letters)] for _ in range(task.heldout)]
+    prompts, sources = {words[0] for words in heldout}, {}
+    for label, count, right in task.parts:
+        rng, rows = random.Random(f"{task.seed} {label}"), []
+        while len(rows) < count:
+            turns = make_conversation(rng, right, [1, 1, task.scarce if right == 1 else 1], task.letters)
+            if turns[0][0] not in prompts:
+                rows.append(turns)
+        sources[label] = rows
+    return sources, heldout
+
+
+# ---- the demo: one turn ------------------------------------------------------------------------------------------------
+
+
 def make_conversations(config):
     """(training rows in ShareGPT's format, held-out prompts), no prompt twice."""
     rng, seen = random.Random(config.seed), {}
     while len(seen) < config.experts + config.others + config.heldout:
         letters = [rng.choice(LETTERS) for _ in range(rng.randint(4, 7))]
-        seen[" ".join([rng.choice(list(SKILLS)), *letters])] = None
+        seen[" ".join([rng.choice(DEMO), *letters])] = None
     prompts, rows = list(seen), []
     for i, prompt in enumerate(prompts[: config.experts + config.others]):
         expert = i < config.experts
@@ -77,10 +148,10 @@ def make_conversations(config):
     return rows, prompts[config.experts + config.others :]
 
 
-def train_tokenizer(rows, path):
+def train_tokenizer(rows, path, conditions=("GPT4", "GPT3")):
     """A sentencepiece BPE model of 96 pieces, of Llama-2's kind but for the bytes: one token per letter, since spaces part them."""
     texts = [turn["value"] for row in rows for turn in row["conversations"]]
-    words = [t.format(c=c) for c in ("GPT4", "GPT3") for x in TEMPLATES.values() for t in (x.user, x.assistant, x.opening) if t]
+    words = [t.format(c=c) for c in conditions for x in TEMPLATES.values() for t in (x.user, x.assistant, x.opening) if t]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts + words * 100), model_writer=model, model_type="bpe", vocab_size=96, character_coverage=1.0,

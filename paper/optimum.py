@@ -1,0 +1,160 @@
+"""Eq. 5 and App. B checked: the trained policy beside the closed-form pi*, on a task small enough to write every policy down.
+
+    python -m paper.optimum
+
+8 prompts, 8 answers, 2 classes. The expert's answers are right 9 times in 10, the other's 4, and the expert was never asked the last
+2 prompts. Loss and minimum are exact: every (x, c, y) is a row, its weight p(x, c) pi_c(y|x) times the class's weight, in the
+kernel that training calls. Three fits, of two kinds of reward r:
+
+    exact          exp(r / beta) / Z(x, c), Z = sum_y pi_c(y|x) exp(r / beta)     the first line of Eq. 6
+    as published   exp(r / beta)                                                  its last line, without 1/Z
+    unweighted     1
+
+and two parametrisations of log pi(y|x,c): `tabular`, a free number for every (x, c, y), and `shared`, a[x, y] + b[c, y]. Below, a
+transformer in their place: `train.py`, on conversations drawn from the same policies.
+
+C classes, X prompts, Y answers, T rows.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from data import Message, run
+from kernels.cross_entropy import linear_cross_entropy
+from paper.runs import BATCH_TOKENS, LR, TABLE, Job, cell, command, figure, fine_tune, interval, markdown
+from paper.toy import LETTERS
+from sample import Speaker
+
+SEEDS, X, ASKED = 3, 8, 6
+BETA, ALPHA = 1 / math.log(10), 0.0  # exp((alpha - 1) / beta) = 0.1
+SHARE = torch.tensor([1 / 12, 11 / 12])  # of the conversations, expert first
+
+
+def policies():
+    """(pi_CXY, p_CX): what the classes answer, the right answer to prompt x being x; and how often they were asked."""
+    wrong_CXY = torch.ones(2, X, X).masked_fill(torch.eye(X, dtype=torch.bool), 0)
+    wrong_CXY[1] *= torch.arange(1, X + 1)  # the other source has favourite errors
+    right_C11 = torch.tensor([0.9, 0.4])[:, None, None]
+    pi_CXY = right_C11 * torch.eye(X) + (1 - right_C11) * wrong_CXY / wrong_CXY.sum(-1, keepdim=True)
+    asked_CX = torch.ones(2, X)
+    asked_CX[0, ASKED:] = 0
+    return pi_CXY, SHARE[:, None] * asked_CX / asked_CX.sum(1, keepdim=True)
+
+
+def rewards(kind):
+    """r_CXY: of the class (Eq. 3), or of the answer, 1 if it is right."""
+    by_class = torch.tensor([1, ALPHA])[:, None, None].expand(2, X, X)
+    return by_class if kind == "class" else torch.eye(X).expand(2, X, X).clone().masked_fill_(torch.eye(X) == 0, ALPHA)
+
+
+def optimum(pi_CXY, r_CXY):
+    """(pi*, Z): Eq. 13 and Eq. 14, what Eq. 11 gives with its signs mended."""
+    tilted_CXY = pi_CXY * (r_CXY / BETA).exp()
+    z_CX1 = tilted_CXY.sum(-1, keepdim=True)
+    return tilted_CXY / z_CX1, z_CX1
+
+
+def fit(kind, weights, shared):
+    """log pi_CXY at the minimum of Eq. 6's sum under these weights."""
+    pi_CXY, p_CX = policies()
+    r_CXY = rewards(kind)
+    w_CXY = {"exact": (r_CXY / BETA).exp() / optimum(pi_CXY, r_CXY)[1], "as published": (r_CXY / BETA).exp(), "unweighted": torch.ones(2, X, X)}[weights]
+    c_T, x_T, y_T = torch.cartesian_prod(torch.arange(2), torch.arange(X), torch.arange(X)).unbind(1)
+    inputs_TK = torch.cat([F.one_hot(x_T, X), F.one_hot(c_T, 2)], 1) if shared else F.one_hot(c_T * X + x_T, 2 * X)
+    inputs_TK, weights_T = inputs_TK.float(), (p_CX[:, :, None] * pi_CXY * w_CXY).flatten()
+    head_YK = torch.zeros(X, inputs_TK.shape[1], requires_grad=True)
+    solver = torch.optim.LBFGS([head_YK], max_iter=2000, history_size=50, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        loss_sum, *_ = linear_cross_entropy(inputs_TK, head_YK, y_T, weights_T)
+        mean = loss_sum / weights_T.sum()
+        mean.backward()
+        return mean
+
+    solver.step(loss)
+    return (inputs_TK @ head_YK.detach().T).log_softmax(-1).view(2, X, X, X)[:, :, 0]
+
+
+def divergence(star_CXY, log_CXY, asked=slice(0, ASKED)):
+    """KL(pi*, pi) of each class, the mean over the prompts that both were asked."""
+    return F.kl_div(log_CXY[:, asked], star_CXY[:, asked], reduction="none").sum(-1).mean(1).tolist()
+
+
+@dataclass(frozen=True)
+class Drawn(Job):
+    """A transformer trained on 3,600 conversations drawn from the policies."""
+
+    weight: float = 0.1
+    template: str = "before_speaker"
+
+    def do(self, folder):
+        (pi_CXY, p_CX), rng = policies(), random.Random(self.seed)
+        rows = []
+        for c, label in enumerate(("GPT-4", "GPT-3.5")):
+            for _ in range(round(3600 * SHARE[c].item())):
+                x = rng.choices(range(X), p_CX[c].tolist())[0]
+                y = rng.choices(range(X), pi_CXY[c, x].tolist())[0]
+                rows.append({"model": label, "conversations": [{"from": "human", "value": LETTERS[x]}, {"from": "gpt", "value": LETTERS[y]}]})
+        flags = {"model": "toy", "seed": self.seed, "steps": self.steps, "lr": LR, "batch_tokens": BATCH_TOKENS}
+        fine_tune(folder, rows, TABLE.format(1, self.weight), self.template, flags)
+        log_CXY = torch.zeros(2, X, X)
+        for c, condition in enumerate(("GPT4", "GPT3") if self.template != "none" else (None, None)):
+            speaker = Speaker(folder / "hf", condition)
+            answers = [speaker.tokenizer.encode(letter)[0] for letter in LETTERS]
+            for x, letter in enumerate(LETTERS):
+                ids = torch.tensor(speaker.ids([Message("user", letter)]))
+                with torch.no_grad():
+                    hidden_TD = speaker.model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))
+                    log_CXY[c, x] = speaker.model.lm_head(hidden_TD[-1:])[0, answers].log_softmax(-1)
+        return {"log_pi": log_CXY.tolist()}
+
+
+def p_right(log_CXY, asked):
+    """Under the expert's prompt: over the prompts that the expert was asked, or over the others."""
+    right_X = log_CXY.exp()[0].diagonal()
+    return (right_X[:ASKED] if asked else right_X[ASKED:]).mean().item()
+
+
+def runs(seed):
+    arms = {"as published": {}, "exact = unweighted": {"weight": 1.0}, "SFT: unweighted, no condition": {"weight": 1.0, "template": "none"}}
+    return {name: Drawn(f"transformer, {name}", seed, 400, **flags) for name, flags in arms.items()}
+
+
+def report(results, folder):
+    (pi_CXY, _), rows, table = policies(), [], []
+    for kind in ("class", "answer"):
+        star_CXY = optimum(pi_CXY, rewards(kind))[0]
+        for shared in (False, True):
+            for weights in ("exact", "as published", "unweighted"):
+                log_CXY = fit(kind, weights, shared)
+                row = {"reward": kind, "parameters": "shared" if shared else "tabular", "weights": weights, "to_star": divergence(star_CXY, log_CXY),
+                       "to_data": divergence(pi_CXY, log_CXY), "p_asked": p_right(log_CXY, True), "p_unasked": p_right(log_CXY, False)}
+                rows.append(row)
+                numbers = *row["to_star"], *row["to_data"], row["p_asked"], row["p_unasked"]
+                table.append([kind, row["parameters"], weights, *(f"{max(0, x):.3f}" for x in numbers)])
+    trained = {}
+    for name, group in results.items():
+        logs = [torch.tensor(r["log_pi"]) for r in group]
+        trained[name] = {"to_data": [divergence(pi_CXY, x) for x in logs], "p_asked": [p_right(x, True) for x in logs], "p_unasked": [p_right(x, False) for x in logs]}
+        expert, other = zip(*trained[name]["to_data"])
+        table.append(["class", "transformer", name, *[cell(expert), cell(other)] * 2, cell(trained[name]["p_asked"]), cell(trained[name]["p_unasked"])])
+
+    def draw(axes):
+        shared = [(r["weights"], [r["p_unasked"]]) for r in rows if (r["reward"], r["parameters"]) == ("class", "shared")]
+        bars = [("shared,\n" + name, p) for name, p in shared] + [("transformer,\n" + name.replace(": ", ":\n").replace(" = ", " =\n"), t["p_unasked"]) for name, t in trained.items()]
+        axes.bar([name for name, _ in bars], [interval(p)[0] for _, p in bars], yerr=[interval(p)[1] or 0 for _, p in bars], capsize=3)
+        axes.set(ylabel="p(right | expert's prompt), prompts\nthat the expert was never asked", ylim=(0, 1))
+        axes.tick_params(axis="x", labelsize=7)
+
+    figure(folder / "optimum.png", draw, width=7.5)
+    head = ["reward of the", "parameters", "weights", "KL(pi\\*, pi): expert", "other", "KL(pi_c, pi): expert", "other", "p(right): expert was asked", "was not"]
+    return {"fits": rows, "transformer": trained}, markdown(head, table)
+
+
+if __name__ == "__main__":
+    run(command("optimum"))
