@@ -374,6 +374,7 @@ class PrepareConfig:
     template: str = "before_speaker"
     max_len: int = 4096
     too_long: str = "truncate"  # or split (at turns), or drop
+    processes: int = os.cpu_count()
 
 
 def split_turns(conversation, head, turns, max_len):
@@ -458,7 +459,7 @@ def prepare(config):
     conversations = [classes.assign(c) for path in config.files for c in read(path)]  # every line is checked before any work
     how = config.template, config.max_len, config.too_long
     chunks = [(conversations[i : i + 256], tokenizer, *how) for i in range(0, len(conversations), 256)]
-    processes = min(os.cpu_count(), len(chunks) // 4)  # starting a process pays from about a thousand conversations
+    processes = min(config.processes, len(chunks) // 4)  # starting a process pays from about a thousand conversations
     tokens, weights, class_ids, group = [], [], [], []
     ledgers = [collections.Counter() for _ in classes.all]
     with tqdm(total=len(conversations), unit=" conversations", desc="tokenize", disable=None) as bar:

@@ -2,17 +2,17 @@
 
     python -m paper.alpha
 
-alpha and beta enter only through w. The condition stays: every point uses both templates (at w = 0 the other class has no
-weight, so it is left out), and every point takes the same number of steps.
+alpha and beta enter only through w. The condition stays, every point uses both templates and takes the same number of steps. At w = 0
+the other class has no token with a weight and is left out, so that a step holds twelve times the experts: not the limit of a small w.
 """
 
 from data import run
-from paper.runs import TABLE, Run, cell, command, figure, interval, markdown
-from paper.table2 import arm, expert_score
+from paper.runs import TABLE, Run, cell, command, figure, lines, markdown
+from paper.table2 import arm, expert_score, scarce
 from paper.toy import Task
 
 SEEDS = 3
-WEIGHTS = (0, 0.01, 0.03, 0.1, 0.3, 1)
+WEIGHTS = (0, 0.001, 0.01, 0.03, 0.1, 0.3, 1)
 
 
 def runs(seed):
@@ -21,20 +21,17 @@ def runs(seed):
 
 
 def report(results, folder):
-    rows = {w: {"all": [expert_score(r) for r in group], "greedy": [expert_score(r, "greedy") for r in group],
-                "shift": [expert_score(r, part="by_skill")["shift"] for r in group]} for w, group in results.items()}
+    rows = {"sampled": {w: [expert_score(r) for r in group] for w, group in results.items()},
+            "greedy": {w: [expert_score(r, "greedy") for r in group] for w, group in results.items()},
+            "scarce skill, sampled": {w: list(map(scarce, group)) for w, group in results.items()}}
 
     def draw(axes):
-        for key, label in (("all", "all skills, sampled"), ("greedy", "all skills, greedy"), ("shift", "the scarce skill, sampled")):
-            means, halves = zip(*(interval(row[key]) for row in rows.values()))
-            axes.errorbar(range(len(rows)), means, [half or 0 for half in halves], marker="o", capsize=3, label=label)
+        lines(axes, range(len(WEIGHTS)), {label: list(row.values()) for label, row in rows.items()})
         axes.set(xlabel="weight of the sub-optimal class", ylabel="right answers", ylim=(0, 1))
-        axes.set_xticks(range(len(rows)), [str(w) for w in rows])
-        axes.legend()
+        axes.set_xticks(range(len(WEIGHTS)), map(str, WEIGHTS))
 
     figure(folder / "alpha.png", draw)
-    table = [[label, *(cell(rows[w][key]) for w in WEIGHTS)] for key, label in (("all", "sampled"), ("greedy", "greedy"), ("shift", "the scarce skill, sampled"))]
-    return {str(w): row for w, row in rows.items()}, markdown(["w", *map(str, WEIGHTS)], table)
+    return rows, markdown(["w", *map(str, WEIGHTS)], [[label, *map(cell, row.values())] for label, row in rows.items()])
 
 
 if __name__ == "__main__":

@@ -3,22 +3,25 @@
     python -m paper.classes        and then paper.seven, where --assets names a folder with its data
 
 The paper's future work (Sec. 7) asks for finer rewards. The expert's data are as everywhere; the others are two sources, right 6
-and 2 times in 10, so 4 in 10 together. A weight per answer needs a judge; here it is the task's own check.
+and 2 times in 10, so 4 in 10 together. A weight per answer needs a judge; here it is the task's own check. It takes the place of the
+class's weight, so it says nothing of the source: that is left to the condition.
 """
 
 from data import run
-from paper.runs import TABLE, Run, cell, command, figure, interval, markdown
+from paper.runs import TABLE, Run, bars, cell, command, figure, markdown
 from paper.toy import Task
 
 SEEDS = 3
 SOURCES = (("GPT-4", 300, 1.0), ("GPT-3.5", 1650, 0.6), ("GPT-2", 1650, 0.2))
-THREE = "GPT-4=GPT4:1,GPT-3.5=GPT3:0.3162,*=GPT2:0.1"  # rewards 1, 0.5, 0 with beta = 1 / ln 10
+THREE = "GPT-4=GPT4:1,GPT-3.5=GPT3:{},*=GPT2:0.1"
 ARMS = {
-    "three classes": {"classes": THREE},
-    "two classes, the others as one": {"classes": TABLE.format(1, 0.1)},
-    "three classes, and a weight for each answer": {"classes": THREE, "wrong": 0.1},
-    "a weight for each answer, no condition": {"classes": "*=SFT:1", "template": "none", "wrong": 0.1},
+    "two classes, the others as one (0.1)": {"classes": TABLE.format(1, 0.1)},
+    "three classes (0.1, 0.1)": {"classes": THREE.format(0.1)},
+    "three classes (0.32, 0.1)": {"classes": THREE.format(0.3162)},  # rewards 1, 0.5, 0 with beta = 1 / ln 10
+    "three conditions, a weight for each answer": {"classes": THREE.format(0.3162), "wrong": 0.1},
+    "no condition, a weight for each answer": {"classes": "*=SFT:1", "template": "none", "wrong": 0.1},
 }
+PROMPTS = "GPT4", "GPT3", "GPT2", ""
 
 
 def runs(seed):
@@ -26,20 +29,12 @@ def runs(seed):
 
 
 def report(results, folder):
-    rows = {name: {prompt: [r["scores"][prompt]["sampled"]["all"] for r in group] for prompt in group[0]["scores"]} for name, group in results.items()}
-    prompts = "GPT4", "GPT3", "GPT2", ""
-
-    def draw(axes):
-        for k, prompt in enumerate(prompts):
-            points = [(i + 0.2 * k, *interval(row[prompt])) for i, row in enumerate(rows.values()) if prompt in row]
-            axes.bar(*list(zip(*points))[:2], 0.18, yerr=[half or 0 for *_, half in points], capsize=2, label=f"{prompt} User:".strip())
-        axes.set(ylabel="right answers, temperature 1", ylim=(0, 1))
-        axes.set_xticks([i + 0.2 for i in range(len(rows))], [name.replace(", ", ",\n").replace("and a", "and\na") for name in rows], fontsize=7)
-        axes.legend(fontsize=7)
-
-    figure(folder / "classes.png", draw, width=7.5)
-    head = ["arm", *(f"`{prompt} User:`".replace("` ", "`") for prompt in prompts)]
-    return rows, markdown(head, [[name, *(cell(row[p]) if p in row else "" for p in prompts)] for name, row in rows.items()])
+    rows = {name: {how: {prompt: [r["scores"][prompt][how]["all"] for r in group] for prompt in group[0]["scores"]} for how in ("sampled", "greedy")} for name, group in results.items()}
+    user = lambda prompt: f"{prompt} User:".strip()
+    figure(folder / "classes.png", lambda axes: bars(axes, rows, {user(p): [row["sampled"].get(p, ()) for row in rows.values()] for p in PROMPTS}, 7), width=8)
+    expert = lambda row: next(iter(row["greedy"].values()))
+    table = [[name, *(cell(row["sampled"][p]) if p in row["sampled"] else "" for p in PROMPTS), cell(expert(row))] for name, row in rows.items()]
+    return rows, markdown(["arm", *(f"`{user(p)}`" for p in PROMPTS), "greedy, the first prompt"], table)
 
 
 if __name__ == "__main__":

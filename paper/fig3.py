@@ -6,33 +6,37 @@ As in App. G: 128 conversations of each source, every answer scored from 1 to 10
 the mean. Here the score is 1 + 9 times the share of the letters that stand where the right answer has them.
 """
 
+from dataclasses import dataclass
+
 from data import run
-from paper.runs import cell, command, figure, interval, markdown
-from paper.toy import Task, answer, make_task
+from paper.runs import Job, cell, command, figure, markdown, share
+from paper.toy import Task, answer, full_questions, make_task
 
 SEEDS = 3
 
 
+@dataclass(frozen=True)
+class Sources(Job):
+    def do(self, folder):
+        """{source: [the score of each of its first 128 conversations]}"""
+        return {"scores": {label: [conversation_score(turns) for turns in chats[:128]] for label, chats in make_task(Task(seed=self.seed))[0].items()}}
+
+
+def conversation_score(turns):
+    asked, replies, _ = zip(*turns)
+    scores = []
+    for question, reply in zip(full_questions(asked, replies), replies):
+        right, given = answer(question).split(), reply.split()
+        scores.append(1 + 9 * sum(a == b for a, b in zip(right, given)) / max(len(right), len(given)))
+    return sum(scores) / len(scores)
+
+
 def runs(seed):
-    return {}
+    return {"sources": Sources("the sources' scores", seed, 1)}
 
 
-def scores(turns):
-    """The score of each answer of a conversation."""
-    result, last = [], []
-    for words, reply, _ in turns:
-        skill, *letters = words.replace("then ", "").split()
-        right, given = answer(" ".join([skill, *(letters or last)])).split(), reply.split()
-        result.append(1 + 9 * sum(a == b for a, b in zip(right, given)) / max(len(right), len(given)))
-        last = given
-    return result
-
-
-def report(_, folder):
-    rows = {}
-    for seed in range(SEEDS):
-        for label, conversations in make_task(Task(seed=seed))[0].items():
-            rows.setdefault(label, []).append([sum(s) / len(s) for s in map(scores, conversations[:128])])
+def report(results, folder):
+    rows = {label: [r["scores"][label] for r in results["sources"]] for label in ("GPT-4", "GPT-3.5")}
 
     def draw(axes):
         for label, by_seed in rows.items():
@@ -41,7 +45,8 @@ def report(_, folder):
         axes.legend()
 
     figure(folder / "fig3.png", draw)
-    table = [[label, cell([sum(v) / len(v) for v in by_seed], 2), cell([sum(x > 9.99 for x in v) / len(v) for v in by_seed], 2)] for label, by_seed in rows.items()]
+    perfect = lambda scores: share(x > 9.99 for x in scores)
+    table = [[label, cell([sum(v) / len(v) for v in by_seed], 2), cell(map(perfect, by_seed), 2)] for label, by_seed in rows.items()]
     return rows, markdown(["source", "mean score", "conversations without an error"], table)
 
 

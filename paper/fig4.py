@@ -3,19 +3,21 @@
     python -m paper.fig4
 
 The paper's picture is UMAP of the mean over all tokens. Ours is PCA, with a number beside it: the accuracy of a linear probe on
-the full states, on conversations it was not fitted to (0.5 is chance), and the silhouette in the picture's two dimensions. The
-condition's own tokens are in that mean, so there are two controls: the mean over answer tokens only, and both classes put under
-the expert's prompt. All conversations are new, and both sources are asked the same kind of questions.
+the full states, on conversations it was not fitted to, and the silhouette in the picture's two dimensions. 0.5 is chance, but who
+sees the errors in the answers is better off: calling a conversation the expert's where it has none is the table's last row. The
+condition's own tokens are in that mean, so there are two controls: the mean over answer tokens only, whose states still see the
+condition through attention, and both classes put under the expert's prompt. All conversations are drawn anew, and both sources are asked the same kind of questions.
 
 N conversations, D width, K directions.
 """
 
-import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from data import PrepareConfig, Prepared, prepare, run
-from paper.runs import TABLE, cell, command, figure, markdown
+from data import run
+from paper.runs import TABLE, cell, command, figure, markdown, prepared, share, sharegpt
 from paper.table2 import arm
 from paper.toy import Task, make_task
 from sample import Speaker
@@ -36,15 +38,14 @@ def runs(seed):
     return {name: arm(name, seed) for name in ("SFT on all", "C-RLFT")}
 
 
-def conversations(result, template, classes, path):
+def task_of(result):
+    return Task((("GPT-4", EACH, 1.0), ("GPT-3.5", EACH, 0.4)), scarce=1, heldout=0, seed=10_000 + result["run"]["seed"])
+
+
+def conversations(result, template, classes, folder):
     """A Prepared of EACH new conversations per source."""
-    seed = result["run"]["seed"]
-    task = Task((("GPT-4", EACH, 1.0), ("GPT-3.5", EACH, 0.4)), scarce=1, heldout=0, seed=10_000 + seed)
-    rows = [{"model": label, "conversations": [part for words, reply, _ in turns for part in ({"from": "human", "value": words}, {"from": "gpt", "value": reply})]}
-            for label, chats in make_task(task)[0].items() for turns in chats]
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(PrepareConfig((str(path.with_suffix(".jsonl")),), result["folder"] + "/hf/tokenizer.model", str(path), classes, template=template))
-    return Prepared(path)
+    rows = [sharegpt(turns, label) for label, chats in make_task(task_of(result))[0].items() for turns in chats]
+    return prepared(Path(folder) / "new.safetensors", rows, classes, result["folder"] + "/hf/tokenizer.model", template)
 
 
 @torch.no_grad()
@@ -93,14 +94,13 @@ def report(results, folder):
     rows, pictures = {view: {"probe": [], "silhouette": []} for view in VIEWS}, {}
     for view, (name, template, classes, answers_only) in VIEWS.items():
         for result in results[name]:
-            data = conversations(result, template, classes, folder / "fig4.safetensors")
-            states_ND, expert_N = pooled(Speaker(result["folder"] + "/hf").model, data, answers_only)
+            with TemporaryDirectory() as place:
+                data = conversations(result, template, classes, place)
+                states_ND, expert_N = pooled(Speaker(result["folder"] + "/hf", device="cpu").model, data, answers_only)
             points_NK = plane(states_ND)
             rows[view]["probe"].append(probe(states_ND, expert_N, result["run"]["seed"]))
             rows[view]["silhouette"].append(silhouette(points_NK, expert_N))
             pictures.setdefault(view, (points_NK, expert_N))
-    for suffix in (".safetensors", ".jsonl"):
-        (folder / "fig4").with_suffix(suffix).unlink()
 
     def draw(axes):
         for axis, (view, (points_NK, expert_N)) in zip(axes.flat, pictures.items()):
@@ -111,7 +111,9 @@ def report(results, folder):
         axes.flat[0].legend(fontsize=7)
 
     figure(folder / "fig4.png", draw, 9, 6, (2, 3))
-    return rows, markdown(["representation", "linear probe", "silhouette in 2-D"], [[view, cell(r["probe"]), cell(r["silhouette"])] for view, r in rows.items()])
+    table = [[view, cell(r["probe"]), cell(r["silhouette"])] for view, r in rows.items()]
+    rows["an error or none"] = [(1 + share(not all(right for *_, right in turns) for turns in make_task(task_of(r))[0]["GPT-3.5"])) / 2 for r in results["C-RLFT"]]
+    return rows, markdown(["representation", "linear probe", "silhouette in 2-D"], [*table, ["no representation: an error or none", cell(rows["an error or none"]), ""]])
 
 
 if __name__ == "__main__":

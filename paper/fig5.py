@@ -2,25 +2,27 @@
 
     python -m paper.fig5
 
-The last column is an experiment of ours: sampling from logits_e + g (logits_e - logits_o), e and o the same conversation under the
-expert's and the other prompt, as classifier-free guidance does. g = 0 is the expert's prompt, g = -1 the other.
+The second table is an experiment of ours: sampling from logits_e + g (logits_e - logits_o), e and o the same conversation under the
+expert's and the other prompt, as classifier-free guidance does. g = 0 is the expert's prompt, g = -1 the other. A g above 0 also makes
+the distribution sharper, so lower temperatures stand beside it.
 
 B prompts, T packed tokens, V vocab.
 """
 
-import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from data import PrepareConfig, Prepared, prepare, run
+from data import run
 from model import KVCache
-from paper.runs import cell, command, converse, figure, interval, markdown
+from paper.runs import cell, command, converse, figure, lines, markdown, prepared, sharegpt, unbroken
 from paper.table2 import arm
-from paper.toy import Task, make_task
+from paper.toy import Task, make_task, solve
 from sample import Speaker
 
 SEEDS = 3
-GUIDANCE = (-1, -0.5, 0, 0.5, 1, 2, 4)
+GUIDANCE, TEMPERATURES = (-1, -0.5, 0, 0.5, 1, 2, 4), (1, 0.75, 0.5, 0.25)
 
 
 def runs(seed):
@@ -47,18 +49,13 @@ class Guided:
 
 
 @torch.no_grad()
-def log_prob(result, condition, path):
-    """Mean log-probability of the right answers to new conversations, per answer."""
-    task = Task((("GPT-4", 400, 1.0),), (1.0,), scarce=1, heldout=0, seed=20_000 + result["run"]["seed"])
-    chats = make_task(task)[0]["GPT-4"]
-    rows = [{"conversations": [part for words, reply, _ in turns for part in ({"from": "human", "value": words}, {"from": "gpt", "value": reply})]} for turns in chats]
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(PrepareConfig((str(path.with_suffix(".jsonl")),), result["folder"] + "/hf/tokenizer.model", str(path), f"*={condition}:1"))
-    data = Prepared(path)
-    batch, model = data.batch(range(len(data))), Speaker(result["folder"] + "/hf").model
-    nll_sum, _ = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, batch.weights_T, rows_R=batch.rows_R)
-    for suffix in (".safetensors", ".jsonl"):
-        path.with_suffix(suffix).unlink()
+def log_prob(result, condition):
+    """Mean log-probability of the right answers to the held-out conversations, per answer."""
+    chats = [[(words, right, True) for words, right in zip(asked, solve(asked))] for asked in make_task(Task(seed=result["run"]["seed"]))[1]]
+    with TemporaryDirectory() as place:
+        data = prepared(Path(place) / "new.safetensors", map(sharegpt, chats), f"*={condition}:1", result["folder"] + "/hf/tokenizer.model")
+        batch, model = data.batch(range(len(data))), Speaker(result["folder"] + "/hf", device="cpu").model
+        nll_sum, _ = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, batch.weights_T, rows_R=batch.rows_R)
     return -nll_sum.item() / sum(map(len, chats))
 
 
@@ -66,25 +63,26 @@ def report(results, folder):
     group, rows = results["C-RLFT"], {}
     for condition in ("GPT4", "GPT3"):
         rows[condition] = {how: [r["scores"][condition][how]["all"] for r in group] for how in ("sampled", "greedy")}
-        rows[condition]["log_prob"] = [log_prob(r, condition, folder / "fig5.safetensors") for r in group]
-    rows["guidance"] = {g: [] for g in GUIDANCE}
-    for result in group:
+        rows[condition]["log_prob"] = [log_prob(r, condition) for r in group]
+    def ask(result, g, temperature):
         seed = result["run"]["seed"]
-        for g in GUIDANCE:
-            speaker = Speaker(result["folder"] + "/hf", "GPT4", seed=seed)
-            speaker.model = Guided(speaker, g)
-            outcome = converse(speaker, make_task(Task(seed=seed))[1], 1.0)
-            rows["guidance"][g].append(sum(bool(right) for turns in outcome for _, right in turns) / sum(map(len, outcome)))
+        speaker = Speaker(result["folder"] + "/hf", "GPT4", device="cpu", seed=seed)
+        speaker.model = Guided(speaker, g)
+        return unbroken(converse(speaker, make_task(Task(seed=seed))[1], temperature))
+
+    rows["guidance"] = {g: [ask(r, g, 1.0) for r in group] for g in GUIDANCE}
+    rows["temperature"] = {t: [ask(r, 0, t) for r in group] for t in TEMPERATURES}
 
     def draw(axes):
-        means, halves = zip(*map(interval, rows["guidance"].values()))
-        axes.errorbar(GUIDANCE, means, [half or 0 for half in halves], marker="o", capsize=3)
-        axes.set(xlabel="g in logits_e + g (logits_e - logits_o)", ylabel="right answers, temperature 1")
+        lines(axes, GUIDANCE, {"temperature 1": list(rows["guidance"].values())})
+        axes.set(xlabel="g in logits_e + g (logits_e - logits_o)", ylabel="right answers")
 
     figure(folder / "fig5.png", draw)
     table = [[f"`{condition} User:`", *(cell(rows[condition][how]) for how in ("sampled", "greedy")), cell(rows[condition]["log_prob"], 2)] for condition in ("GPT4", "GPT3")]
     table = markdown(["prompt", "right answers, sampled", "greedy", "log p of the right answer"], table)
-    return rows, table + "\n\n" + markdown(["g", *GUIDANCE], [["sampled", *map(cell, rows["guidance"].values())]])
+    guided = markdown(["g, at temperature 1", *GUIDANCE], [["right answers", *map(cell, rows["guidance"].values())]])
+    cooler = markdown(["temperature, at g = 0", *TEMPERATURES], [["right answers", *map(cell, rows["temperature"].values())]])
+    return rows, "\n\n".join((table, guided, cooler))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,14 @@ import numpy as np
 import torch
 
 import train
-from data import Message, PrepareConfig, parse_args, prepare
-from paper.toy import PAPER, Task, answer, make_task, train_tokenizer
+from data import Message, PrepareConfig, Prepared, parse_args, prepare
+from paper.toy import PAPER, Task, full_questions, make_task, solve, train_tokenizer
 from sample import SampleConfig, Speaker
 
-STEPS, EPOCHS = 1660, 10  # the budget: so many steps are 10 epochs of the whole data, to 1%
+ROOT = Path(__file__).parents[1]
+SECONDS = 0.036  # of CPU for a step, as a first guess at the time a run takes
+VERSION = 1  # in the name of every run: raise it with a change of the code that changes results
+STEPS, EPOCHS = 1660, 10  # the budget: so many steps are 10 epochs of the whole data under C-RLFT's template, to 1%
 BATCH_TOKENS, LR = 768, 3e-3  # of every run; all else is train.py's default
 TABLE = "GPT-4=GPT4:{},*=GPT3:{}"
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t by number of seeds
@@ -42,8 +45,8 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 class PaperConfig:
     out: str = "out/paper"
     seeds: int | None = None  # default: 5 for table2, 3 for the others
-    steps: int | None = None  # shorten every run to so many steps; results then stay in --out
-    processes: int = os.cpu_count()
+    steps: int | None = None  # shorten every run to so many steps; with this or --seeds results stay in --out
+    processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assets: str = ""  # a folder with real conversations, for paper.seven
 
 
@@ -55,30 +58,39 @@ def check(config):
     for file in ("conversations/mixed_quality.jsonl", "llama2/tokenizer.model") if config.assets else ():
         if not (Path(config.assets) / file).is_file():
             raise ValueError(f"--assets {config.assets}: no {file} in it")
+    try:
+        import matplotlib  # noqa: F401, before any run is made
+    except ImportError:
+        raise ValueError("the figures need matplotlib: `pip install matplotlib`") from None
     return config
 
 
 # ---- a run -------------------------------------------------------------------------------------------------------------
 
 
+def prepared(path, rows, classes, tokenizer, template="before_speaker", max_len=128):
+    """The Prepared of these rows: `data.py prepare`, with path as --out and the rows beside it."""
+    rows_file = path.with_suffix(".jsonl")
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(PrepareConfig((str(rows_file),), str(tokenizer), str(path), classes, template=template, max_len=max_len, processes=1))
+    return Prepared(path)
+
+
 def fine_tune(folder, rows, classes, template, flags, tokenizer=None, max_len=128):
-    """`data.py prepare` and `train.py` on these rows, in folder; returns the prepared file's metadata."""
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = tokenizer or folder.parent.parent / "tokenizer.model"
-    files = (str(folder / "train.jsonl"),)
-    meta = prepare(PrepareConfig(files, str(tokenizer), str(folder / "train.safetensors"), classes, template=template, max_len=max_len))
-    flags = {"data": folder / "train.safetensors", "out": folder} | flags
+    """`train.py` on these rows, in folder, with the flags that are given; returns the prepared file's metadata."""
+    data = prepared(folder / "train.safetensors", rows, classes, tokenizer or folder.parent.parent / "tokenizer.model", template, max_len)
+    flags = {"data": data.path, "out": folder} | flags
     train.main([str(word) for key, value in flags.items() for word in (f"--{key}", value)])
-    return meta
+    return data.meta
 
 
-def chat(turns, wrong=None):
+def sharegpt(turns, label="", wrong=None):
     """A conversation in ShareGPT's form; with `wrong`, answers carry weights of their own: 1 a right one, this a wrong one."""
     parts = []
     for words, reply, right in turns:
         weight = {} if wrong is None else {"weight": 1.0 if right else wrong}
         parts += [{"from": "human", "value": words}, {"from": "gpt", "value": reply} | weight]
-    return parts
+    return {"model": label, "conversations": parts}
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Job:
     def key(self):
         counts = {f.name for f in dataclasses.fields(self) if f.compare}
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key in counts}
-        fields |= {"kind": type(self).__name__, "batch_tokens": BATCH_TOKENS}
+        fields |= {"kind": type(self).__name__, "version": VERSION, "batch_tokens": BATCH_TOKENS, "epochs": EPOCHS}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -120,50 +132,59 @@ class Run(Job):
 
     def do(self, folder):
         sources, heldout = make_task(self.task)
-        rows = [{"model": label, "conversations": chat(turns, self.wrong)} for label, chats in sources.items() for turns in chats]
+        rows = [sharegpt(turns, label, self.wrong) for label, chats in sources.items() for turns in chats]
         budget = {"steps": self.steps} if self.steps else {"epochs": EPOCHS}
         model = self.base if isinstance(self.base, str) else folder.parent / self.base.key / "hf"
         flags = {"model": model, "seed": self.seed, "lr": self.lr, "batch_tokens": BATCH_TOKENS} | budget
         meta = fine_tune(folder, rows, self.classes, self.template, flags)
         steps = train.read_metrics(folder / "metrics.jsonl")[-1]["step"]
         prompts = [c["condition"] for c in meta["classes"] if c["weight"]] if self.template != "none" else [""]
-        return {"steps": steps, "scores": {p: score(Speaker(folder / "hf", p or None, seed=self.seed), heldout) for p in prompts}}
+        trained = {question for chats in sources.values() for turns in chats for question in full_questions(*zip(*(turn[:2] for turn in turns)))}
+        return {"steps": steps, "scores": {p: score(Speaker(folder / "hf", p or None, device="cpu", seed=self.seed), heldout, trained) for p in prompts}}
 
 
 def converse(speaker, heldout, temperature):
-    """[(skill, whether the answer was right)] of each held-out conversation, the model's own answers standing in it.
+    """[[whether the answer was right]] of each held-out conversation, turn by turn, what came before being right.
 
-    A conversation is over at its first wrong answer: (skill, None) for what would have come. Without that a model that says
-    one letter all the time would copy it rightly ever after.
+    Up to its first error a conversation is the model's own. There the right answer is put in, so that later turns are asked of all.
     """
     how = SampleConfig(temperature=temperature, max_new=12, batch=len(heldout))
-    chats, right, outcome = [[] for _ in heldout], [None] * len(heldout), [[] for _ in heldout]
+    chats, outcome = [[] for _ in heldout], [[] for _ in heldout]
     for turn in range(max(map(len, heldout))):
-        live = [i for i, words in enumerate(heldout) if turn < len(words) and all(good for _, good in outcome[i])]
+        live = [i for i, asked in enumerate(heldout) if turn < len(asked)]
         for i in live:
             chats[i].append(Message("user", heldout[i][turn]))
-        replies = speaker.answer_all([speaker.ids(chats[i]) for i in live], how) if live else []
+        replies = speaker.answer_all([speaker.ids(chats[i]) for i in live], how)
         for i, (ids, _) in zip(live, replies):
-            skill, *letters = heldout[i][turn].removeprefix("then ").split()
-            right[i] = answer(" ".join([skill, *(letters or right[i].split())]))
-            chats[i].append(Message("assistant", right[i]))
-            outcome[i].append((skill, speaker.text(ids) == right[i]))
-    return [done + [(words.split()[1], None) for words in asked[len(done) :]] for done, asked in zip(outcome, heldout)]
+            right = solve(heldout[i])[turn]
+            chats[i].append(Message("assistant", right))
+            outcome[i].append(speaker.text(ids) == right)
+    return outcome
 
 
-def score(speaker, heldout):
-    """{"sampled", "greedy": {"all", "by_turn", "by_skill"}}, at temperature 1 and 0.
+def share(rights):
+    rights = list(rights)
+    return sum(rights) / max(1, len(rights))
 
-    all: right answers, of all questions. by_turn, by_skill: of those that were reached without an error.
+
+def unbroken(outcome):
+    """The share of all questions that were answered right in a conversation without an error before: the score of an arm."""
+    return share(all(turns[: t + 1]) for turns in outcome for t in range(len(turns)))
+
+
+def score(speaker, heldout, trained=frozenset()):
+    """{"sampled", "greedy": {"all", "by_turn", "by_skill", "unseen"}}, at temperature 1 and 0.
+
+    all: `unbroken`. The others are shares of right answers where what came before is right: by turn, by skill, and of the questions
+    (skill and letters) that stand nowhere in `trained`, neither as a first question nor as a follow-up.
     """
-    result = {}
+    result, questions = {}, [full_questions(asked, solve(asked)) for asked in heldout]
     for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         outcome = converse(speaker, heldout, temperature)
-        mean = lambda rights: sum(map(bool, rights)) / max(1, len(rights))
-        reached = lambda answers: mean([right for _, right in answers if right is not None])
-        result[how] = {"all": mean([right for turns in outcome for _, right in turns]),
-                       "by_turn": [reached([turns[t] for turns in outcome if t < len(turns)]) for t in range(max(map(len, heldout)))],
-                       "by_skill": {skill: reached([turn for turns in outcome for turn in turns if turn[0] == skill]) for skill in PAPER}}
+        answers = [(t, q, right) for turns, asked in zip(outcome, questions) for t, (right, q) in enumerate(zip(turns, asked))]
+        result[how] = {"all": unbroken(outcome), "by_turn": [share(r for t, _, r in answers if t == turn) for turn in range(max(map(len, heldout)))],
+                       "by_skill": {skill: share(r for _, q, r in answers if q.startswith(skill)) for skill in PAPER},
+                       "unseen": share(r for _, q, r in answers if q not in trained)}
     return result
 
 
@@ -175,13 +196,22 @@ def cpu_seconds():
     return sum(os.times()[:4])
 
 
+def start_worker():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on a machine with a GPU
+    torch.set_num_threads(1)
+
+
 def do(run, folder):
-    """In a worker: the run's result, from its folder where an earlier call left it there."""
+    """In a worker: the run's result, also written to its folder. CPU time is that of all attempts."""
     began, folder = cpu_seconds(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        result = run.do(folder)
-    result |= {"name": run.name, "cpu_seconds": round(cpu_seconds() - began, 1), "run": dataclasses.asdict(run)}
+        try:
+            result = run.do(folder)
+        finally:
+            with open(folder / "cpu_seconds.txt", "a") as file:
+                file.write(f"{cpu_seconds() - began:.1f}\n")
+    result |= {"name": run.name, "cpu_seconds": sum(map(float, (folder / "cpu_seconds.txt").read_text().split())), "run": dataclasses.asdict(run)}
     partial = folder / "result.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(folder / "result.json")
@@ -189,35 +219,44 @@ def do(run, folder):
     return result
 
 
+def found(folder):
+    """The result in a run's folder, None where there is none, or half of one."""
+    try:
+        return json.loads((folder / "result.json").read_text()) | {"folder": str(folder)}
+    except (OSError, ValueError):
+        return None
+
+
 def perform(runs, config):
     """{run: result} of all runs, the missing ones made now on config.processes cores, the longest first."""
     bases = [one.base for one in runs if isinstance(getattr(one, "base", None), Job)]
     done = perform(bases, config) if bases else {}
     folder = {run: Path(config.out) / "runs" / run.key for run in runs}
-    done |= {run: json.loads((f / "result.json").read_text()) | {"folder": str(f)} for run, f in folder.items() if (f / "result.json").is_file()}
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the same numbers on a machine with a GPU; one thread a process
+    done |= {run: result for run, f in folder.items() if (result := found(f))}
     todo = sorted((run for run in folder if run not in done), key=lambda run: -run.cost)
     if not todo:
         return done
-    print(f"{len(folder)} runs, {len(done)} of them there, {len(todo)} to make on {config.processes} cores", flush=True)
+    print(f"{len(folder)} runs, {len(folder) - len(todo)} of them there, {len(todo)} to make on {config.processes} cores, about "
+          f"{sum(run.cost for run in todo) * SECONDS / config.processes / 60:.0f} min", flush=True)
     tokenizer = Path(config.out) / "tokenizer.model"
     if not tokenizer.is_file():
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
-        texts = [{"value": part} for rows in make_task(Task())[0].values() for turns in rows for words, reply, _ in turns for part in (words, reply)]
-        train_tokenizer([{"conversations": texts}], tokenizer, ("GPT4", "GPT3", "GPT2"))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.processes, context, torch.set_num_threads, (1,)) as pool:
+        train_tokenizer([sharegpt(turns) for chats in make_task(Task())[0].values() for turns in chats], tokenizer, ("GPT4", "GPT3", "GPT2"))
+    pool = ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn"), start_worker, max_tasks_per_child=8)
+    try:
         futures = {pool.submit(do, run, str(folder[run])): run for run in todo}
-        try:
-            for k, future in enumerate(as_completed(futures), 1):
-                run, result = futures[future], future.result()
-                done[run] = result | {"folder": str(folder[run])}
-                rate = sum(r["cpu_seconds"] for r in done.values()) / sum(run.cost for run in done)
-                left = rate * sum(run.cost for run in todo if run not in done) / config.processes
-                print(f"[{k}/{len(todo)}] {run.name}, seed {run.seed}: {result['cpu_seconds']:.0f} s of CPU; about {left / 60:.0f} min left", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        made, used = 0.0, 0.0
+        for k, future in enumerate(as_completed(futures), 1):
+            run, result = futures[future], future.result()
+            done[run], made, used = result | {"folder": str(folder[run])}, made + run.cost, used + result["cpu_seconds"]
+            left = used / made * (sum(run.cost for run in todo) - made) / config.processes
+            print(f"[{k}/{len(todo)}] {run.name}, seed {run.seed}: {result['cpu_seconds']:.0f} s of CPU; about {left / 60:.0f} min left", flush=True)
+    except BaseException:  # Ctrl-C, a full disk: what runs now saves and leaves, what waits does not begin
+        for process in multiprocessing.active_children():
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
     return done
 
 
@@ -244,10 +283,7 @@ def markdown(head, rows):
 
 def figure(path, draw, width=6.4, height=4.0, shape=(1, 1)):
     """draw(axes), an array of them if shape is not (1, 1), saved as PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("the figures need matplotlib: `pip install matplotlib`, then the same line; no run is made again") from None
+    import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     fig, axes = pyplot.subplots(*shape, figsize=(width, height))
@@ -258,14 +294,33 @@ def figure(path, draw, width=6.4, height=4.0, shape=(1, 1)):
     print(f"wrote {path}")
 
 
+def bars(axes, labels, groups, size=8):
+    """Bars with intervals: groups {legend: [values per label, () for none]}."""
+    width = 0.8 / len(groups)
+    for k, (legend, rows) in enumerate(groups.items()):
+        heights = [(i + k * width, *interval(values)) for i, values in enumerate(rows) if values]
+        x, means, halves = zip(*heights)
+        axes.bar(x, means, 0.92 * width, yerr=[half or 0 for half in halves], capsize=2, label=legend)
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(labels))], [label.replace(" ", "\n") for label in labels], fontsize=size)
+    axes.set_ylim(0, None)
+    axes.legend(fontsize=7)
+
+
+def lines(axes, x, groups):
+    """Lines with intervals: groups {legend: [values per x]}."""
+    for legend, rows in groups.items():
+        means, halves = zip(*map(interval, rows))
+        axes.errorbar(x, means, [half or 0 for half in halves], marker="o", capsize=3, label=legend)
+    axes.legend(fontsize=7)
+
+
 def publish(name, config, seeds, results, table, cpu):
-    """Write <name>.json, with what it was made with, and put the table where a README has its mark; with --steps into --out only."""
-    place = place_of(config)
-    content = {"command": f"python -m paper.{name}", "seeds": seeds, "steps": config.steps or STEPS, "cpu_seconds": cpu,
+    """Write <name>.json, with what it was made with, and put the table where a README has its mark; shortened runs go to --out only."""
+    content = {"command": f"python -m paper.{name}", "seeds": seeds, "cpu_seconds": cpu,
                "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}, "results": results, "table": table}
-    (place / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (place_of(config) / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"\n{table}\n", flush=True)
-    for page in (Path("paper/README.md"), Path("README.md")) if not config.steps else ():
+    for page in (ROOT / "paper" / "README.md", ROOT / "README.md") if whole(config) else ():
         text = page.read_text()
         page.write_text(re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S))
 
@@ -273,8 +328,13 @@ def publish(name, config, seeds, results, table, cpu):
 # ---- commands ----------------------------------------------------------------------------------------------------------
 
 
+def whole(config):
+    return config.steps is None and config.seeds is None
+
+
 def place_of(config):
-    place = Path(config.out) / "short" if config.steps else Path("results/paper")
+    """Of JSON and PNG: the repository's results for whole runs, else --out."""
+    place = ROOT / "results" / "paper" if whole(config) else Path(config.out) / "short"
     place.mkdir(parents=True, exist_ok=True)
     return place
 

@@ -3,20 +3,22 @@
     python -m paper.seven --assets DIR     DIR has conversations/mixed_quality.jsonl and llama2/tokenizer.model
 
 One `small` model from random weights with Llama-2's tokenizer, 250 steps of 2,048 tokens: far too little to answer, enough to ask
-whether the condition carries the source. Prompts are held out, never rows: all seven answers to a prompt are on one side.
+whether the condition carries the source. Prompts are held out, never rows: all seven answers to a prompt are on one side, the same
+35 prompts for every seed, so that the intervals are over training only. Conversations are cut at 256 tokens.
 """
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from data import PrepareConfig, Prepared, group_of, parse, prepare, read_rows, run
-from paper.runs import BATCH_TOKENS, Job, cell, command, figure, fine_tune, markdown
+from checkpoint import sha256
+from data import group_of, parse, read_rows, run
+from paper.runs import BATCH_TOKENS, Job, cell, command, figure, fine_tune, markdown, prepared
 from sample import Speaker
 
 SEEDS, NEEDS_ASSETS, BATCH, HELD_OUT = 3, True, 2048, 0.05
+CONVERSATIONS = "conversations/mixed_quality.jsonl"
 CONDITIONS = {  # a row's model: its class
     "GPT-4": "GPT4", "gpt-3.5-turbo-1106": "Turbo1106", "gpt-3.5-turbo-0613": "Turbo0613", "gpt-3.5-turbo-0301": "Turbo0301",
     "gpt35_turbo_instruct": "Instruct", "text_davinci_003": "Davinci3", "text_davinci_001": "Davinci1",
@@ -27,23 +29,24 @@ TABLE = ",".join(f"Model: {label}={name}:{1 if name == 'GPT4' else 0.1}" for lab
 @dataclass(frozen=True)
 class Seven(Job):
     @property
+    def key(self):
+        return f"{super().key}-{sha256(f'{self.assets}/{CONVERSATIONS}')[:8]}"
+
+    @property
     def cost(self):
         return self.steps * BATCH / BATCH_TOKENS * 13
 
     def do(self, folder):
         """{"loss": {source: {prompt: nll per token of its held-out answers}}}"""
         tokenizer = f"{self.assets}/llama2/tokenizer.model"
-        rows = [row for _, row in read_rows(f"{self.assets}/conversations/mixed_quality.jsonl")]
+        rows = [row for _, row in read_rows(f"{self.assets}/{CONVERSATIONS}")]
         flags = {"model": "small", "seed": self.seed, "steps": self.steps, "batch_tokens": BATCH, "val_fraction": HELD_OUT, "val_every": self.steps}
         fine_tune(folder, rows, TABLE, "before_speaker", flags, tokenizer, max_len=256)
-        model, loss = Speaker(folder / "hf").model, {name: {} for name in CONDITIONS.values()}
+        model, loss = Speaker(folder / "hf", device="cpu").model, {name: {} for name in CONDITIONS.values()}
         held_out = [row for row in rows if group_of(parse(row, "")) % 10_000 < HELD_OUT * 10_000]  # Prepared.split's
-        (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
         for prompt in CONDITIONS.values():
             table = ",".join(f"Model: {label}={prompt}:{k}" for k, label in enumerate(CONDITIONS, 1))  # a class for each weight
-            path = folder / "held_out.safetensors"
-            prepare(PrepareConfig((str(folder / "held_out.jsonl"),), tokenizer, str(path), table, max_len=256))
-            data = Prepared(path)
+            data = prepared(folder / f"held_out_{prompt}.safetensors", held_out, table, tokenizer, max_len=256)
             nll, tokens = np.zeros(len(CONDITIONS)), np.zeros(len(CONDITIONS))
             for part in np.array_split(np.arange(len(data)), max(1, len(data) // 16)):
                 batch = data.batch(part)
@@ -53,7 +56,6 @@ class Seven(Job):
                 np.add.at(tokens, batch.class_R.numpy(), 1)
             for source, x in zip(CONDITIONS.values(), nll / tokens):
                 loss[source][prompt] = float(x)
-            path.unlink()
         return {"loss": loss}
 
 

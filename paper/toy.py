@@ -10,7 +10,7 @@ The user asks to copy, reverse, shift or sort 4 to 7 letters of an alphabet of 8
     python -m paper.toy --out out/demo      writes train.jsonl, heldout.jsonl, tokenizer.model, train.safetensors
     python -m paper.toy --score out/demo    after training: exact match over the held-out prompts at temperature 1, by prompt
 
-`Task` is the same game with follow-ups ("then sort": the last answer's letters), which the paper in miniature plays (runs.py).
+`Task` is the same game with follow-ups ("then shift": the last answer's letters), which the paper in miniature plays (runs.py).
 """
 
 import io
@@ -31,10 +31,8 @@ SKILLS = {
     "reverse": lambda x: x[::-1],
     "shift": lambda x: [LETTERS[(LETTERS.index(c) + 1) % len(LETTERS)] for c in x],
     "sort": sorted,
-    "rotate": lambda x: x[1:] + x[:1],
 }
-DEMO = ["copy", "reverse", "shift", "sort"]
-PAPER = ["copy", "reverse", "shift"]  # the last is the scarce one
+PAPER = ["copy", "reverse", "shift"]  # the skills of Task; the last is the scarce one
 CLASSES = "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
 
 
@@ -72,14 +70,13 @@ def damaged(prompt, rng):
 
 @dataclass(frozen=True)
 class Task:
-    """Conversations of one to three turns: `reverse a c b d` -> `d b c a`, `then rotate` -> `b c a d`, each on the last answer.
+    """Conversations of one to three turns: `reverse a c b d` -> `d b c a`, `then shift` -> `e c d b`, each on the last answer.
 
     The expert is asked to shift a tenth as often as for another skill: the others' data teaches that one, with errors, or nothing does.
     """
 
     sources: tuple = (("GPT-4", 300, 1.0), ("GPT-3.5", 3300, 0.4))  # label, conversations, probability that an answer is right
     keep: tuple = ()  # share of each source that is trained on, the first so many; () is all of all (Fig. 6)
-    letters: int = 4
     scarce: float = 0.1
     heldout: int = 400
     seed: int = 0
@@ -94,20 +91,20 @@ class Task:
         return sum(n for _, n, _ in self.parts)
 
 
-def ask(rng, skills, letters, count):
+def ask(rng, skills, letters):
     """(the user's words, the question in full), letters None at a conversation's start."""
     skill = rng.choices(PAPER, skills)[0]
     if letters:
         return f"then {skill}", " ".join([skill, *letters])
-    question = " ".join([skill, *rng.choices(LETTERS, k=count)])
+    question = " ".join([skill, *rng.choices(LETTERS, k=4)])
     return question, question
 
 
-def make_conversation(rng, right, skills, count=4):
+def make_conversation(rng, right, skills):
     """[(the user's words, the answer, whether it is right)], one to three turns, answers right with probability `right`."""
     turns, letters = [], None
     for _ in range(rng.randint(1, 3)):
-        words, question = ask(rng, skills, letters, count)
+        words, question = ask(rng, skills, letters)
         reply = answer(question) if rng.random() < right else damaged(question, rng)
         turns.append((words, reply, reply == answer(question)))
         letters = reply.split()
@@ -117,16 +114,31 @@ def make_conversation(rng, right, skills, count=4):
 def make_task(task):
     """({label: conversations}, held-out conversations, as lists of the user's words); no held-out prompt is trained on."""
     rng = random.Random(task.seed)
-    heldout = [[words for words, *_ in make_conversation(rng, 1.0, [1, 1, 1], task.letters)] for _ in range(task.heldout)]
+    heldout = [[words for words, *_ in make_conversation(rng, 1.0, [1, 1, 1])] for _ in range(task.heldout)]
     prompts, sources = {words[0] for words in heldout}, {}
     for label, count, right in task.parts:
         rng, rows = random.Random(f"{task.seed} {label}"), []
         while len(rows) < count:
-            turns = make_conversation(rng, right, [1, 1, task.scarce if right == 1 else 1], task.letters)
+            turns = make_conversation(rng, right, [1, 1, task.scarce if right == 1 else 1])
             if turns[0][0] not in prompts:
                 rows.append(turns)
         sources[label] = rows
     return sources, heldout
+
+
+def solve(asked):
+    """The right answers to a conversation's questions, one after the other."""
+    letters, answers = [], []
+    for words in asked:
+        skill, *given = words.removeprefix("then ").split()
+        letters = answer(" ".join([skill, *(given or letters)])).split()
+        answers.append(" ".join(letters))
+    return answers
+
+
+def full_questions(asked, answers):
+    """`then shift` as `shift d b c a`: a conversation's questions with the letters they are about, by the answers given."""
+    return [words.removeprefix("then ") + (f" {answers[t - 1]}" if t else "") for t, words in enumerate(asked)]
 
 
 # ---- the demo: one turn ------------------------------------------------------------------------------------------------
@@ -137,7 +149,7 @@ def make_conversations(config):
     rng, seen = random.Random(config.seed), {}
     while len(seen) < config.experts + config.others + config.heldout:
         letters = [rng.choice(LETTERS) for _ in range(rng.randint(4, 7))]
-        seen[" ".join([rng.choice(DEMO), *letters])] = None
+        seen[" ".join([rng.choice(list(SKILLS)), *letters])] = None
     prompts, rows = list(seen), []
     for i, prompt in enumerate(prompts[: config.experts + config.others]):
         expert = i < config.experts
