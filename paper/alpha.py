@@ -12,11 +12,11 @@ from paper.table2 import arm, expert_score, scarce
 from paper.toy import Task
 
 SEEDS = 3
-WEIGHTS = (0, 0.001, 0.01, 0.03, 0.1, 0.3, 1)
+WEIGHTS = (0, 0.01, 0.03, 0.1, 0.3, 1)
 
 
 def runs(seed):
-    known = {0.1: arm("C-RLFT", seed), 1: arm("without reward", seed)}
+    known = {0: arm("expert only", seed), 0.1: arm("C-RLFT", seed), 1: arm("without reward", seed)}
     return {w: known.get(w) or Run(f"w = {w}", seed, task=Task(seed=seed), classes=TABLE.format(1, w)) for w in WEIGHTS}
 
 

@@ -3,10 +3,9 @@
     python -m paper.base        its own target, `make paper_base`, beside `make paper`
 
 The base is pre-trained on unlabelled text: lines like `reverse a c b d : d b c a then shift : e c d b` that are right 4 times in 10,
-without classes or weights. It knows the skills, then, and the other source's errors. One thing favours the arms without a condition:
-data.py has no way to train on bare text, so a line stands behind `Assistant:`, the prefix of their template, and ends with
-`<|end_of_turn|>`. Fine-tuning takes the same data and steps as everywhere and a third of the learning rate, in all arms; the same third
-from random weights stands beside it.
+without classes or weights. It knows the skills, then, and the other source's errors. (data.py has no way to train on bare text: a line
+stands behind `Assistant:`, which is no arm's prompt, and ends with `<|end_of_turn|>`.) Fine-tuning takes the same data and steps as
+everywhere and a third of the learning rate, in all arms; the same third from random weights stands beside it.
 """
 
 import random
@@ -20,8 +19,8 @@ from paper.toy import Task, make_conversation, make_task
 SEEDS = 3
 STARTS = {  # name: (arms, what differs)
     "random weights": (("C-RLFT", "without reward", "without condition", "SFT on all", "expert only"), {}),
-    "random weights, 2 x the steps": (("C-RLFT", "without reward"), {"steps": 2 * STEPS}),
-    "random weights, lr / 3": (("C-RLFT", "without reward", "expert only"), {"lr": LR / 3}),
+    "random weights, 2 x the steps": (("without reward",), {"steps": 2 * STEPS}),
+    "random weights, lr / 3": (("C-RLFT", "without reward"), {"lr": LR / 3}),
     "pre-trained, lr / 3": (("C-RLFT", "without reward", "without condition", "SFT on all", "expert only"), {"lr": LR / 3}),
     "pre-trained, lr / 3, equal epochs": (("expert only",), {"lr": LR / 3, "steps": None}),
 }
@@ -54,7 +53,7 @@ def report(results, folder):
     scores = {how: {key: [expert_score(r, how) for r in group] for key, group in results.items()} for how in ("sampled", "greedy")}
     names = STARTS["random weights"][0]
     figure(folder / "base.png", lambda axes: bars(axes, names, {start: [scores["sampled"].get((start, name), ()) for name in names] for start in STARTS}), width=8)
-    table = [[name, ARMS[name][2], *(cell(scores["sampled"][start, name]) if (start, name) in results else "" for start in STARTS),
+    table = [[name, ARMS[name][1], *(cell(scores["sampled"][start, name]) if (start, name) in results else "" for start in STARTS),
               cell(scores["greedy"]["pre-trained, lr / 3", name])] for name in names]
     head = ["arm", "paper, %", *STARTS, "greedy: pre-trained, lr / 3"]
     return {how: {f"{start}: {name}": values for (start, name), values in rows.items()} for how, rows in scores.items()}, markdown(head, table)

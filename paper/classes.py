@@ -19,9 +19,9 @@ ARMS = {
     "three classes (0.1, 0.1)": {"classes": THREE.format(0.1)},
     "three classes (0.32, 0.1)": {"classes": THREE.format(0.3162)},  # rewards 1, 0.5, 0 with beta = 1 / ln 10
     "three conditions, a weight for each answer": {"classes": THREE.format(0.3162), "wrong": 0.1},
-    "no condition, a weight for each answer": {"classes": "*=SFT:1", "template": "none", "wrong": 0.1},
+    "no condition, a weight for each answer": {"classes": "*=GPT4:1", "wrong": 0.1},
 }
-PROMPTS = "GPT4", "GPT3", "GPT2", ""
+PROMPTS = "GPT4", "GPT3", "GPT2"
 
 
 def runs(seed):
@@ -30,11 +30,9 @@ def runs(seed):
 
 def report(results, folder):
     rows = {name: {how: {prompt: [r["scores"][prompt][how]["all"] for r in group] for prompt in group[0]["scores"]} for how in ("sampled", "greedy")} for name, group in results.items()}
-    user = lambda prompt: f"{prompt} User:".strip()
-    figure(folder / "classes.png", lambda axes: bars(axes, rows, {user(p): [row["sampled"].get(p, ()) for row in rows.values()] for p in PROMPTS}, 7), width=8)
-    expert = lambda row: next(iter(row["greedy"].values()))
-    table = [[name, *(cell(row["sampled"][p]) if p in row["sampled"] else "" for p in PROMPTS), cell(expert(row))] for name, row in rows.items()]
-    return rows, markdown(["arm", *(f"`{user(p)}`" for p in PROMPTS), "greedy, the first prompt"], table)
+    figure(folder / "classes.png", lambda axes: bars(axes, rows, {f"{p} User:": [row["sampled"].get(p, ()) for row in rows.values()] for p in PROMPTS}, 7), width=8)
+    table = [[name, *(cell(row["sampled"][p]) if p in row["sampled"] else "" for p in PROMPTS), cell(row["greedy"]["GPT4"])] for name, row in rows.items()]
+    return rows, markdown(["arm", *(f"`{p} User:`" for p in PROMPTS), "`GPT4 User:`, greedy"], table)
 
 
 if __name__ == "__main__":

@@ -17,20 +17,20 @@ from tempfile import TemporaryDirectory
 import torch
 
 from data import run
-from paper.runs import TABLE, cell, command, figure, markdown, prepared, share, sharegpt
+from paper.runs import cell, command, figure, markdown, prepared, share, sharegpt
 from paper.table2 import arm
 from paper.toy import Task, make_task
 from sample import Speaker
 
 SEEDS, EACH = 3, 1000
-BOTH_EXPERT = "GPT-4=GPT4:1,*=GPT4:0.1"
-VIEWS = {  # name: (arm, template, --classes, answer tokens only)
-    "SFT": ("SFT on all", "none", TABLE.format(1, 0.1), False),
-    "C-RLFT": ("C-RLFT", "before_speaker", TABLE.format(1, 0.1), False),
-    "SFT, answer tokens only": ("SFT on all", "none", TABLE.format(1, 0.1), True),
-    "C-RLFT, answer tokens only": ("C-RLFT", "before_speaker", TABLE.format(1, 0.1), True),
-    "C-RLFT, both under the expert's prompt": ("C-RLFT", "before_speaker", BOTH_EXPERT, False),
-    "C-RLFT, both so, answer tokens only": ("C-RLFT", "before_speaker", BOTH_EXPERT, True),
+EACH_ITS_OWN, BOTH_EXPERT = "GPT-4=GPT4:1,*=GPT3:0.1", "GPT-4=GPT4:1,*=GPT4:0.1"
+VIEWS = {  # name: (arm, --classes, answer tokens only)
+    "SFT": ("SFT on all", BOTH_EXPERT, False),
+    "C-RLFT": ("C-RLFT", EACH_ITS_OWN, False),
+    "SFT, answer tokens only": ("SFT on all", BOTH_EXPERT, True),
+    "C-RLFT, answer tokens only": ("C-RLFT", EACH_ITS_OWN, True),
+    "C-RLFT, both under the expert's prompt": ("C-RLFT", BOTH_EXPERT, False),
+    "C-RLFT, both so, answer tokens only": ("C-RLFT", BOTH_EXPERT, True),
 }
 
 
@@ -42,10 +42,10 @@ def task_of(result):
     return Task((("GPT-4", EACH, 1.0), ("GPT-3.5", EACH, 0.4)), scarce=1, heldout=0, seed=10_000 + result["run"]["seed"])
 
 
-def conversations(result, template, classes, folder):
+def conversations(result, classes, folder):
     """A Prepared of EACH new conversations per source."""
     rows = [sharegpt(turns, label) for label, chats in make_task(task_of(result))[0].items() for turns in chats]
-    return prepared(Path(folder) / "new.safetensors", rows, classes, result["folder"] + "/hf/tokenizer.model", template)
+    return prepared(Path(folder) / "new.safetensors", rows, classes, result["folder"] + "/hf/tokenizer.model")
 
 
 @torch.no_grad()
@@ -92,10 +92,10 @@ def silhouette(points_NK, expert_N):
 
 def report(results, folder):
     rows, pictures = {view: {"probe": [], "silhouette": []} for view in VIEWS}, {}
-    for view, (name, template, classes, answers_only) in VIEWS.items():
+    for view, (name, classes, answers_only) in VIEWS.items():
         for result in results[name]:
             with TemporaryDirectory() as place:
-                data = conversations(result, template, classes, place)
+                data = conversations(result, classes, place)
                 states_ND, expert_N = pooled(Speaker(result["folder"] + "/hf", device="cpu").model, data, answers_only)
             points_NK = plane(states_ND)
             rows[view]["probe"].append(probe(states_ND, expert_N, result["run"]["seed"]))

@@ -102,8 +102,7 @@ def lacks(star_CXY, log_CXY):
 class Drawn(Job):
     """A transformer trained on 3,600 conversations drawn from the policies."""
 
-    weight: float = 0.1
-    template: str = "before_speaker"
+    classes: str = TABLE.format(1, 0.1)
 
     def do(self, folder):
         (pi_CXY, p_CX), rng = policies(), random.Random(self.seed)
@@ -114,9 +113,9 @@ class Drawn(Job):
                 y = rng.choices(range(Y), pi_CXY[c, x].tolist())[0]
                 rows.append(sharegpt([(PROMPTS[x], LETTERS[y], y == RIGHT_X[x])], label))
         flags = {"model": "toy", "seed": self.seed, "steps": self.steps, "lr": LR, "batch_tokens": BATCH_TOKENS}
-        fine_tune(folder, rows, TABLE.format(1, self.weight), self.template, flags)
+        fine_tune(folder, rows, self.classes, "before_speaker", flags)
         log_CXY = torch.zeros(2, X, Y)
-        for c, condition in enumerate(("GPT4", "GPT3") if self.template != "none" else (None, None)):
+        for c, condition in enumerate(("GPT4", "GPT3" if "GPT3" in self.classes else "GPT4")):
             speaker = Speaker(folder / "hf", condition, device="cpu")
             answers = [speaker.tokenizer.encode(letter)[0] for letter in LETTERS]
             for x, prompt in enumerate(PROMPTS):
@@ -134,8 +133,8 @@ def p_right(log_CXY, asked):
 
 
 def runs(seed):
-    arms = {"as published": {}, "exact = unweighted": {"weight": 1.0}, "SFT: unweighted, no condition": {"weight": 1.0, "template": "none"}}
-    return {name: Drawn(f"transformer, {name}", seed, 400, **flags) for name, flags in arms.items()}
+    arms = {"as published": TABLE.format(1, 0.1), "exact = unweighted": TABLE.format(1, 1), "SFT: unweighted, no condition": "*=GPT4:1"}
+    return {name: Drawn(f"transformer, {name}", seed, 400, classes=classes) for name, classes in arms.items()}
 
 
 def report(results, folder):

@@ -35,7 +35,7 @@ from sample import SampleConfig, Speaker
 ROOT = Path(__file__).parents[1]
 SECONDS = 0.036  # of CPU for a step, as a first guess at the time a run takes
 VERSION = 1  # in the name of every run: raise it with a change of the code that changes results
-STEPS, EPOCHS = 1660, 10  # the budget: so many steps are 10 epochs of the whole data under C-RLFT's template, to 1%
+STEPS, EPOCHS = 1660, 10  # the budget: so many steps are 10 epochs of the whole data, to 1%
 BATCH_TOKENS, LR = 768, 3e-3  # of every run; all else is train.py's default
 TABLE = "GPT-4=GPT4:{},*=GPT3:{}"
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t by number of seeds
@@ -138,9 +138,9 @@ class Run(Job):
         flags = {"model": model, "seed": self.seed, "lr": self.lr, "batch_tokens": BATCH_TOKENS} | budget
         meta = fine_tune(folder, rows, self.classes, self.template, flags)
         steps = train.read_metrics(folder / "metrics.jsonl")[-1]["step"]
-        prompts = [c["condition"] for c in meta["classes"] if c["weight"]] if self.template != "none" else [""]
+        prompts = dict.fromkeys(c["condition"] for c in meta["classes"] if c["weight"])
         trained = {question for chats in sources.values() for turns in chats for question in full_questions(*zip(*(turn[:2] for turn in turns)))}
-        return {"steps": steps, "scores": {p: score(Speaker(folder / "hf", p or None, device="cpu", seed=self.seed), heldout, trained) for p in prompts}}
+        return {"steps": steps, "scores": {p: score(Speaker(folder / "hf", p, device="cpu", seed=self.seed), heldout, trained) for p in prompts}}
 
 
 def converse(speaker, heldout, temperature):

@@ -2,8 +2,9 @@
 
     python -m paper.table2
 
-Seven arms, each a `data.py prepare` line; nothing else differs. Two budgets where they part: equal epochs, as we read the
-paper, and equal optimizer steps.
+Seven arms, each a `--classes` table; nothing else differs. The arms without a condition put all data under the expert's prompt, so that
+every arm has the same tokens and is asked the same way (the paper does not give their template). Two budgets where they part: equal
+epochs, as we read the paper, and equal optimizer steps.
 """
 
 from data import run
@@ -11,34 +12,32 @@ from paper.runs import TABLE, Run, bars, cell, command, figure, markdown
 from paper.toy import Task
 
 SEEDS = 5
-ARMS = {  # name: (--classes, --template, Table 2's average)
-    "C-RLFT": (TABLE.format(1, 0.1), "before_speaker", 77.3),
-    "without reward": (TABLE.format(1, 1), "before_speaker", 74.0),
-    "without condition": (TABLE.format(1, 0.1), "none", 60.5),
-    "SFT on all": ("*=SFT:1", "none", 52.7),
-    "expert only": (TABLE.format(1, 0), "none", 64.5),
-    "sub-optimal only": (TABLE.format(0, 1), "none", 42.8),
-    "1.8 x sub-optimal": (TABLE.format(0, 1), "none", 54.4),
+ARMS = {  # name: (--classes, Table 2's average)
+    "C-RLFT": ("GPT-4=GPT4:1,*=GPT3:0.1", 77.3),
+    "without reward": ("GPT-4=GPT4:1,*=GPT3:1", 74.0),
+    "without condition": ("GPT-4=GPT4:1,*=GPT4:0.1", 60.5),
+    "SFT on all": ("*=GPT4:1", 52.7),
+    "expert only": ("GPT-4=GPT4:1,*=GPT3:0", 64.5),
+    "sub-optimal only": ("GPT-4=GPT3:0,*=GPT4:1", 42.8),
+    "1.8 x sub-optimal": ("GPT-4=GPT3:0,*=GPT4:1", 54.4),
 }
+PARTIAL = "expert only", "sub-optimal only", "1.8 x sub-optimal"  # the epochs of the others are EPOCHS at STEPS
 MORE = (("GPT-4", 300, 1.0), ("GPT-3.5", 5940, 0.4))
 
 
 def arm(name, seed, **changes):
-    classes, template, _ = ARMS[name]
     task = Task(sources=MORE, seed=seed) if name.startswith("1.8") else Task(seed=seed)
-    return Run(name, seed, **{"task": task, "classes": classes, "template": template} | changes)
+    return Run(name, seed, **{"task": task, "classes": ARMS[name][0]} | changes)
 
 
 def runs(seed):
     steps = {(name, "steps"): arm(name, seed) for name in ARMS}
-    whole = lambda name: ARMS[name][1] != "none"  # STEPS are EPOCHS under C-RLFT's template; without it an epoch has fewer tokens
-    return steps | {(name, "epochs"): steps[name, "steps"] if whole(name) else arm(name, seed, steps=None) for name in ARMS}
+    return steps | {(name, "epochs"): arm(name, seed, steps=None) if name in PARTIAL else steps[name, "steps"] for name in ARMS}
 
 
 def expert_score(result, how="sampled", part="all"):
-    """Under the prompt of inference: the expert's, or the only one there is."""
-    scores = result["scores"]
-    return scores.get("GPT4", next(iter(scores.values())))[how][part]
+    """Under the prompt of inference, the expert's."""
+    return result["scores"]["GPT4"][how][part]
 
 
 def scarce(result):
@@ -47,7 +46,7 @@ def scarce(result):
 
 def report(results, folder):
     rows, table = {}, []
-    for name, (*_, paper) in ARMS.items():
+    for name, (_, paper) in ARMS.items():
         row = rows[name] = {f"{budget}, {how}": [expert_score(r, how) for r in results[name, budget]] for budget in ("steps", "epochs") for how in ("sampled", "greedy")}
         for how in ("sampled", "greedy"):  # seed by seed: the same data, the same held-out prompts
             row[f"below C-RLFT, {how}"] = [a - b for a, b in zip(rows["C-RLFT"][f"steps, {how}"], row[f"steps, {how}"])]

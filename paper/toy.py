@@ -72,12 +72,13 @@ def damaged(prompt, rng):
 class Task:
     """Conversations of one to three turns: `reverse a c b d` -> `d b c a`, `then shift` -> `e c d b`, each on the last answer.
 
-    The expert is asked to shift a tenth as often as for another skill: the others' data teaches that one, with errors, or nothing does.
+    The expert is asked to shift once for fifty times that it is asked for another skill: the others' data teaches that one, with
+    errors, or nothing does.
     """
 
     sources: tuple = (("GPT-4", 300, 1.0), ("GPT-3.5", 3300, 0.4))  # label, conversations, probability that an answer is right
     keep: tuple = ()  # share of each source that is trained on, the first so many; () is all of all (Fig. 6)
-    scarce: float = 0.1
+    scarce: float = 0.02
     heldout: int = 400
     seed: int = 0
 

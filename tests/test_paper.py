@@ -153,7 +153,7 @@ def test_guidance_mixes_the_two_prompts(toy_run, g):
 def test_a_short_run_orders_c_rlft_above_sft(tmp_path):
     """Three seeds of each, through prepare, train and the tokens' probabilities: the 95% interval of the difference is above 0."""
     config = PaperConfig(out=str(tmp_path), processes=2)
-    pairs = [(optimum.Drawn("C-RLFT", seed, 100), optimum.Drawn("SFT", seed, 100, weight=1.0, template="none")) for seed in range(3)]
+    pairs = [(optimum.Drawn("C-RLFT", seed, 100), optimum.Drawn("SFT", seed, 100, classes="*=GPT4:1")) for seed in range(3)]
     done = perform([run for pair in pairs for run in pair], config)
     right = lambda run: optimum.p_right(torch.tensor(done[run]["log_pi"]), asked=True)
     mean, half = interval(right(crlft) - right(sft) for crlft, sft in pairs)
