@@ -4,10 +4,11 @@
 """
 
 import importlib
+import json
 import time
 
 from data import parse_args, run
-from paper.runs import PaperConfig, check, command, perform, runs_of
+from paper.runs import PaperConfig, check, command, perform, place_of, runs_of
 
 COMMANDS = "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "alpha", "optimum", "classes", "seven"
 
@@ -19,8 +20,9 @@ def main(argv):
               for group in runs_of(module, config).values() for one in group]
     done = perform(wanted, config)
     analysis = sum(command(name)(argv) for name in COMMANDS)
-    cpu = sum(result["cpu_seconds"] for result in done.values())
-    print(f"{len(done)} runs: {cpu / 3600:.2f} core-hours, and {analysis / 60:.0f} min of analysis ({config.processes} processes of one thread; "
+    hours = (sum(result["cpu_seconds"] for result in done.values()) + analysis) / 3600
+    (place_of(config) / "all.json").write_text(json.dumps({"command": "python -m paper", "runs": len(done), "core_hours": round(hours, 3)}) + "\n")
+    print(f"{len(done)} runs and their analysis: {hours:.2f} core-hours, processes of one thread ({config.processes} at a time; "
           f"this call took {(time.monotonic() - began) / 60:.0f} min)")
 
 

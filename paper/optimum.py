@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from data import Message, run
 from kernels.cross_entropy import linear_cross_entropy
-from paper.runs import BATCH_TOKENS, LR, TABLE, Job, bars, cell, command, figure, fine_tune, markdown, sharegpt
+from paper.runs import BASE_LR, BATCH_TOKENS, TABLE, Job, bars, cell, command, figure, fine_tune, markdown, sharegpt
 from paper.toy import LETTERS, answer
 from sample import Speaker
 
@@ -104,6 +104,8 @@ class Drawn(Job):
 
     classes: str = TABLE.format(1, 0.1)
 
+    steps: int = 400
+
     def do(self, folder):
         (pi_CXY, p_CX), rng = policies(), random.Random(self.seed)
         rows = []
@@ -112,7 +114,7 @@ class Drawn(Job):
                 x = rng.choices(range(X), p_CX[c].tolist())[0]
                 y = rng.choices(range(Y), pi_CXY[c, x].tolist())[0]
                 rows.append(sharegpt([(PROMPTS[x], LETTERS[y], y == RIGHT_X[x])], label))
-        flags = {"model": "toy", "seed": self.seed, "steps": self.steps, "lr": LR, "batch_tokens": BATCH_TOKENS}
+        flags = {"model": "toy", "seed": self.seed, "steps": self.steps, "lr": BASE_LR, "batch_tokens": BATCH_TOKENS}
         fine_tune(folder, rows, self.classes, "before_speaker", flags)
         log_CXY = torch.zeros(2, X, Y)
         for c, condition in enumerate(("GPT4", "GPT3" if "GPT3" in self.classes else "GPT4")):
@@ -134,7 +136,7 @@ def p_right(log_CXY, asked):
 
 def runs(seed):
     arms = {"as published": TABLE.format(1, 0.1), "exact = unweighted": TABLE.format(1, 1), "SFT: unweighted, no condition": "*=GPT4:1"}
-    return {name: Drawn(f"transformer, {name}", seed, 400, classes=classes) for name, classes in arms.items()}
+    return {name: Drawn(f"transformer, {name}", seed, classes=classes) for name, classes in arms.items()}
 
 
 def report(results, folder):

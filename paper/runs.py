@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -29,14 +30,15 @@ import torch
 
 import train
 from data import Message, PrepareConfig, Prepared, parse_args, prepare
-from paper.toy import PAPER, Task, full_questions, make_task, solve, train_tokenizer
+from paper.toy import PAPER, Task, full_questions, make_conversation, make_task, solve, train_tokenizer
 from sample import SampleConfig, Speaker
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 0.036  # of CPU for a step, as a first guess at the time a run takes
+SECONDS = 0.037  # of CPU for a step, as a first guess at the time a run takes
 VERSION = 1  # in the name of every run: raise it with a change of the code that changes results
-STEPS, EPOCHS = 1660, 10  # the budget: so many steps are 10 epochs of the whole data, to 1%
-BATCH_TOKENS, LR = 768, 3e-3  # of every run; all else is train.py's default
+STEPS, EPOCHS = 830, 5  # the budget: so many steps are 5 epochs of the whole data, to 1%
+BATCH_TOKENS, LR = 768, 2e-3  # of every run; all else is train.py's default
+BASE_STEPS, BASE_LR = 2490, 3e-3  # from random weights
 TABLE = "GPT-4=GPT4:{},*=GPT3:{}"
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t by number of seeds
 
@@ -116,6 +118,28 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Pretrain(Job):
+    """The base model: 13,200 lines like `reverse a c b d : d b c a then shift : e c d b`, right 4 times in 10, without classes or weights.
+
+    It knows the skills, then, as well as the other source does. data.py has no way to train on bare text: a line stands behind `Assistant:`,
+    which is no arm's prompt, and ends with `<|end_of_turn|>`. No line begins with a prompt that is held out for any seed.
+    """
+
+    steps: int = BASE_STEPS
+
+    def do(self, folder):
+        rng, rows = random.Random("base"), []
+        held_out = {asked[0] for seed in range(max(T_95)) for asked in make_task(Task(seed=seed))[1]}
+        while len(rows) < 13_200:
+            turns = make_conversation(rng, 0.4, [1, 1, 1])
+            if turns[0][0] not in held_out:
+                text = " ".join(f"{words} : {reply}" for words, reply, _ in turns)
+                rows.append({"conversations": [{"from": "gpt", "value": text}]})
+        fine_tune(folder, rows, "*=text:1", "none", {"model": "toy", "seed": self.seed, "steps": self.steps, "lr": BASE_LR, "batch_tokens": BATCH_TOKENS})
+        return {}
+
+
+@dataclass(frozen=True)
 class Run(Job):
     """One model: the task's conversations under a --classes table and a template; steps None: EPOCHS epochs."""
 
@@ -124,7 +148,7 @@ class Run(Job):
     template: str = "before_speaker"
     wrong: float | None = None  # weight of a wrong answer beside 1 for a right one: a reward for each message, not for its source
     lr: float = LR
-    base: str | Job = "toy"  # a preset; or the job whose export is fine-tuned, which perform makes first
+    base: str | Job = Pretrain("pre-training")  # what is fine-tuned, made first; or a preset, for random weights
 
     @property
     def cost(self):
