@@ -16,7 +16,7 @@ demo: $(if $(VENV),$(VENV)/ready)
 paper: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper $(if $(CRLFT_ASSETS),--assets $(CRLFT_ASSETS))
 
-# Table 2 once more, from a pre-trained base and with three times the steps.
+# What moves Table 2's order: random weights instead of the pre-trained base, the learning rate, three times the steps.
 paper_base: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper.base
 

@@ -11,12 +11,12 @@ from paper.runs import BASE_LR, LR, STEPS, bars, cell, command, figure, markdown
 from paper.table2 import ARMS, arm, expert_score
 
 SEEDS = 3
-FIVE = "C-RLFT", "without reward", "without condition", "SFT on all", "expert only"
+NAMES = "C-RLFT", "without reward", "expert only"
 STARTS = {  # name: (arms, what differs)
-    "pre-trained": (FIVE, {}),
-    "pre-trained, half the lr": (("C-RLFT", "without reward", "expert only"), {"lr": LR / 2}),
-    "pre-trained, 3 x the steps": (("C-RLFT", "without reward", "expert only"), {"steps": 3 * STEPS}),
-    "random weights, 2 x the steps": (FIVE, {"base": "toy", "lr": BASE_LR, "steps": 2 * STEPS}),
+    "pre-trained": (NAMES, {}),
+    "pre-trained, half the lr": (NAMES, {"lr": LR / 2}),
+    "pre-trained, 3 x the steps": (NAMES[:2], {"steps": 3 * STEPS}),
+    "random weights, 2 x the steps": (NAMES, {"base": "toy", "lr": BASE_LR, "steps": 2 * STEPS}),
 }
 
 
@@ -26,8 +26,8 @@ def runs(seed):
 
 def report(results, folder):
     scores = {how: {key: [expert_score(r, how) for r in group] for key, group in results.items()} for how in ("sampled", "greedy")}
-    figure(folder / "base.png", lambda axes: bars(axes, FIVE, {start: [scores["sampled"].get((start, name), ()) for name in FIVE] for start in STARTS}), width=8)
-    table = [[name, ARMS[name][1], *(cell(scores["sampled"][start, name]) if (start, name) in results else "" for start in STARTS)] for name in FIVE]
+    figure(folder / "base.png", lambda axes: bars(axes, NAMES, {start: [scores["sampled"].get((start, name), ()) for name in NAMES] for start in STARTS}), width=8)
+    table = [[name, ARMS[name][1], *(cell(scores["sampled"][start, name]) if (start, name) in results else "" for start in STARTS)] for name in NAMES]
     head = ["arm", "paper, %", *STARTS]
     return {how: {f"{start}: {name}": values for (start, name), values in rows.items()} for how, rows in scores.items()}, markdown(head, table)
 

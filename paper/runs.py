@@ -266,7 +266,7 @@ def perform(runs, config):
     if not tokenizer.is_file():
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
         train_tokenizer([sharegpt(turns) for chats in make_task(Task())[0].values() for turns in chats], tokenizer, ("GPT4", "GPT3", "GPT2"))
-    pool = ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn"), start_worker, max_tasks_per_child=8)
+    pool = ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn"), start_worker)
     try:
         futures = {pool.submit(do, run, str(folder[run])): run for run in todo}
         made, used = 0.0, 0.0
