@@ -15,7 +15,7 @@ NAMES = "C-RLFT", "without reward", "expert only"
 STARTS = {  # name: (arms, what differs)
     "pre-trained": (NAMES, {}),
     "pre-trained, half the lr": (NAMES, {"lr": LR / 2}),
-    "pre-trained, 3 x the steps": (NAMES[:2], {"steps": 3 * STEPS}),
+    "pre-trained, 3 x the steps": (NAMES, {"steps": 3 * STEPS}),
     "random weights, 2 x the steps": (NAMES, {"base": "toy", "lr": BASE_LR, "steps": 2 * STEPS}),
 }
 

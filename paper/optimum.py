@@ -103,6 +103,7 @@ class Drawn(Job):
     """A transformer trained on 3,600 conversations drawn from the policies."""
 
     classes: str = TABLE.format(1, 0.1)
+    prompts: int = X  # the first so many; the first 8, copying a letter, are learned in 150 steps
 
     steps: int = 400
 
@@ -111,7 +112,7 @@ class Drawn(Job):
         rows = []
         for c, label in enumerate(("GPT-4", "GPT-3.5")):
             for _ in range(round(3600 * SHARE[c].item())):
-                x = rng.choices(range(X), p_CX[c].tolist())[0]
+                x = rng.choices(range(self.prompts), p_CX[c, : self.prompts].tolist())[0]
                 y = rng.choices(range(Y), pi_CXY[c, x].tolist())[0]
                 rows.append(sharegpt([(PROMPTS[x], LETTERS[y], y == RIGHT_X[x])], label))
         flags = {"model": "toy", "seed": self.seed, "steps": self.steps, "lr": BASE_LR, "batch_tokens": BATCH_TOKENS}

@@ -1,6 +1,6 @@
 """What the paper in miniature is made of: runs of the real code on the toy's task, each made once, whoever asks for it.
 
-    python -m paper            all nine commands: about REPLACED on 2 cores; stop it when you like, the same line goes on
+    python -m paper            all nine commands: 37 minutes on 2 cores; stop it when you like, the same line goes on
     python -m paper.table2     one of them; --seeds N, --steps N (shorter runs, into out/paper only), --processes N
 
 A `Run` is data, a `--classes` table, a template, a budget and a seed; it goes through `data.prepare`, `train.main` and
@@ -20,8 +20,11 @@ import platform
 import random
 import re
 import shutil
+import signal
 import statistics
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -230,11 +233,16 @@ def do(run, folder):
     began, folder = cpu_seconds(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        stopped = False
         try:
             result = run.do(folder)
+        except SystemExit:  # train.py has saved after a signal; the worker must not begin what waits in its queue
+            stopped = True
         finally:
             with open(folder / "cpu_seconds.txt", "a") as file:
                 file.write(f"{cpu_seconds() - began:.1f}\n")
+        if stopped:
+            os._exit(130)
     result |= {"name": run.name, "cpu_seconds": sum(map(float, (folder / "cpu_seconds.txt").read_text().split())), "run": dataclasses.asdict(run)}
     partial = folder / "result.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -266,6 +274,7 @@ def perform(runs, config):
     if not tokenizer.is_file():
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
         train_tokenizer([sharegpt(turns) for chats in make_task(Task())[0].values() for turns in chats], tokenizer, ("GPT4", "GPT3", "GPT2"))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: no worker is left behind
     pool = ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn"), start_worker)
     try:
         futures = {pool.submit(do, run, str(folder[run])): run for run in todo}
@@ -275,11 +284,15 @@ def perform(runs, config):
             done[run], made, used = result | {"folder": str(folder[run])}, made + run.cost, used + result["cpu_seconds"]
             left = used / made * (sum(run.cost for run in todo) - made) / config.processes
             print(f"[{k}/{len(todo)}] {run.name}, seed {run.seed}: {result['cpu_seconds']:.0f} s of CPU; about {left / 60:.0f} min left", flush=True)
-    except BaseException:  # Ctrl-C, a full disk: what runs now saves and leaves, what waits does not begin
+    except BaseException as error:  # Ctrl-C, a full disk: what runs now saves and leaves, what waits does not begin
         for process in multiprocessing.active_children():
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise ValueError(f"a worker was killed (memory?); the same line goes on, with --processes {max(1, config.processes // 2)} on half the memory") from None
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     pool.shutdown()
     return done
 
