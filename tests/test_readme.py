@@ -105,7 +105,11 @@ def run_here(words, desk):
         sys.argv = before
 
 
-def test_every_command_runs(desk, monkeypatch, capsys):
+MANY_RUNS = [f"python -m paper{name}" for name in ("", ".base", ".fig6", ".fig7", ".alpha", ".classes")]  # two minutes, even with 2 steps a run
+
+
+@pytest.mark.parametrize("many_runs", (False, pytest.param(True, marks=pytest.mark.long)))
+def test_every_command_runs(desk, monkeypatch, capsys, many_runs):
     monkeypatch.chdir(desk)
     monkeypatch.setattr("builtins.input", lambda *_: "")  # chat ends at an empty line
     todo = [c for text in PAGES.values() for c in commands(text)]
@@ -115,7 +119,7 @@ def test_every_command_runs(desk, monkeypatch, capsys):
             file, name = re.search(r"(tests/\w+\.py).* -k (\w+)", command).groups()
             assert re.search(rf"def test_\w*{name}", (ROOT / file).read_text()), command
             continue
-        if command in ELSEWHERE:
+        if command in ELSEWHERE or (command in MANY_RUNS) != many_runs:
             continue
         if "batch_output.jsonl" in command:  # what a batch endpoint would send back
             asked = [json.loads(line) for line in (desk / "requests.jsonl").read_text().splitlines()]
