@@ -1,6 +1,6 @@
 """What the paper in miniature is made of: runs of the real code on the toy's task, each made once, whoever asks for it.
 
-    python -m paper            all nine commands: 37 minutes on 2 cores; stop it when you like, the same line goes on
+    python -m paper            all nine commands: about 37 minutes on 2 cores; stop it when you like, the same line goes on
     python -m paper.table2     one of them; --seeds N, --steps N (shorter runs, into out/paper only), --processes N
 
 A `Run` is data, a `--classes` table, a template, a budget and a seed; it goes through `data.prepare`, `train.main` and
