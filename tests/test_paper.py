@@ -202,11 +202,14 @@ def test_no_arm_is_trained_twice():
     assert dataclasses.replace(wanted[0], name="x", assets="y").key == wanted[0].key
 
 
+@pytest.mark.long
 def test_stopped_by_ctrl_c_and_gone_on(tmp_path):
     """Both workers busy, four runs waiting: the group's SIGINT ends all at once, and the same line makes what is missing."""
     words = [sys.executable, "-m", "paper.optimum", "--out", str(tmp_path), "--seeds", "2", "--processes", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen([*words, "--steps", "60"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it
+    job = subprocess.Popen([*words, "--steps", "60"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           start_new_session=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not any(len(path.read_text().splitlines()) > 5 for path in tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
