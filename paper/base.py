@@ -12,22 +12,22 @@ from paper.table2 import ARMS, arm, expert_score
 
 SEEDS = 3
 NAMES = "C-RLFT", "without reward", "expert only"
-STARTS = {  # name: (arms, what differs)
-    "pre-trained": (NAMES, {}),
-    "pre-trained, half the lr": (NAMES, {"lr": LR / 2}),
-    "pre-trained, 3 x the steps": (NAMES, {"steps": 3 * STEPS}),
-    "random weights, 2 x the steps": (NAMES, {"base": "toy", "lr": BASE_LR, "steps": 2 * STEPS}),
+STARTS = {  # name: what differs
+    "pre-trained": {},
+    "pre-trained, half the lr": {"lr": LR / 2},
+    "pre-trained, 3 x the steps": {"steps": 3 * STEPS},
+    "random weights, 2 x the steps": {"base": "toy", "lr": BASE_LR, "steps": 2 * STEPS},
 }
 
 
 def runs(seed):
-    return {(start, name): arm(name, seed, **flags) for start, (names, flags) in STARTS.items() for name in names}
+    return {(start, name): arm(name, seed, **flags) for start, flags in STARTS.items() for name in NAMES}
 
 
 def report(results, folder):
     scores = {how: {key: [expert_score(r, how) for r in group] for key, group in results.items()} for how in ("sampled", "greedy")}
-    figure(folder / "base.png", lambda axes: bars(axes, NAMES, {start: [scores["sampled"].get((start, name), ()) for name in NAMES] for start in STARTS}), width=8)
-    table = [[name, ARMS[name][1], *(cell(scores["sampled"][start, name]) if (start, name) in results else "" for start in STARTS)] for name in NAMES]
+    figure(folder / "base.png", lambda axes: bars(axes, NAMES, {start: [scores["sampled"][start, name] for name in NAMES] for start in STARTS}), width=8)
+    table = [[name, ARMS[name][1], *(cell(scores["sampled"][start, name]) for start in STARTS)] for name in NAMES]
     head = ["arm", "paper, %", *STARTS]
     return {how: {f"{start}: {name}": values for (start, name), values in rows.items()} for how, rows in scores.items()}, markdown(head, table)
 

@@ -6,7 +6,8 @@ The paper's picture is UMAP of the mean over all tokens. Ours is PCA, with a num
 the full states, on conversations it was not fitted to, and the silhouette in the picture's two dimensions. 0.5 is chance, but who
 sees the errors in the answers is better off: calling a conversation the expert's where it has none is the table's last row. The
 condition's own tokens are in that mean, so there are two controls: the mean over answer tokens only, whose states still see the
-condition through attention, and both classes put under the expert's prompt. All conversations are drawn anew, and both sources are asked the same kind of questions.
+condition through attention, and both classes put under the expert's prompt. All conversations are drawn anew, and both sources are
+asked to use each skill equally often.
 
 N conversations, D width, K directions.
 """

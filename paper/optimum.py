@@ -104,7 +104,6 @@ class Drawn(Job):
 
     classes: str = TABLE.format(1, 0.1)
     prompts: int = X  # the first so many; the first 8, copying a letter, are learned in 150 steps
-
     steps: int = 400
 
     def do(self, folder):
