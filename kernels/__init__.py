@@ -21,7 +21,7 @@ except ImportError:  # macOS, Windows: the kernel files can still be read, and t
 
 @functools.cache
 def warn_once(text):
-    warnings.warn(text)
+    warnings.warn(text)  # noqa: B028
 
 
 def on_gpu(x):

@@ -8,7 +8,7 @@ epochs, as we read the paper, and equal optimizer steps.
 """
 
 from data import run
-from paper.runs import TABLE, Run, bars, cell, command, figure, markdown
+from paper.runs import Run, bars, cell, command, figure, markdown
 from paper.toy import Task
 
 SEEDS = 5

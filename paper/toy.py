@@ -204,7 +204,7 @@ def score(config):
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{'held-out prompt':24}{'right':18}{'GPT4 prompt':18}{'GPT3 prompt'}")
     for row, expert, other in list(zip(rows, *chats))[:8]:
-        mark = lambda text: text + ("" if text == row["answer"] else "  x")
+        mark = lambda text: text + ("" if text == row["answer"] else "  x")  # noqa: B023
         print(f"{row['prompt']:24}{row['answer']:18}{mark(expert):18}{mark(other)}")
     print(f"exact match over {len(rows)} held-out prompts, sampled at temperature 1:\n"
           f"  expert's prompt (GPT4 User:)  {report['expert_prompt']:.3f}\n  the other (GPT3 User:)        {report['other_prompt']:.3f}")

@@ -103,7 +103,7 @@ for operator in ("binary_op", "unary_op", "ternary_op", "create_fma"):
 _apply = interpreter.ReduceScanOpInterface.apply
 
 
-def apply(self, input):
+def apply(self, input):  # noqa: A002
     if any(_is_bf16(x.handle) for x in (input if isinstance(input, tuple) else (input,))):
         raise TypeError("a reduction or scan of bf16: cast to fp32 first")
     return _apply(self, input)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, call, refused
 from evaluate import TABLE_5, TASKS, agieval_letter, agieval_prompt, main, rating, winner
 
-from data import Message, Tokenizer, tokenize_prompt
+from data import Message, tokenize_prompt
 
 
 def write(path, rows):
@@ -435,8 +435,8 @@ def test_tokens_per_second_beside_generate(small_run, capsys):
         longest = max(map(len, prompts))
         padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        ours = lambda: speaker.answer(prompts, SampleConfig(temperature=0.0, max_new=new))
-        other = lambda: theirs.generate(padded, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        ours = lambda: speaker.answer(prompts, SampleConfig(temperature=0.0, max_new=new))  # noqa: B023
+        other = lambda: theirs.generate(padded, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)  # noqa: B023
         seconds = []
         for f in (ours, other) * 5:
             start = time.process_time()

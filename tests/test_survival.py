@@ -405,7 +405,7 @@ def test_every_event_of_a_save_as_a_crash_point(tmp_path):
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(tmp_path / "first", root)
         checkpoints = checkpoint.Checkpoints(root, {"a": 1}, 1)
-        code = dies_at(root, number, lambda: checkpoints.save(2, model, optimizer))
+        code = dies_at(root, number, lambda: checkpoints.save(2, model, optimizer))  # noqa: B023
         path, step = checkpoints.newest()
         again = tiny()
         stepped(*again)
@@ -729,7 +729,7 @@ def test_a_compiled_run_is_the_same_run(toy, tmp_path):
     call("train.py", "--out", tmp_path / "compiled", *flags, "--compile")
     main([*map(str, flags), "--out", str(tmp_path / "eager")])
     for key in ("loss", "grad_norm"):
-        numbers = lambda name: [line[key] for line in metrics(tmp_path / name)]
+        numbers = lambda name: [line[key] for line in metrics(tmp_path / name)]  # noqa: B023
         assert numbers("compiled") == pytest.approx(numbers("eager"), rel=1e-4) and len(numbers("compiled")) == 3
 
 

@@ -377,7 +377,7 @@ def test_model_on_kernels_equals_model_on_references(monkeypatch, device):
     results = []
     for triton_runs in (True, False):
         for module in MODULES.values():
-            monkeypatch.setattr(module, "on_gpu", lambda x: triton_runs)
+            monkeypatch.setattr(module, "on_gpu", lambda x: triton_runs)  # noqa: B023
         model.zero_grad()
         loss, _ = model(tokens, positions, cu_seqlens, tokens.roll(-1), weights)
         loss.backward()
