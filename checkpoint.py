@@ -34,9 +34,10 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils._pytree import tree_map
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no accident
+# a single process is no accident
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-# ---- ranks --------------------------------------------------------------------------------------------------------------
+# ---- ranks
 
 
 def rank():
@@ -110,10 +111,12 @@ def together(explain):
         error = cause(error)
         try:
             first = store.add("failures", 1) == 1
-        except (RuntimeError, AttributeError):  # the store is gone with its host, or the ranks have not met: one speaks on each host
+        except (RuntimeError, AttributeError):
+            # the store is gone with its host, or the ranks have not met: one speaks on each host
             first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if first:
-            lost = "gloo" in str(error) or isinstance(error, dist.DistError)  # a store's timeout is one too
+            # a store's timeout is one too
+            lost = "gloo" in str(error) or isinstance(error, dist.DistError)
             reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0]
             line = explain(error) or lost and (f"rank {os.environ['RANK']} lost another rank, which died, hangs or is out of reach ({reason}); "
                                                "torchrun names it. The same command resumes from the last checkpoint")
@@ -156,7 +159,7 @@ class Signals:
             signal.signal(number, handler)
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------------
+# ---- checkpoints
 
 
 def fsync(path):
@@ -246,7 +249,8 @@ class Checkpoints:
 
     def __init__(self, root, identity, keep, background=False, timeout=1800):
         self.root, self.identity, self.keep = Path(root), identity, keep
-        # Its own group: what a background save has to tell the other ranks must not meet the step's collectives.
+        # Its own group: what a background save has to tell the other ranks must not meet the step's
+        # collectives.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
         self.thread, self.pending = ThreadPoolExecutor(1) if background else None, None
 
@@ -313,7 +317,8 @@ class Checkpoints:
         try:
             self.agree(begin if first else None)
             self.agree(find)
-            # HashedFiles flushes to the disk. A state in host memory needs no copying ahead, which would be done on GPU 0 by any thread.
+            # HashedFiles flushes to the disk. A state in host memory needs no copying ahead, which
+            # would be done on GPU 0 by any thread.
             writer = FileSystemWriter(partial, sync_files=False, per_thread_copy_ahead=0 if self.thread else 10_000_000)
             writer.fs = HashedFiles()
             dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)

@@ -42,10 +42,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-EOT = "<|end_of_turn|>"  # ends every utterance; its id is the size of the sentencepiece model (32000 for Llama-2)
+# ends every utterance; its id is the size of the sentencepiece model (32000 for Llama-2)
+EOT = "<|end_of_turn|>"
 
 
-# ---- conversations ------------------------------------------------------------------------------------------------------
+# ---- conversations
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def read_rows(path):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{getattr(error, 'lineno', '?')}: not JSON ({error}); fix the file") from None
     rows = []
-    for number, line in enumerate(io.BytesIO(text), 1):  # by bytes: str.splitlines would cut at characters that JSON allows
+    # by bytes: str.splitlines would cut at characters that JSON allows
+    for number, line in enumerate(io.BytesIO(text), 1):
         if line.strip():
             try:
                 rows.append((f"{path}:{number}", json.loads(line)))
@@ -129,14 +131,15 @@ def parse(row, where):
     return Conversation(tuple(messages), row.get("model") or "", system, row.get("condition"), where=where)
 
 
-# ---- classes ------------------------------------------------------------------------------------------------------------
+# ---- classes
 
 
 @dataclass(frozen=True)
 class Class:
     name: str
     condition: str
-    weight: float | None  # exp(r_c / beta) up to a common factor; None until the rows that carry their own have said it
+    # exp(r_c / beta) up to a common factor; None until the rows that carry their own have said it
+    weight: float | None
 
 
 def parse_classes(text, beta=None):
@@ -213,7 +216,7 @@ def expert_of(classes):
     return max(classes, key=lambda c: c.weight)
 
 
-# ---- templates ----------------------------------------------------------------------------------------------------------
+# ---- templates
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,8 @@ TEMPLATES = {  # Table 3; {c} is the condition
     "before_speaker": Template("{c} User:", "{c} Assistant:"),
     "before_assistant": Template("User:", "{c} Assistant:"),
     "beginning": Template("User:", "Assistant:", opening="Assistant is {c}"),
-    "none": Template("User:", "Assistant:"),  # with one class plain SFT (Eq. 1); ours, the paper does not give its arms' without a condition
+    # with one class plain SFT (Eq. 1); ours, the paper does not give its arms' without a condition
+    "none": Template("User:", "Assistant:"),
 }
 
 
@@ -248,14 +252,16 @@ class Baseline:
 
 _ASSISTANT = "The assistant gives helpful, detailed, and polite answers to the user's questions."
 BASELINES = {
-    "vicuna": Baseline("USER: {text} ASSISTANT:", " {text}</s>", "{system} USER: {text} ASSISTANT:",  # v1.1, v1.5; wizardlm v1.2 too
+    # v1.1, v1.5; wizardlm v1.2 too
+    "vicuna": Baseline("USER: {text} ASSISTANT:", " {text}</s>", "{system} USER: {text} ASSISTANT:",
                        f"A chat between a curious user and an artificial intelligence assistant. {_ASSISTANT}"),
     "llama-2-chat": Baseline("[INST] {text} [/INST]", " {text} </s><s>", "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]", strip=True),
     "guanaco": Baseline("### Human: {text}\n### Assistant:", " {text}\n", "{system}\n### Human: {text}\n### Assistant:",
                         f"A chat between a curious human and an artificial intelligence assistant. {_ASSISTANT}", stop="### Human:"),
     "ultralm": Baseline("User: {text}</s>\nAssistant:", " {text}</s>\n"),
 }
-PROMPTS = (*TEMPLATES, *BASELINES, "openchat", "base")  # openchat: v3.2, the GPT4 prompt; base: the raw text
+# openchat: v3.2, the GPT4 prompt; base: the raw text
+PROMPTS = (*TEMPLATES, *BASELINES, "openchat", "base")
 
 
 def role_texts(template, condition):
@@ -282,7 +288,8 @@ class Tokenizer:
         self.bos, self.eos, self.eot = self.sp.bos_id(), self.sp.eos_id(), self.sp.get_piece_size()
         if self.bos < 0 or self.eos < 0:
             raise ValueError("tokenizer.model has no <s> or </s>; C-RLFT starts every conversation with <s>")
-        whole_scores = all(self.sp.get_score(i).is_integer() for i in range(self.eot))  # BPE's are ranks, unigram's log-probs
+        # BPE's are ranks, unigram's log-probs
+        whole_scores = all(self.sp.get_score(i).is_integer() for i in range(self.eot))
         if not whole_scores or self.sp.decode(self.sp.encode("  a  b ")) != "  a  b ":
             raise ValueError("tokenizer.model is no BPE model that keeps spaces, Llama-2's kind; use the base model's own")
 
@@ -336,7 +343,9 @@ def tokenize_baseline(messages, tokenizer, template, system=None):
     system = style.system if system is None else system
     if system is not None and style.first is None:
         raise ValueError(f"template {template} has no place for a system text; put it into the first message")
-    parts = [tokenizer.bos, ""]  # ids, and texts that are tokenized each by itself; only our templates' `<s>` and `</s>` become ids
+    # ids, and texts that are tokenized each by itself; only our templates' `<s>` and `</s>` become
+    # ids
+    parts = [tokenizer.bos, ""]
     for i, message in enumerate(messages):
         text = message.text.strip() if style.strip else message.text
         turn = style.answer if message.role == "assistant" else style.first if i == 0 and system is not None else style.user
@@ -361,7 +370,7 @@ def tokenize_prompt(messages, tokenizer, template, condition, system=None):
     return [*head, *(i for prefix, text in turns[:-1] for i in prefix + text), *turns[-1][0]]
 
 
-# ---- the prepared file --------------------------------------------------------------------------------------------------
+# ---- the prepared file
 
 
 @dataclass(frozen=True)
@@ -456,10 +465,12 @@ def prepare(config):
         raise ValueError(f"--out {config.out!r} does not end in .safetensors, as a prepared file does")
     tokenizer = Tokenizer(config.tokenizer)
     classes = Classes(parse_classes(config.classes, config.beta))
-    conversations = [classes.assign(c) for path in config.files for c in read(path)]  # every line is checked before any work
+    # every line is checked before any work
+    conversations = [classes.assign(c) for path in config.files for c in read(path)]
     how = config.template, config.max_len, config.too_long
     chunks = [(conversations[i : i + 256], tokenizer, *how) for i in range(0, len(conversations), 256)]
-    processes = min(config.processes, len(chunks) // 4)  # starting a process pays from about a thousand conversations
+    # starting a process pays from about a thousand conversations
+    processes = min(config.processes, len(chunks) // 4)
     tokens, weights, class_ids, group = [], [], [], []
     ledgers = [collections.Counter() for _ in classes.all]
     with tqdm(total=len(conversations), unit=" conversations", desc="tokenize", disable=None) as bar:
@@ -536,7 +547,8 @@ class Prepared:
         self.classes = [Class(**c) for c in self.meta["classes"]]
         self.lengths = np.diff(self.offsets)
         self.weight_sums, self.supervised = np.zeros(len(self)), np.zeros(len(self), np.int64)
-        for i in range(0, len(self), 2**14):  # a piece at a time: the file may be larger than the memory
+        # a piece at a time: the file may be larger than the memory
+        for i in range(0, len(self), 2**14):
             starts = self.offsets[i : i + 2**14 + 1]
             weights, starts = self.weights[starts[0] : starts[-1]], starts - starts[0]
             self.weight_sums[i : i + 2**14] = np.add.reduceat(weights, starts[:-1], dtype=np.float64)
@@ -566,7 +578,7 @@ class Prepared:
         return np.flatnonzero(~val), np.flatnonzero(val)
 
 
-# ---- the step plan ------------------------------------------------------------------------------------------------------
+# ---- the step plan
 
 
 def flat(steps):
@@ -593,7 +605,8 @@ def deal(lengths, class_ids, weight_sums, groups, rng):
     for c in classes:
         mine = np.flatnonzero(class_ids == c)
         size, start = (lengths, load) if c == classes[-1] else (weight_sums, np.zeros(groups))
-        bucket = np.floor(np.log(np.maximum(size[mine], 1e-9)) * 50)  # sizes within 2% count as equal, so that each epoch deals anew
+        # sizes within 2% count as equal, so that each epoch deals anew
+        bucket = np.floor(np.log(np.maximum(size[mine], 1e-9)) * 50)
         mine = mine[np.lexsort((rng.random(len(mine)), -bucket))]
         heap = list(zip(start.tolist(), rng.permutation(groups).tolist(), range(groups)))
         heapq.heapify(heap)
@@ -645,7 +658,8 @@ def spread(home, bins, class_ids, weight_sums, groups, group, M):
     classes = class_ids.max() + 1
     weight_GBC = np.zeros((groups, group * M, classes))
     np.add.at(weight_GBC, (home, bins, class_ids), weight_sums)
-    weight_GBC /= np.maximum(weight_GBC.sum(1, keepdims=True), 1e-30)  # shares of the group's class, so that rare ones count
+    # shares of the group's class, so that rare ones count
+    weight_GBC /= np.maximum(weight_GBC.sum(1, keepdims=True), 1e-30)
     order_GB, rows = np.argsort(-weight_GBC.max(2), axis=1), np.arange(groups)
     load_GSC, count_GS = np.zeros((groups, group, classes)), np.zeros((groups, group), np.int64)
     step_GB, micro_GB = np.empty_like(order_GB), np.empty_like(order_GB)
@@ -688,7 +702,8 @@ def balance(lengths, step, micro, steps, M, capacity, cost):
         opposite = (20 * tokens_off + square_off) * np.sign(tokens_off[rows, a])[:, None]
         b = opposite.argmin(1) if r % 2 else (a + 1 + r // 2 % (M - 1)) % M
         b = np.where(a == b, (b + 1) % M, b)
-        take = np.unique(np.append((np.arange(48) * Q // 48 + r) % Q, Q - 1)) if Q > 48 else np.arange(Q)  # of many, some, by turns
+        # of many, some, by turns
+        take = np.unique(np.append((np.arange(48) * Q // 48 + r) % Q, Q - 1)) if Q > 48 else np.arange(Q)
         l_a, l_b = length_SMQ[rows, a][:, take, None], length_SMQ[rows, b][:, None, take]
         give, give2 = l_a - l_b, l_a**2 - l_b**2  # [S, Q, Q]: what a loses to b by each swap
         at = lambda x_SM, m: x_SM[rows, m][:, None, None]
@@ -729,7 +744,8 @@ def try_plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, tight,
     return list(result.values())
 
 
-COST_7B = 6 * 6.607e9, 6 * 32 * 4096  # training FLOPs of LLaMA-2-7B: per token, and per squared length of a conversation
+# training FLOPs of LLaMA-2-7B: per token, and per squared length of a conversation
+COST_7B = 6 * 6.607e9, 6 * 32 * 4096
 
 
 def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_tokens, cost=COST_7B):
@@ -764,7 +780,8 @@ def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_token
                 if found:
                     return found
         group *= 2
-    # Conversations that leave gaps wherever they go (all just above half a micro-batch, say): one group, of what best fit takes.
+    # Conversations that leave gaps wherever they go (all just above half a micro-batch, say): one
+    # group, of what best fit takes.
     bins = best_fit(lengths, np.zeros(len(lengths), np.int64), 1, len(lengths), capacity)
     return try_plan(lengths, class_ids, weight_sums, seed, epoch, 1, -(-(int(bins.max()) + 1) // M), True, M, capacity, cost)
 
@@ -775,7 +792,8 @@ class Batch:
 
     tokens_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64, from 0 in each conversation
-    labels_T: torch.Tensor  # int64: the next token of the same conversation (0 at its end, where the weight is 0)
+    # int64: the next token of the same conversation (0 at its end, where the weight is 0)
+    labels_T: torch.Tensor
     weights_T: torch.Tensor  # fp32
     cu_seqlens: torch.Tensor  # int32 [N + 1]
     max_seqlen: int
@@ -800,7 +818,8 @@ def pack(conversations, class_ids=None):
     tokens_T = np.concatenate([tokens for tokens, _ in conversations]).astype(np.int64)
     weights_T = np.concatenate([*(weights for _, weights in conversations), [0.0]]).astype(np.float32)[1:]
     labels_T = np.append(tokens_T[1:], 0)
-    labels_T[ends - 1], weights_T[ends - 1] = 0, 0.0  # the last token of a conversation predicts nothing
+    # the last token of a conversation predicts nothing
+    labels_T[ends - 1], weights_T[ends - 1] = 0, 0.0
     rows_R = np.flatnonzero(weights_T)
     arrays = dict(
         tokens_T=tokens_T, positions_T=np.arange(len(tokens_T)) - np.repeat(ends - lengths, lengths),
@@ -829,13 +848,14 @@ def ahead(batches, pin):
         yield batch
 
 
-# ---- the tokenizer of an export -----------------------------------------------------------------------------------------
+# ---- the tokenizer of an export
 
 
 def chat_template(template, condition):
     """The Jinja form of `encode`, from the same table, for transformers and vLLM."""
     user, assistant, opening = role_texts(template, condition)
-    text = lambda x: json.dumps(x, ensure_ascii=False)  # a JSON string is a Jinja string, whatever the condition holds
+    # a JSON string is a Jinja string, whatever the condition holds
+    text = lambda x: json.dumps(x, ensure_ascii=False)
     return (
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + " + text(EOT) + " }}{% endif %}"
         + ("{{ " + text(opening + EOT) + " }}" if opening else "")
@@ -862,7 +882,9 @@ def tokenizer_json(tokenizer):
     for i, score in zip(normal, scores):
         cuts = [(pieces[i][:k], pieces[i][k:]) for k in range(1, len(pieces[i]))]
         merges += [(-score, -len(a), -len(b), a, b) for a, b in cuts if a in known and b in known]
-    merges.sort()  # equal scores (Llama-2's runs of spaces): the longest left part first, as joining from the left gives it
+    # equal scores (Llama-2's runs of spaces): the longest left part first, as joining from the left
+    # gives it
+    merges.sort()
     special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
     added = [(i, pieces[i]) for i in special] + [(size, EOT)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -895,8 +917,9 @@ def write_tokenizer(folder, tokenizer, meta):
     json_ = tokenizer_json(tokenizer)
     added = {str(t["id"]): {key: t[key] for key in t if key != "id"} for t in json_["added_tokens"]}
     expert = next(c for c in meta["classes"] if c["name"] == meta["expert"])
-    # The general class takes tokenizer.json as it stands. LlamaTokenizer of transformers 5 puts a rule of its own in place of ours
-    # (a text that starts with a space loses one); legacy says to older readers that a space follows a special token.
+    # The general class takes tokenizer.json as it stands. LlamaTokenizer of transformers 5 puts a
+    # rule of its own in place of ours (a text that starts with a space loses one); legacy says to
+    # older readers that a space follows a special token.
     config = names | {
         "tokenizer_class": "PreTrainedTokenizerFast", "legacy": True, "add_bos_token": True, "add_eos_token": False,
         "clean_up_tokenization_spaces": False, "padding_side": "left", "model_max_length": meta["max_len"], "added_tokens_decoder": added,
@@ -907,7 +930,7 @@ def write_tokenizer(folder, tokenizer, meta):
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-# ---- looking at data ----------------------------------------------------------------------------------------------------
+# ---- looking at data
 
 
 @dataclass(frozen=True)
@@ -967,7 +990,8 @@ def show(config):
         print(f"\n-- conversation {i}, class {meta['classes'][class_id]['name']}, {len(tokens)} tokens, {np.count_nonzero(weights)} trained")
         print(colored(tokenizer, tokens, weights, heaviest))
         batch = pack([(tokens, weights)])
-        for t in (*batch.rows_R[:2].tolist(), *batch.rows_R[-1:].tolist()):  # the labels, where an answer starts and where the last ends
+        # the labels, where an answer starts and where the last ends
+        for t in (*batch.rows_R[:2].tolist(), *batch.rows_R[-1:].tolist()):
             token, label = (tokenizer.piece(int(x[t])).replace("\u2581", " ") for x in (batch.tokens_T, batch.labels_T))
             print(f"  row {t}: after {token!r} the model is to say {label!r}, weight {batch.weights_T[t]:g}")
     print(f"\nlengths of {len(lengths):,} conversations: {lengths.sum():,} tokens")
@@ -1046,7 +1070,7 @@ def draw_lengths(data, path):
     figure.savefig(path, dpi=120)
 
 
-# ---- the command line, of every entry point -----------------------------------------------------------------------------
+# ---- the command line, of every entry point
 
 
 def parse_args(config_class, argv, positional=None):
@@ -1064,7 +1088,8 @@ def parse_args(config_class, argv, positional=None):
             flags = " ".join("--" + name for name in fields if name != positional)
             raise ValueError(f"--{key} is no flag; " + (f"did you mean --{near[0]}?" if near else f"the flags are {flags}"))
         kind = fields[key].type
-        kind = next(k for k in getattr(kind, "__args__", (kind,)) if k is not type(None))  # `int | None` reads an int
+        # `int | None` reads an int
+        kind = next(k for k in getattr(kind, "__args__", (kind,)) if k is not type(None))
         if not equals:
             if kind is bool and argv[:1] not in (["true"], ["false"]):
                 argv.insert(0, "true")  # a bare --flag

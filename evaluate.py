@@ -31,7 +31,8 @@ from sample import SampleConfig, Speaker, check_sampling
 TASKS = {  # AGIEval's English tasks and their sizes; Table 5's rows
     "aqua-rat": 254, "logiqa-en": 651, "lsat-ar": 230, "lsat-lr": 510, "lsat-rc": 269, "sat-en-without-passage": 206, "sat-en": 206, "sat-math": 220,
 }
-TABLE_5 = {  # the paper's accuracies in %, in the order of TASKS, then its average: correct items / 2,546
+# the paper's accuracies in %, in the order of TASKS, then its average: correct items / 2,546
+TABLE_5 = {
     "openchat-13b": (19.3, 34.9, 19.1, 37.5, 45.0, 44.7, 66.0, 30.9, 36.4),
     "llama-2-13b": (20.1, 32.6, 21.3, 33.3, 46.1, 41.3, 65.5, 29.1, 35.0),
     "wizardlm-v1.2-13b": (28.3, 27.2, 21.7, 32.4, 43.5, 33.5, 65.5, 22.7, 32.8),
@@ -41,7 +42,8 @@ TABLE_5 = {  # the paper's accuracies in %, in the order of TASKS, then its aver
 TEMPERATURE = {  # FastChat's, by category; 0.7 for any other
     "writing": 0.7, "roleplay": 0.7, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "extraction": 0.0, "stem": 0.1, "humanities": 0.1,
 }
-MT_CATEGORIES = "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"  # of questions 81-90, 91-100, ..
+# of questions 81-90, 91-100, ..
+MT_CATEGORIES = "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"
 
 
 def write_lines(path, rows):
@@ -83,7 +85,7 @@ def check_out(out, *inputs):
         raise ValueError(f"--out {out}: no such folder, or a folder itself; make it first, or give another name")
 
 
-# ---- agieval ------------------------------------------------------------------------------------------------------------
+# ---- agieval
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def load(config, seed=0):
     return Speaker(config.model[0], config.condition, config.template, seed=seed)
 
 
-# ---- answers for the official judges ------------------------------------------------------------------------------------
+# ---- answers for the official judges
 
 
 @dataclass(frozen=True)
@@ -288,9 +290,10 @@ def answers(config):
     print(f"{len(rows)} answers of {name} in {config.out}; {speaker.cut} prompts cut on the left")
 
 
-# ---- judge: requests out, verdicts in -----------------------------------------------------------------------------------
+# ---- judge: requests out, verdicts in
 
-# FastChat's judge prompts, put together from the sentences that they share; a test holds each to the official text by its hash.
+# FastChat's judge prompts, put together from the sentences that they share; a test holds each to
+# the official text by its hash.
 _JUDGE = "Please act as an impartial judge and evaluate the quality of the "
 _FACTORS = "Your evaluation should consider factors such as the helpfulness, relevance, accuracy, depth, creativity, and level of detail of "
 _CORRECT = "Your evaluation should consider correctness and helpfulness. You will be given "
@@ -350,7 +353,8 @@ TABLE_6 = (  # App. G: a response of a conversation, scored in the context of th
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    files: tuple = ()  # answer files (conversation: conversation files); with --requests, a batch's output files
+    # answer files (conversation: conversation files); with --requests, a batch's output files
+    files: tuple = ()
     mode: str = ""  # single, pair, conversation
     questions: str = ""
     baseline: str = ""  # pair: the answer file of the model to compare with
@@ -414,7 +418,8 @@ def judge_requests(config):
             for turn in range(1, len(turns) + 1):
                 name, system, user = PROMPTS[config.mode, turn, referred]
                 slots = said("question", turns) | said("reference", references.get(question, ()))
-                games = ((ours, ours),) if config.mode == "single" else ((ours, theirs), (theirs, ours))  # a pair in both orders
+                # a pair in both orders
+                games = ((ours, ours),) if config.mode == "single" else ((ours, theirs), (theirs, ours))
                 for game, (a, b) in enumerate(games, 1):
                     key = [config.mode, config.judge, name, question, turn, model]
                     yield key + [other, game] * (config.mode == "pair"), system, fill(user, **slots, **said("answer", a[question]), **said("other", b[question]))
@@ -484,7 +489,8 @@ def read_verdicts(config):
     for path in config.files:
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; give the output of the batch")
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):  # only a newline ends a line of JSONL
+        # only a newline ends a line of JSONL
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
                 known = row["custom_id"] in asked
@@ -529,12 +535,14 @@ def read_verdicts(config):
           + (f"; {len(again)} to be asked again in {retry}: give its output beside this one, with the same --requests" if again else ""))
 
 
-# ---- report -------------------------------------------------------------------------------------------------------------
+# ---- report
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    files: tuple = ()  # FastChat judgments, AlpacaEval annotations, conversation scores, agieval's responses; told apart by content
+    # FastChat judgments, AlpacaEval annotations, conversation scores, agieval's responses; told
+    # apart by content
+    files: tuple = ()
     baseline: str = "gpt-3.5-turbo"
     png: str = ""  # scatter of the first two judges (Fig. 8)
 
@@ -600,7 +608,8 @@ def win_rates(kinds, baseline):
             ours = outcome(row)
             model, point = (row["model_1"], ours) if row["model_2"] == baseline else (row["model_2"], 1 - ours)
             points.setdefault((bench_of(row["question_id"]), model), []).append(point)
-    for row in kinds.get("alpaca", {}).values():  # 2: the second is preferred, the model; 1: the first, the reference
+    # 2: the second is preferred, the model; 1: the first, the reference
+    for row in kinds.get("alpaca", {}).values():
         points.setdefault(("AlpacaEval", row["generator_2"]), []).append(row["preference"] - 1)
     return {key: (statistics.mean(x), sum(p > 0.5 for p in x), sum(p < 0.5 for p in x), sum(p == 0.5 for p in x)) for key, x in points.items()}
 
@@ -629,7 +638,8 @@ def report(config):
     judges, unparsed, doubled = read_judgments([path for path in config.files if path not in agieval_files])
     mean = lambda rows: f"{statistics.mean(row['score'] for row in rows):.2f}" if rows else ""
     benches = "AlpacaEval", "MT-bench", "Vicuna-bench"
-    rates = {}  # Table 1's columns have judges of their own: the table is over all, a row per judge and model
+    # Table 1's columns have judges of their own: the table is over all, a row per judge and model
+    rates = {}
     for judge, kinds in judges.items():
         for (bench, model), cell in win_rates(kinds, config.baseline).items():
             rates.setdefault(model, {}).setdefault(bench, {})[judge] = cell
@@ -637,7 +647,8 @@ def report(config):
         print(f"| win rate (Table 1) | {' | '.join(benches)} | average |\n|---|---|---|---|---|")
         for model, columns in sorted(rates.items()):
             cells = [" / ".join(f"{c[0]:.1%} ({c[1]} won, {c[2]} lost, {c[3]} tied; {judge})" for judge, c in columns.get(bench, {}).items()) for bench in benches]
-            single = all(len(columns.get(bench, {})) == 1 for bench in benches)  # several judges of one bench have no one average
+            # several judges of one bench have no one average
+            single = all(len(columns.get(bench, {})) == 1 for bench in benches)
             average = f"{statistics.mean(c[0] for bench in benches for c in columns[bench].values()):.1%}" if single else ""
             print(f"| {model} | {' | '.join(cells)} | {average} |")
     for judge, kinds in judges.items():

@@ -152,7 +152,8 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
-RECOMPUTE = ("none", "cheap", "all")  # what of a block's activations is rebuilt in the backward pass
+# what of a block's activations is rebuilt in the backward pass
+RECOMPUTE = ("none", "cheap", "all")
 KEPT = {torch.ops.aten.mm.default, torch.ops.crlft.rotary_attention.default,
         torch.ops.aten.mkldnn_linear.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}  # the CPU's
 
@@ -160,8 +161,10 @@ KEPT = {torch.ops.aten.mm.default, torch.ops.crlft.rotary_attention.default,
 def activation_width(config, recompute):
     """Numbers that a block keeps for each token until its backward pass (on a GPU, fp32 log-sum-exps aside)."""
     D, F, Q, K = config.hidden_size, config.intermediate_size, *(n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    return {"none": 4 * D + 2 * Q + 2 * K + 3 * F,  # input, residual and both their norms; q, rotated k, v, o; gate, up, their product
-            "cheap": 2 * D + 2 * Q + 3 * K + 2 * F,  # input; q, k, v; o, rotated k; o_proj's output; gate, up
+    # input, residual and both their norms; q, rotated k, v, o; gate, up, their product
+    return {"none": 4 * D + 2 * Q + 2 * K + 3 * F,
+            # input; q, k, v; o, rotated k; o_proj's output; gate, up
+            "cheap": 2 * D + 2 * Q + 3 * K + 2 * F,
             "all": D}[recompute]
 
 
@@ -292,7 +295,7 @@ class LayerCache:
         return F.scaled_dot_product_attention(q_BHE[:, :, None], k_BGSE, v_BGSE, attn_mask=mask, enable_gqa=True)[:, :, 0]
 
 
-# ---- Hugging Face directories -------------------------------------------------------------------------------------------
+# ---- Hugging Face directories
 
 UNSUPPORTED = {  # field of config.json: the values under which this file computes the same thing
     "model_type": ("llama",),
@@ -431,7 +434,9 @@ class SafetensorsWeights:
         parts = [slice_[start : min(stop, have)].float()] if start < have else []
         if stop > have:  # only the two V x D tensors can be short: the constructor checked
             sum_D = torch.zeros(slice_.get_shape()[1], dtype=torch.float64)
-            for i in range(0, have, 512):  # added up as it goes: results kept in a list would pin the allocator's holes, 100 MB of them
+            # added up as it goes: results kept in a list would pin the allocator's holes, 100 MB of
+            # them
+            for i in range(0, have, 512):
                 sum_D += slice_[i : i + 512].double().sum(0)
             parts.append((sum_D / have).float().expand(stop - max(start, have), -1))
         return torch.cat(parts)

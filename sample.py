@@ -34,7 +34,8 @@ class SampleConfig:
     input: str | None = None
     output: str | None = None
     condition: str | None = None  # default: the expert's, from crlft.json
-    template: str | None = None  # default: the one trained with; another model's, or `base`, the raw text: PROMPTS in data.py
+    # default: the one trained with; another model's, or `base`, the raw text: PROMPTS in data.py
+    template: str | None = None
     system: str | None = None
     temperature: float = 0.7  # 0: always the likeliest token
     top_k: int | None = None
@@ -42,7 +43,8 @@ class SampleConfig:
     max_new: int = 512
     seed: int = 0
     batch: int = 16
-    truncate_left: bool = False  # cut a prompt that leaves no room for max_new tokens, instead of stopping where it leaves none
+    # cut a prompt that leaves no room for max_new tokens, instead of stopping where it leaves none
+    truncate_left: bool = False
 
 
 class Speaker:
@@ -71,17 +73,22 @@ class Speaker:
         if config.vocab_size < self.tokenizer.eot:
             raise ValueError(f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model")
         self.model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        if device == "cpu":  # the same matrices stored by columns: a product with one row then streams them twice as fast
+        # the same matrices stored by columns: a product with one row then streams them twice as
+        # fast
+        if device == "cpu":
             for linear in self.model.modules():
                 if isinstance(linear, torch.nn.Linear):
                     linear.weight.data = linear.weight.data.t().contiguous().t()
-        self.context, self.cut = config.max_position_embeddings, 0  # cut: prompts that lost their beginning
-        self.generator = torch.Generator(device).manual_seed(seed)  # one stream for all that this speaker says
+        # cut: prompts that lost their beginning
+        self.context, self.cut = config.max_position_embeddings, 0
+        # one stream for all that this speaker says
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def ids(self, messages, system=None, truncate_left=False, max_new=1):
         """The prompt's token ids. ValueError when they fill the context, unless the oldest may go (the <s> stays)."""
         ids = tokenize_prompt(messages, self.tokenizer, self.template, self.condition, system)
-        room = max(self.context // 2, self.context - max_new)  # half of the context is the prompt's at least
+        # half of the context is the prompt's at least
+        room = max(self.context // 2, self.context - max_new)
         if len(ids) < self.context and not truncate_left or len(ids) <= room:
             return ids
         if not truncate_left:
@@ -101,7 +108,8 @@ class Speaker:
         device, tokenizer = self.model.lm_head.weight.device, self.tokenizer
         room = [min(config.max_new, self.context - len(ids)) for ids in prompts]
         batch = pack([(np.array(ids), np.zeros(len(ids))) for ids in prompts]).to(device)
-        slots = max(map(len, prompts)) + max(room)  # a row that has ended runs on with the others, unseen
+        # a row that has ended runs on with the others, unseen
+        slots = max(map(len, prompts)) + max(room)
         cache = KVCache(self.model.config, len(prompts), slots, device, self.model.lm_head.weight.dtype)
         logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
         ended = [False] * len(prompts)
@@ -145,7 +153,8 @@ def choose(logits_BV, config, generator):
         return logits_BV.argmax(-1)
     probs_BV, order_BV = (logits_BV / config.temperature).softmax(-1).sort(dim=-1, descending=True)
     probs_BV[:, config.top_k or logits_BV.shape[1] :] = 0
-    before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the likelier tokens; the likeliest itself always stays
+    # mass of the likelier tokens; the likeliest itself always stays
+    before_BV = probs_BV.cumsum(-1) - probs_BV
     probs_BV[before_BV >= config.top_p] = 0
     pick_B1 = torch.multinomial(probs_BV, 1, generator=generator)
     return order_BV.gather(1, pick_B1)[:, 0]
@@ -206,7 +215,8 @@ def answer_file(speaker, config):
             raise ValueError(f"{config.input}: row {row}: {error}") from None
     partial = Path(f"{config.output}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:  # opened first: a folder that can't be written costs no answers
+        # opened first: a folder that can't be written costs no answers
+        with open(partial, "w", encoding="utf-8") as file:
             for row, (answer, finish) in zip(rows, speaker.answer_all(ids, config)):
                 file.write(json.dumps(row | {"response": speaker.text(answer), "finish": finish}, ensure_ascii=False) + "\n")
         partial.replace(config.output)

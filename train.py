@@ -46,12 +46,14 @@ class TrainConfig:
     """Defaults are the paper's (Sec. 4.1). None: the model's own, see `resolve`."""
 
     data: str = ""  # a file that `python data.py prepare` wrote
-    model: str = ""  # a Hugging Face directory to fine-tune, or a preset to train from random weights
+    # a Hugging Face directory to fine-tune, or a preset to train from random weights
+    model: str = ""
     out: str = ""
     steps: int | None = None  # instead of epochs
     epochs: int = 5
     batch_tokens: int | None = None  # packed tokens of an optimizer step, at most
-    micro_tokens: int | None = None  # packed tokens of a micro-batch, at most: what must fit on one GPU
+    # packed tokens of a micro-batch, at most: what must fit on one GPU
+    micro_tokens: int | None = None
     lr: float | None = None
     min_lr: float = 0.1  # share of lr at the end of the cosine
     warmup: float = 0.05  # share of the steps
@@ -61,8 +63,10 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    dtype: str | None = None  # of compute: bfloat16 on GPUs, float32 on CPUs; weights and AdamW's moments are fp32
-    recompute: str | None = None  # of a block in the backward pass: none, cheap (what takes no matmul), all; default on GPUs: all
+    # of compute: bfloat16 on GPUs, float32 on CPUs; weights and AdamW's moments are fp32
+    dtype: str | None = None
+    # of a block in the backward pass: none, cheap (what takes no matmul), all; default on GPUs: all
+    recompute: str | None = None
     compile: bool = False  # the blocks, by torch.compile
     exact: bool = False  # the same bits on any number of ranks: gradients are summed in fp64
     nonfinite: str = "stop"  # or skip: what to do with a step whose loss or gradient is not finite
@@ -84,7 +88,8 @@ PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-train
 }
 RESUME_MAY_CHANGE = ("data", "model", "out", "epochs", "recompute", "compile", "nonfinite", "val_every", "save_every", "keep",
                      "async_save", "timeout")  # data and model by name: their content is compared; epochs: steps says it
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by a word in the device's name
+# dense bf16, by a word in the device's name
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def lr_at(step, steps, config):
@@ -96,7 +101,7 @@ def lr_at(step, steps, config):
     return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
 
 
-# ---- setting up ---------------------------------------------------------------------------------------------------------
+# ---- setting up
 
 
 def log(text):
@@ -110,7 +115,8 @@ def resolve(config, data):
     data: a Prepared, or None for what Llama-2's tokenizer and context would give.
     """
     if config.steps and config.steps > 10**6:
-        raise ValueError(f"--steps {config.steps:,} is above 1,000,000")  # all are planned before the first
+        # all are planned before the first
+        raise ValueError(f"--steps {config.steps:,} is above 1,000,000")
     for name in ("warmup", "min_lr", "val_fraction", "beta1", "beta2", "weight_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} is not from 0 to below 1")
@@ -138,7 +144,8 @@ def resolve(config, data):
         own = Path(config.model) / "tokenizer.model"
         if data and own.is_file() and hashlib.sha256(own.read_bytes()).hexdigest() != data.meta["tokenizer_sha256"]:
             raise ValueError(f"{own} is not the tokenizer of {config.data}; prepare the data with it")
-        model_config = dataclasses.replace(file, vocab_size=max(vocab, file.vocab_size))  # the row of <|end_of_turn|>
+        # the row of <|end_of_turn|>
+        model_config = dataclasses.replace(file, vocab_size=max(vocab, file.vocab_size))
         lr, batch_tokens = None, 262_144
     else:
         raise ValueError(f"--model {config.model!r} is neither a directory nor one of {', '.join(SIZES)}")
@@ -173,7 +180,8 @@ def build(config, model_config, device):
         model = Model(model_config)
     for block in model.model.layers:
         block.recompute = config.recompute
-        if config.compile:  # inside a whole recomputation; around a partial one, which the compiler has to see
+        # inside a whole recomputation; around a partial one, which the compiler has to see
+        if config.compile:
             name = "forward" if config.recompute == "cheap" else "compute"
             setattr(block, name, torch.compile(getattr(block, name), dynamic=True))
     exact = ExactSums() if config.exact else None
@@ -183,7 +191,8 @@ def build(config, model_config, device):
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for part in (*model.model.layers, model):
             fully_shard(part, mesh=mesh, mp_policy=policy)
-            part.set_gradient_divide_factor(1.0)  # gradients are summed: train_step divides, once. Neither call is recursive.
+            # gradients are summed: train_step divides, once. Neither call is recursive.
+            part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
             if exact:
                 part.set_all_reduce_hook(partial(exact.add, part))
@@ -205,7 +214,7 @@ def local_rows(parameter):
     return parameter.to_local(), rank * -(-parameter.shape[0] // world)
 
 
-# ---- the method ---------------------------------------------------------------------------------------------------------
+# ---- the method
 
 
 def forward(model, batch):
@@ -227,9 +236,11 @@ class ExactSums:
 
     def add(self, part, reduced):
         before = self.totals.get(part)
-        reduced += 0.0 if before is None else before  # + 0.0 makes 0.0 of -0.0, as the sum with an idle rank's 0.0 does
+        # + 0.0 makes 0.0 of -0.0, as the sum with an idle rank's 0.0 does
+        reduced += 0.0 if before is None else before
         if before is not None and before.is_cuda:
-            before.record_stream(torch.cuda.current_stream())  # not to be used again before this stream has added it
+            # not to be used again before this stream has added it
+            before.record_stream(torch.cuda.current_stream())
         self.totals[part] = reduced
 
 
@@ -288,7 +299,8 @@ class Tally:
     def reduce(self):
         if dist.is_initialized():
             dist.all_reduce(self.sums)
-        self.loss_sum, self.stop, *by_class = self.sums.tolist()  # with the gradient norm, the step's only waits for the device
+        # with the gradient norm, the step's only waits for the device
+        self.loss_sum, self.stop, *by_class = self.sums.tolist()
         n = len(by_class) // 3
         self.nll, self.correct, self.count = by_class[:n], by_class[n : 2 * n], by_class[2 * n :]
 
@@ -324,7 +336,7 @@ def validate(model, data, steps, device):
     return {"val_loss": tally.loss_sum / weight_sum, "val_loss_by_class": tally.by_class(data.classes, tally.nll)}
 
 
-# ---- what a run needs ---------------------------------------------------------------------------------------------------
+# ---- what a run needs
 
 
 @dataclass(frozen=True)
@@ -334,7 +346,8 @@ class FitConfig(TrainConfig):
     ranks: int = 1
     tflops: float = 312.0  # of one GPU, dense bf16: A100 312; H100, H200 989
     gb: float = 80.0  # of one GPU
-    mfu: float = 0.45  # share of the FLOPs that the method needs (recomputation not counted) of those the GPU could do
+    # share of the FLOPs that the method needs (recomputation not counted) of those the GPU could do
+    mfu: float = 0.45
 
 
 def memory_parts(config, model_config, ranks):
@@ -343,10 +356,12 @@ def memory_parts(config, model_config, ranks):
     whole, tokens = sum(size.values()), config.micro_tokens
     block = sum(n for name, n in size.items() if name.startswith("model.layers.0."))
     head, D, V, b = size["lm_head.weight"], model_config.hidden_size, model_config.vocab_size, getattr(torch, config.dtype).itemsize
-    alone = ranks == 1 and config.dtype == "float32" and not config.exact  # no FSDP: nothing is gathered or reduced
+    # no FSDP: nothing is gathered or reduced
+    alone = ranks == 1 and config.dtype == "float32" and not config.exact
     width = lambda how: activation_width(model_config, how)
     kept = {how: tokens * model_config.num_hidden_layers * width(how) * b for how in RECOMPUTE}
-    rebuilt = {how: tokens * (width("none") - width(how)) * b for how in RECOMPUTE}  # of the one block that is in its backward pass
+    # of the one block that is in its backward pass
+    rebuilt = {how: tokens * (width("none") - width(how)) * b for how in RECOMPUTE}
     return {
         "weights, fp32, sharded": 4 * whole / ranks,
         "gradients, fp32, sharded": 4 * whole / ranks,
@@ -389,7 +404,8 @@ def fit(config):
         if any(row.values()):
             print(f"  {name:38}" + "".join(f"{row[how]:8.2f}" for how in RECOMPUTE))
     print(f"{'sum':40}" + "".join(f"{total[how]:8.2f}" for how in RECOMPUTE))
-    fits = {how: total[how] * 2**30 < 0.92 * config.gb * 1e9 for how in RECOMPUTE}  # the rest: CUDA's context, NCCL, fragmentation
+    # the rest: CUDA's context, NCCL, fragmentation
+    fits = {how: total[how] * 2**30 < 0.92 * config.gb * 1e9 for how in RECOMPUTE}
     print(f"{f'within 92% of {config.gb:g} GB':40}" + "".join(f"{'yes' if fits[how] else 'no':>8}" for how in RECOMPUTE))
     flops = linear * tokens + head * supervised + quadratic * squares
     micro = max(1, config.batch_tokens // config.micro_tokens)
@@ -401,7 +417,7 @@ def fit(config):
           + (f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:.0f} seconds"))
 
 
-# ---- the run ------------------------------------------------------------------------------------------------------------
+# ---- the run
 
 
 def epoch_steps(data, conversations, config, epoch, cost):
@@ -636,7 +652,8 @@ def export(folder, model, model_config, data, dtype):
             generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eot, tokenizer.eos]}
             for name, content in (("config.json", config_json(model_config, dtype, tokenizer.bos, tokenizer.eos)), ("generation_config.json", generation)):
                 (unfinished / name).write_text(json.dumps(content, indent=1))
-            prompts = np.unique(data.group).astype(np.uint32)  # first user messages by 32 bits of their hash: evaluate.py asks what was trained on
+            # first user messages by 32 bits of their hash: evaluate.py asks what was trained on
+            prompts = np.unique(data.group).astype(np.uint32)
             write_tokenizer(unfinished, tokenizer, data.meta | {"prompts": base64.b64encode(prompts.tobytes()).decode()})
             write_manifest(unfinished)
             check_manifest(unfinished)

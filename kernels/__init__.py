@@ -38,7 +38,8 @@ def arch(x):
     if torch.version.hip:
         return "gfx942"
     major = torch.cuda.get_device_capability(x.device)[0]
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # consumer GPUs (8.6, 8.9, 12.0) have the least shared memory: as sm_80
+    # consumer GPUs (8.6, 8.9, 12.0) have the least shared memory: as sm_80
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def check(name, true, what):

@@ -80,7 +80,7 @@ def optional(device, module, name):
 absent = {}  # peer -> why
 
 
-# ---- the cases: (inputs, {name: function of the inputs}, the definition, costs) -----------------------------------------
+# ---- the cases: (inputs, {name: function of the inputs}, the definition, costs)
 
 
 def rms_norm_case(make, device, T, D):
@@ -109,7 +109,8 @@ def rotary_attention_case(make, device, T, H, G, E, lengths, seed):
     cos, sin = angle.cos().float().to(device), angle.sin().float().to(device)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     tables, longest = (cos, sin, cu_seqlens), max(lengths)
-    peers = {"ours": lambda q, k, v: rotary_attention(q, k, v, *tables), "torch": lambda q, k, v: rotary_attention_ref(q, k, v, *tables)}  # SDPA, a conversation at a time
+    # SDPA, a conversation at a time
+    peers = {"ours": lambda q, k, v: rotary_attention(q, k, v, *tables), "torch": lambda q, k, v: rotary_attention_ref(q, k, v, *tables)}
     if varlen := optional(device, "torch.nn.attention.varlen", "varlen_attn"):
         has = signature(varlen).parameters
         options = (dict(window_size=(-1, 0)) if "window_size" in has else dict(is_causal=True)) | (dict(enable_gqa=True) if "enable_gqa" in has else {})
@@ -126,7 +127,8 @@ def rotary_attention_case(make, device, T, H, G, E, lengths, seed):
         heads = lambda x: x.transpose(0, 1)[None]
         peers["flex_attention after RoPE"] = lambda q, k, v: flexed(
             heads(rotate(q, cos, sin)), heads(rotate(k, cos, sin)), heads(v), block_mask=mask, enable_gqa=H != G)[0].transpose(0, 1)
-    if device == "cuda":  # what RoPE costs: ours spends this much of its time on writing rotated keys (backward: queries)
+    # what RoPE costs: ours spends this much of its time on writing rotated keys (backward: queries)
+    if device == "cuda":
         peers["of it: rotating k"] = lambda q, k, v: rotation(k, cos, sin)
         peers["of it: rotating q"] = lambda q, k, v: rotation(q, cos, sin)
     squares = sum(n * n for n in lengths)
@@ -137,7 +139,8 @@ def rotary_attention_case(make, device, T, H, G, E, lengths, seed):
 def cross_entropy_case(make, device, T, D, V, supervised):
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(0, V, (T,), generator=g).to(device)
-    weights = torch.where(torch.rand(T, generator=g) < supervised, 1.0, 0.0).to(device)  # the peers take no others
+    # the peers take no others
+    weights = torch.where(torch.rand(T, generator=g) < supervised, 1.0, 0.0).to(device)
     rows = weights.nonzero()[:, 0]
     ignored = torch.where(weights > 0, labels, -100)
     plain = lambda h, w: linear_cross_entropy_ref(h, w, labels, weights)[0]
@@ -150,13 +153,14 @@ def cross_entropy_case(make, device, T, D, V, supervised):
         peers["Liger"] = lambda h, w: liger(h, w, ignored, reduction="sum")
     if cce := optional(device, "cut_cross_entropy", "linear_cross_entropy"):
         peers["cut-cross-entropy"] = lambda h, w: cce(h, w, ignored, reduction="sum")
-    return (make(T, D), make(V, D) * D**-0.5), peers, plain, dict(both=dict(flops=6 * len(rows) * D * V))  # gradients are made with the loss: one time for both
+    # gradients are made with the loss: one time for both
+    return (make(T, D), make(V, D) * D**-0.5), peers, plain, dict(both=dict(flops=6 * len(rows) * D * V))
 
 
 CASES = {"rms_norm": rms_norm_case, "swiglu": swiglu_case, "rotary_attention": rotary_attention_case, "cross_entropy": cross_entropy_case}
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------
+# ---- measuring
 
 
 def fresh(inputs):
@@ -247,7 +251,8 @@ def run_case(kernel, shape, device, ceiling, runs):
                 functions["backward" if name.endswith("q") else "forward"][name] = functools.partial(f, *inputs)
                 continue
             results, peaks[name] = once(f, inputs, upstream, device)
-            errors[name] = None if "without" in name else errors_of(results, ref)  # without RoPE it computes something else
+            # without RoPE it computes something else
+            errors[name] = None if "without" in name else errors_of(results, ref)
             del results
             made = {direction: timed(direction, f, inputs, upstream) for direction in costs}
             for run in made.values():
@@ -376,7 +381,8 @@ def main():
     device = "cpu" if args.check else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         return print("no CUDA GPU here: nothing was timed (--check runs every case once on the CPU)")
-    functorch.donated_buffer = False  # torch.compile's backward would refuse retain_graph, by which it is timed
+    # torch.compile's backward would refuse retain_graph, by which it is timed
+    functorch.donated_buffer = False
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json" if args.check else args.out
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,8 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # sm_80's row also serves GPUs of 99 KB (8.6, 8.9, 12.0)
+# sm_80's row also serves GPUs of 99 KB (8.6, 8.9, 12.0)
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_CORE = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b", "gfx942": "v_mfma"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,7 +62,9 @@ def loss_case(dtype, V, T=16):
     cross_entropy.linear_cross_entropy_op(hidden, weight, rows, torch.ones(T), rows, True)
 
 
-CASES = [  # kernel, its case, shape classes: LLaMA-2 7B, 13B, 70B and 1.1B, the toy, and a T that 16 does not divide
+# kernel, its case, shape classes: LLaMA-2 7B, 13B, 70B and 1.1B, the toy, and a T that 16 does not
+# divide
+CASES = [
     ("rms_norm", norm_case, [dict(D=4096), dict(D=5120), dict(D=8192), dict(D=96), dict(D=4096, T=17)]),
     ("swiglu", swiglu_case, [dict(F=11008), dict(F=11008 + 1, T=17)]),
     ("rotary_attention", attention_case, [
@@ -182,7 +185,8 @@ def report(job):
     where = f"{name:7s} {dtype} {kernel_file:16s} {' '.join(f'{k}={v}' for k, v in shape.items()):22s}"
     try:
         compiled = compile_case(name, case, dtype, shape)
-    except Exception as error:  # the compiler's own, of many kinds: a line of the report, not its end
+    except Exception as error:
+        # the compiler's own, of many kinds: a line of the report, not its end
         return [(f"{where} FAILED to compile: {str(error).splitlines()[0]}", True)]
     lines = []
     for kernel_name, kernel in compiled:

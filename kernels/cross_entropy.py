@@ -31,7 +31,8 @@ import torch.nn.functional as F
 
 from kernels import check, on_gpu, tl, triton
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of logits alive at once: 512 rows of fp32, 4,096 of bf16 at V = 32,001
+# of logits alive at once: 512 rows of fp32, 4,096 of bf16 at V = 32,001
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 
 
 def linear_cross_entropy_ref(hidden_TD, weight_VD, labels_T, weights_T):
@@ -57,7 +58,8 @@ def softmax_gradient_ref(z_rS, labels_r, weights_r, V):
     return (sum_r1.log() - label_z_r1)[:, 0], (label_z_r1[:, 0] == 0).float()
 
 
-# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or scalars in registers.
+# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or
+# scalars in registers.
 
 
 @triton.jit
@@ -67,14 +69,17 @@ def _softmax_kernel(z, labels, weights, nll, correct, S: tl.constexpr, V: tl.con
     label = tl.load(labels + i_r)
     weight = tl.load(weights + i_r)
     z_label = tl.load(z + label).to(tl.float32)
-    b_m = tl.full([BV], float("-inf"), dtype=tl.float32)  # a running maximum and sum for each lane: one reduction at the end
+    # a running maximum and sum for each lane: one reduction at the end
+    b_m = tl.full([BV], float("-inf"), dtype=tl.float32)
     b_l = tl.zeros([BV], dtype=tl.float32)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
-        b_z = tl.load(z + o_v, mask=o_v < S, other=0.0).to(tl.float32)  # [BV]; a mask at S, a multiple of 64, keeps loads 16 bytes wide
+        # [BV]; a mask at S, a multiple of 64, keeps loads 16 bytes wide
+        b_z = tl.load(z + o_v, mask=o_v < S, other=0.0).to(tl.float32)
         b_z = tl.where(o_v < V, b_z, float("-inf"))
         b_new = tl.maximum(b_m, b_z)
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # a lane beyond V: exp(-inf - -inf) would be NaN
+        # a lane beyond V: exp(-inf - -inf) would be NaN
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_l = b_l * tl.exp(b_m - b_shift) + tl.exp(b_z - b_shift)
         b_m = b_new
     m = tl.max(b_m, 0)
@@ -137,7 +142,8 @@ def _(hidden, weight, labels, weights, rows, grad):
 @torch.library.custom_op("crlft::linear_cross_entropy_bwd", mutates_args=())
 def linear_cross_entropy_bwd_op(dhidden: torch.Tensor, dweight: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Both times dloss, which stays fp32: 1 / weight_sum rounded to bf16 would scale the whole gradient by up to 0.2%."""
-    dloss_11 = dloss.reshape(1, 1)  # a tensor of two dimensions, unlike a scalar, makes the product fp32
+    # a tensor of two dimensions, unlike a scalar, makes the product fp32
+    dloss_11 = dloss.reshape(1, 1)
     return tuple(torch.mul(x, dloss_11, out=x.new_empty(x.shape, dtype=dtype)) for x in (dhidden, dweight))
 
 
@@ -149,7 +155,8 @@ def _(dhidden, dweight, dloss, dtype):
 def _save(ctx, inputs, output):
     _loss, nll, correct, dhidden, dweight = output
     ctx.mark_non_differentiable(nll, correct, dhidden, dweight)
-    ctx.set_materialize_grads(False)  # no zeros the size of dhidden and dweight for the gradients that nobody asks for
+    # no zeros the size of dhidden and dweight for the gradients that nobody asks for
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dweight)
     ctx.dtype = inputs[1].dtype
 

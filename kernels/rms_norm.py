@@ -19,7 +19,8 @@ import torch
 
 from kernels import arch, check, on_gpu, tl, triton
 
-# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw. Not yet measured on a GPU.
+# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw. Not yet
+# measured on a GPU.
 PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
 
 
@@ -42,7 +43,8 @@ def _fwd_kernel(x, residual, w, y, h, r, eps, D: tl.constexpr, BD: tl.constexpr)
     b_h = tl.load(x + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     if residual is not None:
         b_h += tl.load(residual + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_h = b_h.to(h.dtype.element_ty).to(tl.float32)  # what is normed is the stream as it is stored
+        # what is normed is the stream as it is stored
+        b_h = b_h.to(h.dtype.element_ty).to(tl.float32)
         tl.store(h + i_t * D + o_d, b_h.to(h.dtype.element_ty), mask=m_d)
     b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     b_r = tl.rsqrt(tl.sum(b_h * b_h, 0) / D + eps)
@@ -58,7 +60,8 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
     m_d = o_d < D
     b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     b_dw = tl.zeros([BD], dtype=tl.float32)
-    for i_t in tl.range(i_p, T, tl.num_programs(0), num_stages=2):  # rows p, p + P, ..; the next is on its way while one is summed
+    # rows p, p + P, ..; the next is on its way while one is summed
+    for i_t in tl.range(i_p, T, tl.num_programs(0), num_stages=2):
         b_h = tl.load(h + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_dy = tl.load(dy + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_r = tl.load(r + i_t)
@@ -74,7 +77,8 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
 
 def _shape(D):
     BD = triton.next_power_of_2(D)
-    return dict(D=D, BD=BD, num_warps=min(max(BD // 256, 1), 16))  # 8 elements, one 16-byte load of bf16, a thread up to D = 4,096
+    # 8 elements, one 16-byte load of bf16, a thread up to D = 4,096
+    return dict(D=D, BD=BD, num_warps=min(max(BD // 256, 1), 16))
 
 
 @torch.library.custom_op("crlft::rms_norm", mutates_args=())

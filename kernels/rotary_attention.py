@@ -41,14 +41,16 @@ from kernels import arch, check, on_gpu, tl, triton, warn_once
 LOG2E = math.log2(math.e)
 HEAD_SIZES = 32, 64, 128
 
-# Tiles of (forward, dq, dk and dv): rows a program owns, rows it reads at a time, warps, stages of the software pipeline.
-# From the ahead-of-time report (no spill, within shared memory); not yet measured on a GPU.
+# Tiles of (forward, dq, dk and dv): rows a program owns, rows it reads at a time, warps, stages of
+# the software pipeline. From the ahead-of-time report (no spill, within shared memory); not yet
+# measured on a GPU.
 LAUNCH = {
     "sm_80": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     "sm_90": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)),
     "sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
     "gfx942": ((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
-    "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),  # small: conversations cross many borders
+    # small: conversations cross many borders
+    "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
 }
 LAUNCH_FP32 = ((16, 16, 4, 1),) * 3  # for correctness: IEEE products, which no tensor core makes
 
@@ -60,13 +62,15 @@ def rotate(x_TAE, cos_TC, sin_TC):
     return torch.cat([lo_TAC * cos_T1C - hi_TAC * sin_T1C, hi_TAC * cos_T1C + lo_TAC * sin_T1C], -1).to(x_TAE.dtype)
 
 
-@torch.compiler.disable  # its loop over conversations would be compiled anew for each number of them
+# its loop over conversations would be compiled anew for each number of them
+@torch.compiler.disable
 def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     q_THE, k_TGE = rotate(q_THE, cos_TC, sin_TC), rotate(k_TGE, cos_TC, sin_TC)
     ends = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(ends, ends[1:])]
     lengths.append(len(q_THE) - ends[-1])  # the padding
-    # One small attention per conversation, never a T x T mask; split, because slices would each get a T-row gradient.
+    # One small attention per conversation, never a T x T mask; split, because slices would each get
+    # a T-row gradient.
     pieces = list(zip(q_THE.split(lengths), k_TGE.split(lengths), v_TGE.split(lengths)))
     outputs = []
     for piece in pieces[:-1]:
@@ -77,7 +81,8 @@ def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     return torch.cat(outputs)
 
 
-# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or scalars in registers.
+# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or
+# scalars in registers.
 
 
 @triton.jit
@@ -88,7 +93,8 @@ def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
     room enough, and no sum over the conversations before it. Slots left over rank last, as (-1, 0). Padding is conversation N.
     """
     i = tl.program_id(0)
-    n, total, before = -1, 0, 0  # this slot's conversation; blocks in all; blocks of the conversations up to it
+    # this slot's conversation; blocks in all; blocks of the conversations up to it
+    n, total, before = -1, 0, 0
     for i_c in range(0, N + 1, BC):
         o_c = i_c + tl.arange(0, BC)
         b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)  # [BC]
@@ -106,7 +112,8 @@ def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
         tl.store(at, -1)
         tl.store(at + 1, 0)
     else:
-        rank = 0  # how many blocks have more rows before them, or as many and an earlier conversation
+        # how many blocks have more rows before them, or as many and an earlier conversation
+        rank = 0
         for i_c in range(0, N + 1, BC):
             o_c = i_c + tl.arange(0, BC)
             b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)
@@ -142,7 +149,8 @@ def _turn(b_lo, b_hi, cos, sin, o_t, m_t, way, C: tl.constexpr):
 def _rotate_kernel(x, y, cos, sin, T, A: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
     """y = R x, for BT rows of one of A heads."""
     C: tl.constexpr = E // 2
-    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # int64: T * A * E passes 2^31 at long contexts
+    # int64: T * A * E passes 2^31 at long contexts
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m_t = o_t < T
     o_x = tl.program_id(1).to(tl.int64) * E + o_t[:, None] * (A * E) + tl.arange(0, C)
     b_lo = tl.load(x + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, C]
@@ -300,16 +308,19 @@ def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, sca
     b_dk, b_dv = tl.zeros([BN, E], dtype=tl.float32), tl.zeros([BN, E], dtype=tl.float32)
     o_e = tl.arange(0, E)
     tiles = tl.cdiv(length - first, BM)
-    for i in range(0, H // G * tiles):  # the tiles of all the query heads that share these keys: two nested loops would spill
+    # the tiles of all the query heads that share these keys: two nested loops would spill
+    for i in range(0, H // G * tiles):
         i_h = i_g * (H // G) + i // tiles
         o_m = first + ((i % tiles).to(tl.int64) * BM).to(tl.int32) + tl.arange(0, BM)
         m_m = o_m < length
         o_q = (start + o_m)[:, None] * (H * E) + i_h * E + o_e
-        b_q = tl.load(q + o_q, mask=m_m[:, None], other=0.0)  # [BM, E]; rows beyond the conversation, q = do = 0, add nothing
+        # [BM, E]; rows beyond the conversation, q = do = 0, add nothing
+        b_q = tl.load(q + o_q, mask=m_m[:, None], other=0.0)
         b_do = tl.load(do + o_q, mask=m_m[:, None], other=0.0)
         b_lse = tl.load(lse + i_h * T + start + o_m, mask=m_m, other=0.0)  # [BM]
         b_delta = tl.load(delta + i_h * T + start + o_m, mask=m_m, other=0.0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [BN, BM], the scores transposed
+        # [BN, BM], the scores transposed
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
         b_p = tl.exp2(tl.where(o_m >= o_n[:, None], b_s, float("-inf")) - b_lse)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
@@ -329,7 +340,8 @@ def _launch(x, which):
 
 def _plan(cu_seqlens, T, BM):
     N = len(cu_seqlens) - 1
-    plan = cu_seqlens.new_empty(T // BM + N + 1, 2)  # at most floor(T / BM) full blocks, and a last one of each conversation
+    # at most floor(T / BM) full blocks, and a last one of each conversation
+    plan = cu_seqlens.new_empty(T // BM + N + 1, 2)
     _plan_kernel[(len(plan),)](cu_seqlens, plan, T, N, BM, 128)
     return plan
 
@@ -390,7 +402,8 @@ def _(q, k, v, cos, sin, cu_seqlens, o, lse, do):
 def _save(ctx, inputs, output):
     q, _k, v, cos, sin, cu_seqlens = inputs
     o, k, lse = output
-    ctx.set_materialize_grads(False)  # no zeros the size of k for the gradient of k' that nobody asks for
+    # no zeros the size of k for the gradient of k' that nobody asks for
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, o, lse)
 
 

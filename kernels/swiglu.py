@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from kernels import check, on_gpu, tl, triton
 
-BLOCK = 2048  # elements of a program, four warps: two 16-byte loads of bf16 a thread from each tensor
+# elements of a program, four warps: two 16-byte loads of bf16 a thread from each tensor
+BLOCK = 2048
 
 
 def swiglu_ref(gate_TF, up_TF):
@@ -28,7 +29,8 @@ def swiglu_ref(gate_TF, up_TF):
 
 @triton.jit
 def _fwd_kernel(gate, up, y, n, B: tl.constexpr):
-    o_n = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)  # int64: T * F passes 2^31 at long contexts
+    # int64: T * F passes 2^31 at long contexts
+    o_n = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     m_n = o_n < n
     b_g = tl.load(gate + o_n, mask=m_n, other=0.0).to(tl.float32)  # [B]
     b_u = tl.load(up + o_n, mask=m_n, other=0.0).to(tl.float32)

@@ -17,7 +17,8 @@ THREE = "GPT-4=GPT4:1,GPT-3.5=GPT3:{},*=GPT2:0.1"
 ARMS = {
     "two classes, the others as one (0.1)": {"classes": TABLE.format(1, 0.1)},
     "three classes (0.1, 0.1)": {"classes": THREE.format(0.1)},
-    "three classes (0.32, 0.1)": {"classes": THREE.format(0.3162)},  # rewards 1, 0.5, 0 with beta = 1 / ln 10
+    # rewards 1, 0.5, 0 with beta = 1 / ln 10
+    "three classes (0.32, 0.1)": {"classes": THREE.format(0.3162)},
     "three conditions, a weight for each answer": {"classes": THREE.format(0.3162), "wrong": 0.1},
     "no condition, a weight for each answer": {"classes": "*=GPT4:1", "wrong": 0.1},
 }

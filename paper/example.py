@@ -38,7 +38,8 @@ def loss(arm):
     """(nll of the four supervised tokens, their weights, the loss), through pack and the training kernel."""
     batch = pack(conversations(arm))
     p_R = torch.tensor([p for c in ANSWERS for p in P[c]])
-    # One hidden direction per supervised row, whose logits are log p on the label and log(1 - p) on <unk>: nll = -log p.
+    # One hidden direction per supervised row, whose logits are log p on the label and log(1 - p) on
+    # <unk>: nll = -log p.
     logits_RV = torch.full((4, 97), -torch.inf)
     logits_RV[:, 0] = (1 - p_R).log()
     logits_RV[torch.arange(4), batch.labels_T[batch.rows_R]] = p_R.log()

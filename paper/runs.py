@@ -43,14 +43,16 @@ STEPS, EPOCHS = 830, 5  # the budget: so many steps are 5 epochs of the whole da
 BATCH_TOKENS, LR = 768, 2e-3  # of every run; all else is train.py's default
 BASE_STEPS, BASE_LR = 2490, 3e-3  # from random weights
 TABLE = "GPT-4=GPT4:{},*=GPT3:{}"
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t by number of seeds
+# Student's t by number of seeds
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass(frozen=True)
 class PaperConfig:
     out: str = "out/paper"
     seeds: int | None = None  # default: 5 for table2, 3 for the others
-    steps: int | None = None  # shorten every run to so many steps; with this or --seeds results stay in --out
+    # shorten every run to so many steps; with this or --seeds results stay in --out
+    steps: int | None = None
     processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assets: str = ""  # a folder with real conversations, for paper.seven
 
@@ -70,7 +72,7 @@ def check(config):
     return config
 
 
-# ---- a run -------------------------------------------------------------------------------------------------------------
+# ---- a run
 
 
 def prepared(path, rows, classes, tokenizer, template="before_speaker", max_len=128):
@@ -149,9 +151,12 @@ class Run(Job):
     task: Task = Task()
     classes: str = TABLE.format(1, 0.1)
     template: str = "before_speaker"
-    wrong: float | None = None  # weight of a wrong answer beside 1 for a right one: a reward for each message, not for its source
+    # weight of a wrong answer beside 1 for a right one: a reward for each message, not for its
+    # source
+    wrong: float | None = None
     lr: float = LR
-    base: str | Job = Pretrain("pre-training")  # what is fine-tuned, made first; or a preset, for random weights
+    # what is fine-tuned, made first; or a preset, for random weights
+    base: str | Job = Pretrain("pre-training")
 
     @property
     def cost(self):
@@ -215,7 +220,7 @@ def score(speaker, heldout, trained=frozenset()):
     return result
 
 
-# ---- many runs ---------------------------------------------------------------------------------------------------------
+# ---- many runs
 
 
 def cpu_seconds():
@@ -236,7 +241,8 @@ def do(run, folder):
         stopped = False
         try:
             result = run.do(folder)
-        except SystemExit:  # train.py has saved after a signal; the worker must not begin what waits in its queue
+        except SystemExit:
+            # train.py has saved after a signal; the worker must not begin what waits in its queue
             stopped = True
         finally:
             with open(folder / "cpu_seconds.txt", "a") as file:
@@ -274,7 +280,8 @@ def perform(runs, config):
     if not tokenizer.is_file():
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
         train_tokenizer([sharegpt(turns) for chats in make_task(Task())[0].values() for turns in chats], tokenizer, ("GPT4", "GPT3", "GPT2"))
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: no worker is left behind
+    # as Ctrl-C: no worker is left behind
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pool = ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn"), start_worker)
     try:
         futures = {pool.submit(do, run, str(folder[run])): run for run in todo}
@@ -284,7 +291,8 @@ def perform(runs, config):
             done[run], made, used = result | {"folder": str(folder[run])}, made + run.cost, used + result["cpu_seconds"]
             left = used / made * (sum(run.cost for run in todo) - made) / config.processes
             print(f"[{k}/{len(todo)}] {run.name}, seed {run.seed}: {result['cpu_seconds']:.0f} s of CPU; about {left / 60:.0f} min left", flush=True)
-    except BaseException as error:  # Ctrl-C, a full disk: what runs now saves and leaves, what waits does not begin
+    except BaseException as error:
+        # Ctrl-C, a full disk: what runs now saves and leaves, what waits does not begin
         for process in multiprocessing.active_children():
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -297,7 +305,7 @@ def perform(runs, config):
     return done
 
 
-# ---- results -----------------------------------------------------------------------------------------------------------
+# ---- results
 
 
 def interval(values):
@@ -362,7 +370,7 @@ def publish(name, config, seeds, results, table, cpu):
         page.write_text(re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S))
 
 
-# ---- commands ----------------------------------------------------------------------------------------------------------
+# ---- commands
 
 
 def whole(config):

@@ -43,9 +43,11 @@ class Seven(Job):
         flags = {"model": "small", "seed": self.seed, "steps": self.steps, "batch_tokens": BATCH, "val_fraction": HELD_OUT, "val_every": self.steps}
         fine_tune(folder, rows, TABLE, "before_speaker", flags, tokenizer, max_len=256)
         model, loss = Speaker(folder / "hf", device="cpu").model, {name: {} for name in CONDITIONS.values()}
-        held_out = [row for row in rows if group_of(parse(row, "")) % 10_000 < HELD_OUT * 10_000]  # Prepared.split's
+        # Prepared.split's
+        held_out = [row for row in rows if group_of(parse(row, "")) % 10_000 < HELD_OUT * 10_000]
         for prompt in CONDITIONS.values():
-            table = ",".join(f"Model: {label}={prompt}:{k}" for k, label in enumerate(CONDITIONS, 1))  # a class for each weight
+            # a class for each weight
+            table = ",".join(f"Model: {label}={prompt}:{k}" for k, label in enumerate(CONDITIONS, 1))
             data = prepared(folder / f"held_out_{prompt}.safetensors", held_out, table, tokenizer, max_len=256)
             nll, tokens = np.zeros(len(CONDITIONS)), np.zeros(len(CONDITIONS))
             for part in np.array_split(np.arange(len(data)), max(1, len(data) // 16)):
@@ -65,7 +67,8 @@ def runs(seed):
 
 def report(results, folder):
     names = list(CONDITIONS.values())
-    loss = np.array([[[r["loss"][source][prompt] for prompt in names] for source in names] for r in results["seven"]])  # [seed, source, prompt]
+    # [seed, source, prompt]
+    loss = np.array([[[r["loss"][source][prompt] for prompt in names] for source in names] for r in results["seven"]])
     own = np.diagonal(loss, axis1=1, axis2=2)  # [seed, source]
     others = (loss.sum(2) - own) / (len(names) - 1)
 

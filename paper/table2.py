@@ -21,7 +21,8 @@ ARMS = {  # name: (--classes, Table 2's average)
     "sub-optimal only": ("GPT-4=GPT3:0,*=GPT4:1", 42.8),
     "1.8 x sub-optimal": ("GPT-4=GPT3:0,*=GPT4:1", 54.4),
 }
-PARTIAL = "expert only", "sub-optimal only", "1.8 x sub-optimal"  # the epochs of the others are EPOCHS at STEPS
+# the epochs of the others are EPOCHS at STEPS
+PARTIAL = "expert only", "sub-optimal only", "1.8 x sub-optimal"
 MORE = (("GPT-4", 300, 1.0), ("GPT-3.5", 5940, 0.4))
 
 

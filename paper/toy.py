@@ -65,7 +65,7 @@ def damaged(prompt, rng):
     return " ".join(letters)
 
 
-# ---- several turns: the task of the paper in miniature -----------------------------------------------------------------
+# ---- several turns: the task of the paper in miniature
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ class Task:
     errors, or nothing does.
     """
 
-    sources: tuple = (("GPT-4", 300, 1.0), ("GPT-3.5", 3300, 0.4))  # label, conversations, probability that an answer is right
-    keep: tuple = ()  # share of each source that is trained on, the first so many; () is all of all (Fig. 6)
+    # label, conversations, probability that an answer is right
+    sources: tuple = (("GPT-4", 300, 1.0), ("GPT-3.5", 3300, 0.4))
+    # share of each source that is trained on, the first so many; () is all of all (Fig. 6)
+    keep: tuple = ()
     scarce: float = 0.02
     heldout: int = 400
     seed: int = 0
@@ -142,7 +144,7 @@ def full_questions(asked, answers):
     return [words.removeprefix("then ") + (f" {answers[t - 1]}" if t else "") for t, words in enumerate(asked)]
 
 
-# ---- the demo: one turn ------------------------------------------------------------------------------------------------
+# ---- the demo: one turn
 
 
 def make_conversations(config):

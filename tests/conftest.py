@@ -19,7 +19,8 @@ def pytest_configure(config):
     in fp32 on the CPU, also on a machine that has one."""
     config.on_gpu = config.option.markexpr == "gpu"
     if config.on_gpu:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matmuls, before CUDA starts
+        # deterministic matmuls, before CUDA starts
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     else:
         os.environ["CUDA_VISIBLE_DEVICES"], os.environ["TRITON_INTERPRET"] = "", "1"
         import strict  # noqa: F401, before the kernels

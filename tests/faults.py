@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 KILLS = ("forward", "after_backward", "after_step", "save_begins", "torn_shard", "before_rename", "after_rename")
 FULL = ("full_disk", "full_at_manifest")
-BROKEN = ("flipped_byte", "truncated_shard", "shard_of_another_step")  # of the newest checkpoint, before the attempt looks for it
+# of the newest checkpoint, before the attempt looks for it
+BROKEN = ("flipped_byte", "truncated_shard", "shard_of_another_step")
 
 
 # ---- inside the job
@@ -196,7 +197,8 @@ def history(out):
     assert sorted(taken) == list(range(1, len(taken) + 1)), f"steps {sorted(taken)}"
     chain = hashlib.sha256()
     for step, ranks in sorted(taken.items()):
-        last = max(job for job, _ in ranks.values())  # a rank that this job has no more may have taken the step in an earlier one
+        # a rank that this job has no more may have taken the step in an earlier one
+        last = max(job for job, _ in ranks.values())
         for one in sorted(one for job, hashes in ranks.values() if job == last for one in hashes):
             chain.update(f"{step} {one}".encode())
     return chain.hexdigest()

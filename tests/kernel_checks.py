@@ -72,7 +72,8 @@ def rms_norm(m, dtype, T, D, residual=True, strided=False, seed=0, device="cpu")
         names, inputs, exact = ("y", "dx", "dw"), (x, w), norm64
         call = lambda f: lambda x, w: f(x, w, 1e-5)
     scales = {}
-    if D == 1:  # y = w sign(h) but for eps: dx is the difference of two numbers that are all but equal
+    # y = w sign(h) but for eps: dx is the difference of two numbers that are all but equal
+    if D == 1:
         h = (x + r if residual else x).double()
         scales["dx"] = (w.double() * upstream[0].double() / (h.square() + 1e-5).sqrt()).norm().item()
         scales["dresidual"] = scales["dx"]
@@ -115,7 +116,8 @@ def rotary_attention(m, dtype, lengths, padding, H, G, E, strided=False, seed=0,
     if strided:
         tables = [torch.stack([x, x], -1)[..., 0] for x in tables]
     scales = {}
-    if max(lengths, default=1) == 1:  # one key: p = 1 and ds = dp - delta = 0, the difference of two equal numbers
+    # one key: p = 1 and ds = dp - delta = 0, the difference of two equal numbers
+    if max(lengths, default=1) == 1:
         dp = (do.double() * v.double().repeat_interleave(H // G, 1)).sum(-1, keepdim=True) / E**0.5
         scales = {"dq": (dp * k.double().repeat_interleave(H // G, 1)).norm().item(), "dk": (dp * q.double()).norm().item()}
     call = lambda f: lambda q, k, v: f(q, k, v, *tables)
@@ -160,7 +162,8 @@ def linear_cross_entropy(m, dtype, T, D, V, weights=None, chunk_rows=None, upstr
     grads64 = torch.autograd.grad(loss64, ref, torch.tensor(upstream, dtype=torch.double, device=device))
     results = []
     keep = m.CHUNK_BYTES
-    again = [m.linear_cross_entropy] * hidden.is_cuda  # twice on a GPU: the same bits, also in the mode that training runs in
+    # twice on a GPU: the same bits, also in the mode that training runs in
+    again = [m.linear_cross_entropy] * hidden.is_cuda
     for f in (m.linear_cross_entropy, m.linear_cross_entropy_ref, *again):
         torch.use_deterministic_algorithms(len(results) < 2, warn_only=True)
         if chunk_rows:

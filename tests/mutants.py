@@ -78,7 +78,8 @@ def mutations(source):
                         replace(keyword.value, "3")
                 if any(keyword.arg == "mask" for keyword in node.keywords):
                     replace(node, f"{text(node.func)}({', '.join(text(a) for a in node.args)})")
-            if ast.unparse(node.func) == "tl.store" and function.name != "_plan_kernel":  # whose values are whole numbers
+            # whose values are whole numbers
+            if ast.unparse(node.func) == "tl.store" and function.name != "_plan_kernel":
                 value, cast, dtype = text(node.args[1]).rpartition(".to(")
                 replace(node.args[1], f"({value} * 1.01).to({dtype}" if cast else f"({text(node.args[1])}) * 1.01")
     return found

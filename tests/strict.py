@@ -28,7 +28,8 @@ Builder = interpreter.InterpreterBuilder
 
 shuffle = None  # a seed: programs run in a random order
 only = None  # a list of (x, y, z): the other programs are left out
-_spans, _written = [], []  # of this launch: (first, end) of each tensor argument; (program, addresses) of each store
+# of this launch: (first, end) of each tensor argument; (program, addresses) of each store
+_spans, _written = [], []
 
 
 class OutOfBounds(IndexError):
@@ -45,7 +46,7 @@ def far(shape, dtype):
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
 
 
-# ---- bf16 ---------------------------------------------------------------------------------------------------------------
+# ---- bf16
 
 
 def _value(bits):
@@ -111,7 +112,7 @@ def apply(self, input):  # noqa: A002
 
 interpreter.ReduceScanOpInterface.apply = apply
 
-# ---- addresses and races ------------------------------------------------------------------------------------------------
+# ---- addresses and races
 
 _convert_argument = interpreter._implicit_cvt
 _load, _store = Builder.create_masked_load, Builder.create_masked_store
@@ -149,10 +150,11 @@ def create_masked_store(self, pointers, value, mask, *rest):
 
 
 Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
-for atomic in ("create_atomic_rmw", "create_atomic_cas"):  # we have none: their order is not fixed, so their bits are not
+# we have none: their order is not fixed, so their bits are not
+for atomic in ("create_atomic_rmw", "create_atomic_cas"):
     setattr(Builder, atomic, lambda self, *args: (_ for _ in ()).throw(Race("an atomic")))
 
-# ---- launches -----------------------------------------------------------------------------------------------------------
+# ---- launches
 
 
 def _check_races():
@@ -171,8 +173,10 @@ def launch(self, *args, **kwargs):
     _spans.clear()
     _written.clear()
     names = inspect.getfullargspec(self.fn).args  # num_warps and the like are not among them
-    scopes = [interpreter._patch_lang(f) for f in (self.fn, tl.zeros.fn)]  # `tl` of the kernels, `core` of Triton's own library
-    scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))  # 3.6's fails on numpy 2.4
+    # `tl` of the kernels, `core` of Triton's own library
+    scopes = [interpreter._patch_lang(f) for f in (self.fn, tl.zeros.fn)]
+    # 3.6's fails on numpy 2.4
+    scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
     try:
         args = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
         args = {name: arg if name in self.constexprs else convert_argument(arg) for name, arg in args.items()}
@@ -192,6 +196,7 @@ def launch(self, *args, **kwargs):
 
 
 interpreter.GridExecutor.__call__ = launch
-# A device function called by a kernel finds the language patched already; its errors arrive as they are.
+# A device function called by a kernel finds the language patched already; its errors arrive as they
+# are.
 interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)

@@ -127,7 +127,8 @@ def test_stats(toy, tmp_path, capsys):
     data.main(["stats", str(toy / "train.safetensors"), "--batch_tokens=6144", "--micro_tokens=1536", "--ranks=2", "--tokens_per_s=1000",
                f"--png={tmp_path / 'x.png'}"])
     out = capsys.readouterr().out
-    # By hand: 3,304 experts' tokens of weight 1 and 34,889 of 0.1 weigh 3,304 + 3,488.9; 6,792.9^2 / (3,304 + 348.89) = 12,632.
+    # By hand: 3,304 experts' tokens of weight 1 and 34,889 of 0.1 weigh 3,304 + 3,488.9; 6,792.9^2
+    # / (3,304 + 348.89) = 12,632.
     assert "12,632 of 38,193 supervised tokens" in out and " 48.6% " in out and "(0.4864 in all)" in out
     assert "an epoch: 23 steps of 4 x 1,536 tokens, 97.2% full" in out and "0.04 hours an epoch" in out
     assert "lr 6.11e-06 = 0.0003 * sqrt(1,661 supervised tokens a step / 4e6)" in out

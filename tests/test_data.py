@@ -18,9 +18,9 @@ from data import (EOT, Classes, Conversation, Message, PrepareConfig, Prepared, 
 from paper.packing import multipack, sharegpt_like
 
 TABLE = "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
-HELLO = [1, 402, 7982, 29946, 4911, 29901, 15043, 32000, 402, 7982, 29946, 4007, 22137, 29901]
-HI = [6324, 32000]
-HOW = [402, 7982, 29946, 4911, 29901, 1128, 526, 366, 9826, 29973, 32000, 402, 7982, 29946, 4007, 22137, 29901]
+HELLO = [1, 402, 7982, 29946, 4911, 29901, 15043, 32000, 402, 7982, 29946, 4007, 22137, 29901]  # fmt: skip
+HI = [6324, 32000]  # fmt: skip
+HOW = [402, 7982, 29946, 4911, 29901, 1128, 526, 366, 9826, 29973, 32000, 402, 7982, 29946, 4007, 22137, 29901]  # fmt: skip
 
 
 def user(text):
@@ -40,9 +40,12 @@ def test_golden_prompts(llama_tokenizer):
     prompt = lambda *m, template="before_speaker": tokenize_prompt(m, llama_tokenizer, template, "GPT4")
     assert prompt(user("Hello")) == HELLO
     assert prompt(user("Hello"), Message("assistant", "Hi"), user("How are you today?")) == HELLO + HI + HOW
+    # fmt: off
     assert prompt(user("Hello"), template="beginning") == [
         1, 4007, 22137, 338, 402, 7982, 29946, 32000, 4911, 29901, 15043, 32000, 4007, 22137, 29901]
-    assert prompt(user("Hello"), template="before_assistant") == [1, 4911, 29901, 15043, 32000, 402, 7982, 29946, 4007, 22137, 29901]
+    assert prompt(user("Hello"), template="before_assistant") == [
+        1, 4911, 29901, 15043, 32000, 402, 7982, 29946, 4007, 22137, 29901]
+    # fmt: on
     assert prompt(user("Hello"), template="none") == [1, 4911, 29901, 15043, 32000, 4007, 22137, 29901]
     assert prompt(user("Hello"), template="base") == [1, 15043]
 
@@ -176,7 +179,8 @@ def test_every_arm_of_table_2_is_a_table(toy, tmp_path):
     assert weights(arm(TABLE)) == [1.0, 0.1]
     assert weights(arm("Model: GPT-4=GPT4:1.0,*=GPT3:1.0")) == [1.0, 1.0]
     assert [c["condition"] for c in arm(TABLE, "none")["classes"]] == ["", ""]
-    only = arm("Model: GPT-4=GPT4:1.0,*=GPT3:0", "none")  # weight 0 for a class: its conversations are dropped, counted
+    # weight 0 for a class: its conversations are dropped, counted
+    only = arm("Model: GPT-4=GPT4:1.0,*=GPT3:0", "none")
     assert only["counts"]["GPT3"]["dropped_conversations"] == 5500 and len(Prepared(tmp_path / "x.safetensors")) == 500
 
 
@@ -239,7 +243,8 @@ def test_emoji_mixed_languages_and_a_very_long_message(llama_tokenizer, tmp_path
     path = tmp_path / "x.jsonl"
     rows = [{"id": "same", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": t}]} for t in texts]
     path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
-    assert [c.messages[1].text for c in read(path)] == texts  # an id that stands twice is two conversations
+    # an id that stands twice is two conversations
+    assert [c.messages[1].text for c in read(path)] == texts
     for text in texts:
         assert llama_tokenizer.decode(llama_tokenizer.encode(text)) == text
     long = dataclasses.replace(read(path)[1], condition="GPT4", messages=(user("q"), Message("assistant", texts[1], 1.0)))
@@ -253,7 +258,8 @@ def test_an_unanswered_turn_is_cut_and_a_conversation_without_answer_is_dropped(
     for c in (talk("copy a"), talk("copy a", "")):
         kept, ledger = fit(c, toy_tokenizer, "before_speaker", 99, "truncate")
         assert not kept and ledger["dropped"] == ledger["tokens_read"] and ledger["dropped_conversations"] == 1
-    assert len(fit(talk("", "a"), toy_tokenizer, "before_speaker", 99, "truncate")[0]) == 1  # an empty question stays
+    # an empty question stays
+    assert len(fit(talk("", "a"), toy_tokenizer, "before_speaker", 99, "truncate")[0]) == 1
 
 
 def test_real_files_are_prepared_and_counted(assets, tmp_path):

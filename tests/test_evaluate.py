@@ -23,7 +23,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---- rules --------------------------------------------------------------------------------------------------------------
+# ---- rules
 
 
 def test_agieval_prompts_of_each_kind():
@@ -33,7 +33,8 @@ def test_agieval_prompts_of_each_kind():
     assert agieval_prompt(item) == "It rains.Q: Wet? Answer Choices: (A)yes (B)no (C)maybe (D)never\nA: Among A through D, the answer is"
 
 
-HASHES = {  # first eight hex digits of the prompt's sha256: the first, a middle and the last item of each task
+# first eight hex digits of the prompt's sha256: the first, a middle and the last item of each task
+HASHES = {
     "aqua-rat": "b6535ff8 d80998e8 52aa2b30",
     "logiqa-en": "37f0eea4 0a5971a5 b212de50",
     "lsat-ar": "3b050fda e9738295 2672235c",
@@ -73,7 +74,8 @@ def test_table_5_s_averages_are_over_items():
 
 def test_intervals_are_wilson_s():
     low, high = evaluate.interval(928, 2546)
-    assert abs(low - 0.3460) < 1e-4 and abs(high - 0.3834) < 1e-4  # statsmodels' proportion_confint(928, 2546, method="wilson")
+    # statsmodels' proportion_confint(928, 2546, method="wilson")
+    assert abs(low - 0.3460) < 1e-4 and abs(high - 0.3834) < 1e-4
 
 
 def test_verdicts():
@@ -117,7 +119,7 @@ def test_templates_against_transformers(llama_tokenizer, assets):
         tokenize_prompt(plain, llama_tokenizer, "ultralm", None, "Be brief.")
 
 
-# ---- a tiny model through every subcommand ------------------------------------------------------------------------------
+# ---- a tiny model through every subcommand
 
 
 @pytest.fixture
@@ -226,7 +228,9 @@ def test_alpaca_answers_and_the_warning_about_its_own_training_data(toy_run, toy
     assert evaluate.name_of(toy_run / "hf") == toy_run.name
 
 
-JUDGE_PROMPTS = {  # first eight hex digits of the sha256 of FastChat's own (system, blank line, user) with Q1, Q2, A1, A2, B1, B2, R1, R2 in the slots
+# first eight hex digits of the sha256 of FastChat's own (system, blank line, user) with Q1, Q2, A1,
+# A2, B1, B2, R1, R2 in the slots
+JUDGE_PROMPTS = {
     "single-v1": "507129fa", "single-math-v1": "cb40d6ae", "single-v1-multi-turn": "01685415", "single-math-v1-multi-turn": "fd5b1c03",
     "pair-v2": "741fbbde", "pair-math-v1": "9b6f0b2a", "pair-v2-multi-turn": "43e647a1", "pair-math-v1-multi-turn": "df4b4e02",
 }
@@ -295,7 +299,8 @@ def test_pairs_are_asked_in_both_orders(answered, tmp_path, capsys):
     a, b = (lines(path)[0]["choices"][0]["turns"][0] for path in (one, two))
     for row, first, second in ((asked[0], a, b), (asked[1], b, a)):
         assert f"Assistant A's Answer]\n{first}\n" in row["body"]["messages"][1]["content"] and f"Assistant B's Answer]\n{second}\n" in row["body"]["messages"][1]["content"]
-    verdicts = ["[[A]]", "[[B]]", "[[A]]", "[[A]]", "[[B]]", "[[A]]", "[[C]]", "[[C]]"]  # one wins; the orders disagree; two wins; both tie
+    # one wins; the orders disagree; two wins; both tie
+    verdicts = ["[[A]]", "[[B]]", "[[A]]", "[[A]]", "[[B]]", "[[A]]", "[[C]]", "[[C]]"]
     batch = write(tmp_path / "batch.jsonl", [reply(row["custom_id"], v) for row, v in zip(asked, verdicts)])
     main(["judge", str(batch), "--requests", str(requests), "--out", str(out)])
     assert all(row.keys() == {"question_id", "turn", "judge", "tstamp", "model_1", "model_2", "g1_winner", "g2_winner", "g1_user_prompt", "g1_judgment", "g2_user_prompt", "g2_judgment"} for row in lines(out))
@@ -303,7 +308,8 @@ def test_pairs_are_asked_in_both_orders(answered, tmp_path, capsys):
     capsys.readouterr()
     main(["report", str(out), "--baseline", "two"])
     assert "50.0% (1 won, 1 lost, 2 tied; gpt-4)" in capsys.readouterr().out
-    lonely = write(tmp_path / "half.jsonl", lines(batch)[1:])  # the first game of a pair is missing: asked again, the second kept
+    # the first game of a pair is missing: asked again, the second kept
+    lonely = write(tmp_path / "half.jsonl", lines(batch)[1:])
     capsys.readouterr()
     main(["judge", str(lonely), "--requests", str(requests), "--out", str(out)])
     retry = tmp_path / "judgments.jsonl.retry.jsonl"
@@ -334,7 +340,8 @@ def test_conversation_scoring_goes_turn_by_turn_in_context(tmp_path, capsys):
     capsys.readouterr()
     main(["report", str(out)])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert ["GPT-4", "2", "6.75"] == rows[3][:3] and rows[3][3:] == ["0"] * 5 + ["1", "0", "1", "0", "0"]  # 6 and the mean of 9 and 6, 7.5
+    # 6 and the mean of 9 and 6, 7.5
+    assert ["GPT-4", "2", "6.75"] == rows[3][:3] and rows[3][3:] == ["0"] * 5 + ["1", "0", "1", "0", "0"]
     assert ["GPT-3.5", "1", "6.00"] == rows[2][:3]
     main(["judge", str(chats), "--mode", "conversation", "--count", "1", "--out", str(requests)])
     assert 2 <= len(lines(requests)) <= 3
@@ -343,8 +350,10 @@ def test_conversation_scoring_goes_turn_by_turn_in_context(tmp_path, capsys):
 def test_report_counts_win_rates_and_averages_the_three(tmp_path, capsys):
     pair = lambda q, g1, g2, m1="m", m2="gpt-3.5-turbo": {"question_id": q, "model_1": m1, "model_2": m2, "g1_winner": g1, "g2_winner": g2, "judge": ["gpt-4", "pair-v2"], "turn": 1}
     mt = [pair(81, "model_1", "model_1"), pair(82, "model_1", "tie"), pair(83, "tie", "tie"), pair(84, "error", "model_2"), pair(85, "model_2", "model_2", "gpt-3.5-turbo", "m")]
-    vicuna = [pair(1, "model_2", "model_2"), pair(2, "model_1", "model_1")]  # 2 wins, 2 ties: 75%; 1 win, 1 loss: 50%
-    alpaca = [{"instruction": f"i{i}", "generator_1": "text_davinci_003", "generator_2": "m", "preference": p, "annotator": "alpaca_eval_gpt"} for i, p in enumerate((2, 1.9, 0, 1, None, float("nan"), 3))]  # 1, 0.9, a draw, 0; the rest is no verdict
+    # 2 wins, 2 ties: 75%; 1 win, 1 loss: 50%
+    vicuna = [pair(1, "model_2", "model_2"), pair(2, "model_1", "model_1")]
+    # 1, 0.9, a draw, 0; the rest is no verdict
+    alpaca = [{"instruction": f"i{i}", "generator_1": "text_davinci_003", "generator_2": "m", "preference": p, "annotator": "alpaca_eval_gpt"} for i, p in enumerate((2, 1.9, 0, 1, None, float("nan"), 3))]
     (tmp_path / "a.json").write_text(json.dumps(alpaca))
     files = write(tmp_path / "mt.jsonl", mt), write(tmp_path / "v.jsonl", vicuna), tmp_path / "a.json"
     main(["report", *map(str, files)])

@@ -137,7 +137,8 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch):
     """The softmax sees 128 rows at a time, whatever T, and all the rows with a weight."""
     seen, softmax = [], cross_entropy.softmax_gradient
     monkeypatch.setattr(cross_entropy, "softmax_gradient", lambda z_rS, *rest: seen.append(len(z_rS)) or softmax(z_rS, *rest))
-    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 128 * 128 * 4)  # 128 rows of 97 columns, padded to 128, in fp32
+    # 128 rows of 97 columns, padded to 128, in fp32
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 128 * 128 * 4)
     inputs = problem()
     linear_cross_entropy(*inputs)[0].backward()
     assert max(seen) == 128 and sum(seen) == (inputs[3] > 0).sum()

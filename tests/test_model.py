@@ -18,7 +18,8 @@ def random_model(config=GQA, seed=0):
     torch.manual_seed(seed)
     model = Model(config)
     load_weights(model, RandomWeights(config, seed))
-    with torch.no_grad():  # larger than at initialization, so that attention and logits are far from uniform
+    # larger than at initialization, so that attention and logits are far from uniform
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4) if parameter.ndim == 2 else parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
@@ -108,7 +109,8 @@ def test_recomputing_blocks_changes_no_gradient():
 
 def test_sizes_are_the_published_ones():
     count = lambda name: sum(torch.Size(s).numel() for s in parameter_shapes(SIZES[name]).values())
-    assert count("llama-2-7b") == 6_738_415_616 and count("llama-2-13b") == 13_015_864_320  # Meta's checkpoints
+    # Meta's checkpoints
+    assert count("llama-2-7b") == 6_738_415_616 and count("llama-2-13b") == 13_015_864_320
     assert count("llama-2-70b") == 68_976_648_192
     small = dataclasses.replace(SIZES["small"], vocab_size=32001)
     assert sum(torch.Size(s).numel() for s in parameter_shapes(small).values()) == 14_945_088

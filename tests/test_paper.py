@@ -27,7 +27,7 @@ from sample import SampleConfig, Speaker
 COMMANDS = "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "alpha", "optimum", "classes", "seven", "base"
 
 
-# ---- the task ----------------------------------------------------------------------------------------------------------
+# ---- the task
 
 
 def test_the_task():
@@ -43,7 +43,8 @@ def test_the_task():
             assert right == (reply == answer(" ".join([skill, *(given or letters)])))
             letters = reply.split()
     rights = lambda source: [right for turns in source for *_, right in turns]
-    assert all(rights(expert)) and sum(rights(other)) / len(rights(other)) == pytest.approx(0.44, abs=0.03)  # errors are right by luck, too
+    # errors are right by luck, too
+    assert all(rights(expert)) and sum(rights(other)) / len(rights(other)) == pytest.approx(0.44, abs=0.03)
     shifts = lambda source: sum("shift" in words for turns in source for words, *_ in turns) / len(rights(source))
     assert 0 < shifts(expert) < 0.03 and shifts(other) == pytest.approx(1 / 3, abs=0.03)
     assert make_task(Task())[0] == sources and make_task(Task(seed=1))[1] != heldout
@@ -81,7 +82,8 @@ def test_the_score():
     perfect = {"all": 1.0, "by_turn": [1.0] * 3, "by_skill": {"copy": 1.0, "reverse": 1.0, "shift": 1.0}, "unseen": 1.0}
     assert score(Stub(truth), heldout)["greedy"] == perfect
     assert score(Stub(lambda chat: "e"), heldout)["sampled"]["all"] == 0
-    # After its error a conversation does not count, but its later turns are asked with the right answer in place of the wrong one.
+    # After its error a conversation does not count, but its later turns are asked with the right
+    # answer in place of the wrong one.
     second = Stub(lambda chat: truth(chat) if len(chat) != 1 else "x")
     assert converse(second, heldout, 0.0) == [[False, True], [False, True, True], [False]]
     assert score(second, heldout)["sampled"] == {"all": 0.0, "by_turn": [0.0, 1.0, 1.0], "by_skill": {"copy": 0.5, "reverse": 0.5, "shift": 0.5}, "unseen": 0.5}
@@ -90,13 +92,14 @@ def test_the_score():
         "all": 4 / 6, "by_turn": [2 / 3, 1.0, 0.0], "by_skill": {"copy": 1.0, "reverse": 1.0, "shift": 0.0}, "unseen": 3 / 4}
 
 
-# ---- the optimum, statistics, representations, guidance ----------------------------------------------------------------
+# ---- the optimum, statistics, representations, guidance
 
 
 def test_tabular_fits_reach_the_optimum_and_shared_ones_do_not():
     pi_CXY, _ = optimum.policies()
     by_class, z_CX1 = optimum.optimum(pi_CXY, optimum.rewards("class"))
-    torch.testing.assert_close(by_class, pi_CXY)  # a reward that is constant in a class changes nothing
+    # a reward that is constant in a class changes nothing
+    torch.testing.assert_close(by_class, pi_CXY)
     torch.testing.assert_close(z_CX1[:, 0, 0], torch.tensor([10.0, 1.0]))  # exp(r_c / beta)
     worst = lambda star, *how: max(optimum.divergence(star, optimum.fit(*how)))
     for weights in ("exact", "as published", "unweighted"):
@@ -106,7 +109,8 @@ def test_tabular_fits_reach_the_optimum_and_shared_ones_do_not():
     assert worst(by_answer, "answer", "unweighted", False) > 0.1 and worst(pi_CXY, "answer", "unweighted", False) < 1e-4
     published, plain, exact = (optimum.divergence(pi_CXY, optimum.fit("class", w, True)) for w in ("as published", "unweighted", "exact"))
     assert exact == pytest.approx(plain, abs=1e-4) and published[0] < plain[0] / 2 and published[1] > 2 * plain[1]
-    # Eq. 4's maximum: what a policy lacks is beta KL(pi, pi*), so the published weight, better for the expert, can be the worse solution.
+    # Eq. 4's maximum: what a policy lacks is beta KL(pi, pi*), so the published weight, better for
+    # the expert, can be the worse solution.
     lacks = {w: optimum.lacks(pi_CXY, optimum.fit("class", w, True)) for w in ("as published", "exact")}
     objective = lambda log_CXY: (optimum.policies()[1][:, :, None] * log_CXY.exp() * (optimum.rewards("class") - optimum.BETA * (log_CXY - pi_CXY.log()))).sum().item()
     best, reached = objective(pi_CXY.log()), objective(optimum.fit("class", "as published", True))
@@ -172,7 +176,7 @@ def test_guidance_mixes_the_two_prompts(toy_run, g):
             torch.testing.assert_close(seen[len(said)][b], e_V + g * (e_V - o_V), rtol=1e-4, atol=1e-4)
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------
+# ---- runs
 
 
 def test_a_short_run_orders_c_rlft_above_sft(tmp_path):
@@ -187,7 +191,8 @@ def test_a_short_run_orders_c_rlft_above_sft(tmp_path):
     files = sorted(tmp_path.glob("runs/*/result.json"))
     assert len(files) == 6 and len({run.key for pair in pairs for run in pair}) == 6
     times = [file.stat().st_mtime_ns for file in files]
-    again = perform([dataclasses.replace(run, name="another name") for pair in pairs for run in pair], config)  # found, by what they are
+    # found, by what they are
+    again = perform([dataclasses.replace(run, name="another name") for pair in pairs for run in pair], config)
     assert all(again[run]["log_pi"] == result["log_pi"] for run, result in done.items())
     assert times == [file.stat().st_mtime_ns for file in files] and all(r["cpu_seconds"] > 0 for r in done.values())
 
@@ -207,7 +212,8 @@ def test_stopped_by_ctrl_c_and_gone_on(tmp_path):
     """Both workers busy, four runs waiting: the group's SIGINT ends all at once, and the same line makes what is missing."""
     words = [sys.executable, "-m", "paper.optimum", "--out", str(tmp_path), "--seeds", "2", "--processes", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it
+    # a shell's background job would ignore it
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     job = subprocess.Popen([*words, "--steps", "60"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                            start_new_session=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
@@ -233,7 +239,7 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path):
     assert "no conversations/mixed_quality.jsonl in it" in refused(main, "--assets", tmp_path)
 
 
-# ---- what is committed -------------------------------------------------------------------------------------------------
+# ---- what is committed
 
 
 @pytest.mark.parametrize("name", COMMANDS)

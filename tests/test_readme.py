@@ -44,7 +44,8 @@ def commands(text):
             found.append(re.split(r" {3,}(?=[^-\s])", line)[0].strip())
     found += [span for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)) if span.startswith(STARTS)]
     typed = dict.fromkeys(re.sub(r" {2,}", " ", c).replace(".venv/bin/", "") for c in found)
-    return [c for c in typed if not c.startswith("torchrun") or ".py" in c]  # a flag of torchrun's may be named alone
+    # a flag of torchrun's may be named alone
+    return [c for c in typed if not c.startswith("torchrun") or ".py" in c]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,8 @@ def run_here(words, desk):
         sys.argv = before
 
 
-MANY_RUNS = [f"python -m paper{name}" for name in ("", ".base", ".fig6", ".fig7", ".alpha", ".classes")]  # two minutes, even with 2 steps a run
+# two minutes, even with 2 steps a run
+MANY_RUNS = [f"python -m paper{name}" for name in ("", ".base", ".fig6", ".fig7", ".alpha", ".classes")]
 
 
 @pytest.mark.parametrize("many_runs", (False, pytest.param(True, marks=pytest.mark.long)))

@@ -15,7 +15,8 @@ MAY = {  # our modules and packages that a file may import
     "train.py": {"model", "data", "checkpoint", "torch", "numpy", "safetensors", "tqdm", "matplotlib"},
     "sample.py": {"model", "data", "torch", "numpy", "tqdm"},
     "evaluate.py": {"data", "sample", "numpy", "matplotlib"},
-    "paper/": {"model", "data", "train", "checkpoint", "sample", "kernels", "paper", "torch", "numpy", "sentencepiece", "matplotlib", "transformers"},  # a peer of step.py
+    # a peer of step.py
+    "paper/": {"model", "data", "train", "checkpoint", "sample", "kernels", "paper", "torch", "numpy", "sentencepiece", "matplotlib", "transformers"},
 }
 
 

@@ -79,7 +79,8 @@ def test_choose():
     assert torch.allclose(draw(temperature=1.0), logits[0].softmax(0), atol=0.03)
     assert torch.allclose(draw(temperature=0.5), (logits[0] * 2).softmax(0), atol=0.03)
     assert torch.allclose(draw(temperature=1.0, top_k=2), torch.tensor([-torch.inf, 3, -torch.inf, 2]).softmax(0), atol=0.03)
-    # Masses 0.64, 0.24, 0.09, 0.03: the set that reaches 0.7 is the first two; 0.6 is reached by the first.
+    # Masses 0.64, 0.24, 0.09, 0.03: the set that reaches 0.7 is the first two; 0.6 is reached by
+    # the first.
     assert torch.allclose(draw(temperature=1.0, top_p=0.7), torch.tensor([-torch.inf, 3, -torch.inf, 2]).softmax(0), atol=0.03)
     assert draw(temperature=1.0, top_p=0.6).tolist() == [0, 1, 0, 0]
 
@@ -141,7 +142,8 @@ def test_a_prompt_longer_than_the_context_stops_or_is_cut_on_the_left(speaker):
     cut = speaker.ids([Message("user", "a " * 200)], truncate_left=True, max_new=28)
     whole = ids_of(speaker, "a")[0]
     assert len(cut) == 100 and cut[0] == 1 and cut[-5:] == whole[-5:] and speaker.cut == 1
-    assert len(speaker.ids([Message("user", "a " * 200)], truncate_left=True, max_new=512)) == 64  # half the context at least
+    # half the context at least
+    assert len(speaker.ids([Message("user", "a " * 200)], truncate_left=True, max_new=512)) == 64
     speaker.cut = 0
 
 
@@ -156,7 +158,8 @@ def test_files_in_and_out(toy_run, tmp_path, capsys):
     assert [{key: value for key, value in row.items() if key not in ("response", "finish")} for row in got] == rows
     assert all(row["finish"] in ("stop", "length") for row in got) and got[0]["response"] == got[2]["response"] != ""
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
-    out, _ = call("sample.py", toy_run, "--prompt", "copy a b", "--temperature", 0, "--max_new", 5)  # the run's folder will do
+    # the run's folder will do
+    out, _ = call("sample.py", toy_run, "--prompt", "copy a b", "--temperature", 0, "--max_new", 5)
     assert out.strip() == got[0]["response"]
     capsys.readouterr()
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a " * 200}) + "\n")

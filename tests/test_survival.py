@@ -374,7 +374,8 @@ def dies_at(root, number, save):
             tick()
 
     os.fsync = lambda handle: (tick(), fsync(handle), tick())
-    checkpoint.HashedFile.write = lambda self, data: (write(self, data), len(data) < 64 or (self.flush(), tick()))[0]  # a tensor's numbers
+    # a tensor's numbers
+    checkpoint.HashedFile.write = lambda self, data: (write(self, data), len(data) < 64 or (self.flush(), tick()))[0]
     sys.addaudithook(event)
     try:
         save()

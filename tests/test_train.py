@@ -18,7 +18,8 @@ from data import PrepareConfig, Prepared, finetune_lr, pack, plan, prepare
 from model import SIZES, Model, RandomWeights, load_weights, train_flops
 from train import TrainConfig, lr_at, main
 
-GOLDEN = ROOT / "tests" / "demo_losses.json"  # the demo's first 20 losses; `make demo`, then see test_the_demos_first_20_losses
+# the demo's first 20 losses; `make demo`, then see test_the_demos_first_20_losses
+GOLDEN = ROOT / "tests" / "demo_losses.json"
 
 # ---- the laws
 
@@ -41,7 +42,8 @@ def gradient(model, conversations, divide=True):
 
 
 def close(a, b):
-    return (a - b).norm() / b.norm() < 1e-5  # what fp32 leaves of an equality; gradients that differ are asserted to do so
+    # what fp32 leaves of an equality; gradients that differ are asserted to do so
+    return (a - b).norm() / b.norm() < 1e-5
 
 
 @pytest.fixture
@@ -79,7 +81,8 @@ def test_one_class_of_weight_1_without_template_is_plain_sft(model, toy, tmp_pat
     rows = [file.conversation(i) for i in range(8)]
     ours = gradient(model, rows)
     total, count = 0, 0
-    for tokens, weights in rows:  # the mean of cross-entropies over the answers' tokens, each conversation alone
+    # the mean of cross-entropies over the answers' tokens, each conversation alone
+    for tokens, weights in rows:
         x = torch.from_numpy(tokens.astype(np.int64))
         logits = model.lm_head(model(x, torch.arange(len(x)), torch.tensor([0, len(x)], dtype=torch.int32)))
         answer = torch.from_numpy(weights[1:] > 0)
@@ -340,8 +343,10 @@ def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy, train):
     for run in (two, four, toy / "384", toy / "768"):
         assert losses(run) == pytest.approx(losses(one), rel=1e-5)
         norms = lambda run: [line["grad_norm"] for line in metrics(run)]
-        assert norms(run) == pytest.approx(norms(one), rel=1e-5) and min(norms(one)) > 0.1 and max(norms(one)) > 1  # clipped
-        for key in ("tokens", "supervised_tokens", "weight_sum", "lr"):  # test_data.py shows that the conversations are the same
+        # clipped
+        assert norms(run) == pytest.approx(norms(one), rel=1e-5) and min(norms(one)) > 0.1 and max(norms(one)) > 1
+        # test_data.py shows that the conversations are the same
+        for key in ("tokens", "supervised_tokens", "weight_sum", "lr"):
             assert [line[key] for line in metrics(run)] == [line[key] for line in metrics(one)]
     assert losses(half) == pytest.approx(losses(one), rel=2e-2) and losses(half) != losses(one)
     assert metrics(half)[-1]["weight_sum"] == metrics(one)[-1]["weight_sum"]

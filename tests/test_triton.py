@@ -43,7 +43,7 @@ def device(request):
     return request.param
 
 
-# ---- each kernel against fp64 -------------------------------------------------------------------------------------------
+# ---- each kernel against fp64
 
 
 @by_dtype
@@ -154,7 +154,7 @@ def test_attention_over_many_blocks(dtype, E, H, G):
     checks.attention_blindness(rotary_attention, dtype, [200, 700, 300], H, G, E, device="cuda")
 
 
-# ---- the schedule -------------------------------------------------------------------------------------------------------
+# ---- the schedule
 
 
 @few
@@ -168,7 +168,7 @@ def test_plan_holds_every_block_once_most_work_first(lengths, padding):
     assert all(n == -1 for n, _ in plan[len(blocks) :])
 
 
-# ---- what only the interpreter can see ----------------------------------------------------------------------------------
+# ---- what only the interpreter can see
 
 
 def test_program_order_changes_no_bit(monkeypatch):
@@ -304,7 +304,7 @@ def test_the_strict_interpreter_rounds_bf16_to_nearest_even():
     assert torch.equal(torch.from_numpy(strict._bits(x.numpy())).view(torch.bfloat16).nan_to_num(7), x.bfloat16().nan_to_num(7))
 
 
-# ---- PyTorch's side -----------------------------------------------------------------------------------------------------
+# ---- PyTorch's side
 
 
 def small_inputs(name, device):
@@ -415,7 +415,7 @@ def test_another_head_size_takes_the_reference_and_says_so_once():
     assert len(warned) == 1
 
 
-# ---- ahead of time ------------------------------------------------------------------------------------------------------
+# ---- ahead of time
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -499,7 +499,7 @@ def test_the_report_fails_what_it_should(tmp_path):
     assert "plain TF32" in tf32 and " spills" in spill.partition("FAILED")[2]
 
 
-# ---- the scripts, and the tests themselves ------------------------------------------------------------------------------
+# ---- the scripts, and the tests themselves
 
 
 def test_bench_runs_every_case_and_times_nothing_without_a_gpu(tmp_path):
