@@ -78,20 +78,28 @@ def meet(wait=timedelta(minutes=30)):
         fresh = dist.PrefixStore(store.get(f"answer to {mine}").decode(), store)
         fresh.set(f"here {me}", "")
         return fresh
-    fresh, missing, until = dist.PrefixStore(mine, store), set(range(1, world)), time.monotonic() + wait.total_seconds()
+    fresh, missing, until = (
+        dist.PrefixStore(mine, store),
+        set(range(1, world)),
+        time.monotonic() + wait.total_seconds(),
+    )
     while missing := {other for other in missing if not fresh.check([f"here {other}"])}:
         for other in missing:
             if store.check([f"hello {other}"]):
                 store.set(f"answer to {store.get(f'hello {other}').decode()}", mine)
         if time.monotonic() > until:
-            raise ValueError(f"ranks {sorted(missing)} did not start within {wait}; look at their nodes")
+            raise ValueError(
+                f"ranks {sorted(missing)} did not start within {wait}; look at their nodes"
+            )
         time.sleep(0.02)
     return fresh
 
 
 def cause(error):
     """What one rank raised, of the collection that torch.distributed.checkpoint makes of it."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return (
+        next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    )
 
 
 @contextmanager
@@ -118,9 +126,19 @@ def together(explain):
             # a store's timeout is one too
             lost = "gloo" in str(error) or isinstance(error, dist.DistError)
             reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0]
-            line = explain(error) or lost and (f"rank {os.environ['RANK']} lost another rank, which died, hangs or is out of reach ({reason}); "
-                                               "torchrun names it. The same command resumes from the last checkpoint")
-            print(f"{Path(sys.argv[0]).name}: {line}" if line else traceback.format_exc(), file=sys.stderr, flush=True)
+            line = (
+                explain(error)
+                or lost
+                and (
+                    f"rank {os.environ['RANK']} lost another rank, which died, hangs or is out of reach ({reason}); "
+                    "torchrun names it. The same command resumes from the last checkpoint"
+                )
+            )
+            print(
+                f"{Path(sys.argv[0]).name}: {line}" if line else traceback.format_exc(),
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             time.sleep(2)  # torchrun stops all once one has left: the first finishes its sentence
         sys.stdout.flush()
@@ -135,7 +153,9 @@ def start_group(store, alone, timeout):
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if store is not None:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
     elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -145,7 +165,10 @@ class Signals:
 
     def __enter__(self):
         self.received, self.in_loop = None, False
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            number: signal.signal(number, self.receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def receive(self, number, _frame):
@@ -212,7 +235,9 @@ def state_of(model, optimizer):
 def steps(root):
     """The steps that have a checkpoint by name, newest first."""
     names = os.listdir(root) if Path(root).is_dir() else []
-    return sorted((int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))), reverse=True)
+    return sorted(
+        (int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))), reverse=True
+    )
 
 
 def digest(manifest):
@@ -228,14 +253,20 @@ def fault(path, share=slice(None)):
         manifest = json.loads((path / "MANIFEST.json").read_text())
         if manifest.pop("sha256") != digest(manifest):
             return "MANIFEST.json changed"
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        files = {
+            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
         if path.name != f"step-{manifest['step']}":
             return "MANIFEST.json is of another checkpoint"
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"MANIFEST.json missing or changed ({error})"
     for name in sorted(files)[share]:
         file = path / name
-        if not file.is_file() or file.stat().st_size != files[name][0] or sha256(file) != files[name][1]:
+        if (
+            not file.is_file()
+            or file.stat().st_size != files[name][0]
+            or sha256(file) != files[name][1]
+        ):
             return f"{name} missing or changed"
     return None
 
@@ -251,7 +282,11 @@ class Checkpoints:
         self.root, self.identity, self.keep = Path(root), identity, keep
         # Its own group: what a background save has to tell the other ranks must not meet the step's
         # collectives.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            if dist.is_initialized()
+            else None
+        )
         self.thread, self.pending = ThreadPoolExecutor(1) if background else None, None
 
     def gather(self, value):
@@ -279,7 +314,9 @@ class Checkpoints:
         state = state_of(model, optimizer)
         if self.thread is None:
             return self._write(step, state)
-        state = tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, state)
+        state = tree_map(
+            lambda x: x.to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, state
+        )
         self.pending = self.thread.submit(self._write, step, state)
 
     def wait(self):
@@ -289,7 +326,11 @@ class Checkpoints:
             pending.result()
 
     def _write(self, step, state):
-        root, final, partial = self.root, self.root / f"step-{step}", self.root / f"step-{step}.partial"
+        root, final, partial = (
+            self.root,
+            self.root / f"step-{step}",
+            self.root / f"step-{step}.partial",
+        )
         first = rank() == 0
 
         def begin():
@@ -299,7 +340,9 @@ class Checkpoints:
 
         def find():
             if not partial.is_dir():
-                raise OSError(f"rank {rank()} does not see the folder that rank 0 made: --out must lie on a file system that all ranks share")
+                raise OSError(
+                    f"rank {rank()} does not see the folder that rank 0 made: --out must lie on a file system that all ranks share"
+                )
 
         def publish():
             manifest = partial / "MANIFEST.json"
@@ -311,7 +354,9 @@ class Checkpoints:
             fsync(root)
             (root / ".latest").write_text(final.name)
             (root / ".latest").replace(root / "latest")
-            for old in [root / f"step-{s}" for s in steps(root)[self.keep :]] + list(root.glob("*.broken")):
+            for old in [root / f"step-{s}" for s in steps(root)[self.keep :]] + list(
+                root.glob("*.broken")
+            ):
                 shutil.rmtree(old)
 
         try:
@@ -319,10 +364,18 @@ class Checkpoints:
             self.agree(find)
             # HashedFiles flushes to the disk. A state in host memory needs no copying ahead, which
             # would be done on GPU 0 by any thread.
-            writer = FileSystemWriter(partial, sync_files=False, per_thread_copy_ahead=0 if self.thread else 10_000_000)
+            writer = FileSystemWriter(
+                partial, sync_files=False, per_thread_copy_ahead=0 if self.thread else 10_000_000
+            )
             writer.fs = HashedFiles()
-            dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-            files = {name: entry for written in self.gather(writer.fs.files) for name, entry in written.items()}
+            dcp.save(
+                state, storage_writer=writer, process_group=self.group, no_dist=self.group is None
+            )
+            files = {
+                name: entry
+                for written in self.gather(writer.fs.files)
+                for name, entry in written.items()
+            }
             self.agree(publish if first else None)
         except (OSError, RuntimeError, CheckpointException) as error:
             if first:
@@ -330,7 +383,9 @@ class Checkpoints:
             reason = cause(error)
             if "gloo" in str(reason):  # another rank is gone
                 raise RuntimeError(str(reason)) from error
-            raise OSError(f"{final} could not be written ({reason}); the checkpoints before it are whole") from error
+            raise OSError(
+                f"{final} could not be written ({reason}); the checkpoints before it are whole"
+            ) from error
 
     def newest(self):
         """(path, step) of the newest whole checkpoint, or (None, 0) where there is none at all.
@@ -341,7 +396,9 @@ class Checkpoints:
         there, broken = self.gather((steps(self.root), list(self.root.glob("*.broken"))))[0]
         for step in there:
             path = self.root / f"step-{step}"
-            problems = self.gather(fault(path, slice(rank(), None, dist.get_world_size() if self.group else 1)))
+            problems = self.gather(
+                fault(path, slice(rank(), None, dist.get_world_size() if self.group else 1))
+            )
             if problem := next(filter(None, problems), None):
                 if rank() == 0:
                     print(f"{path}: {problem}; taking the one before", file=sys.stderr)
@@ -351,15 +408,21 @@ class Checkpoints:
             theirs = json.loads((path / "MANIFEST.json").read_text())["identity"]
             for key in self.identity | theirs:
                 if theirs.get(key) != self.identity.get(key):
-                    raise ValueError(f"{path} is of a run with {key} {theirs.get(key)!r}, this one has {self.identity.get(key)!r}; "
-                                     "use its value, or another --out")
+                    raise ValueError(
+                        f"{path} is of a run with {key} {theirs.get(key)!r}, this one has {self.identity.get(key)!r}; "
+                        "use its value, or another --out"
+                    )
             return path, step
         if there or broken:
-            raise ValueError(f"{self.root}: no checkpoint there is whole; move the folder away to begin again")
+            raise ValueError(
+                f"{self.root}: no checkpoint there is whole; move the folder away to begin again"
+            )
         return None, 0
 
     def load(self, path, model, optimizer):
         """Fill model and optimizer, sharded as they are now, from a checkpoint that any number of ranks wrote."""
         state = state_of(model, optimizer)
         dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )

@@ -66,7 +66,13 @@ class Conversation:
     where: str = "?"  # file:line, for errors
 
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 MAX_WEIGHT = 1e6  # sums of weights stay far inside fp32
 
 
@@ -79,7 +85,9 @@ def read_rows(path):
         try:
             return [(f"{path}: conversation {i}", row) for i, row in enumerate(json.loads(text))]
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{getattr(error, 'lineno', '?')}: not JSON ({error}); fix the file") from None
+            raise ValueError(
+                f"{path}:{getattr(error, 'lineno', '?')}: not JSON ({error}); fix the file"
+            ) from None
     rows = []
     # by bytes: str.splitlines would cut at characters that JSON allows
     for number, line in enumerate(io.BytesIO(text), 1):
@@ -87,7 +95,9 @@ def read_rows(path):
             try:
                 rows.append((f"{path}:{number}", json.loads(line)))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error}); fix or remove the line") from None
+                raise ValueError(
+                    f"{path}:{number}: not JSON ({error}); fix or remove the line"
+                ) from None
     return rows
 
 
@@ -98,37 +108,71 @@ def read(path):
 
 def parse(row, where):
     """One JSON object -> Conversation, without a class yet unless the row names its own condition."""
+
     def need(condition, problem):
         if not condition:
             raise ValueError(f"{where}: {problem}")
 
     def need_text(value, name):
         need(isinstance(value, str), f"{name} {value!r} is not a text; fix the line")
-        need(value.isascii() or value == value.encode("utf-8", "replace").decode(), f"{name} has half of a surrogate pair (\\ud800..); fix the line")
+        need(
+            value.isascii() or value == value.encode("utf-8", "replace").decode(),
+            f"{name} has half of a surrogate pair (\\ud800..); fix the line",
+        )
 
-    need(isinstance(row, dict), f"a {type(row).__name__} where a conversation object belongs; see README, \"Your own data\"")
+    need(
+        isinstance(row, dict),
+        f'a {type(row).__name__} where a conversation object belongs; see README, "Your own data"',
+    )
     turns = next((row[key] for key in ("conversations", "items", "messages") if key in row), None)
-    need(isinstance(turns, list) and turns, "no messages in `conversations`, `items` or `messages`; fill or remove it")
+    need(
+        isinstance(turns, list) and turns,
+        "no messages in `conversations`, `items` or `messages`; fill or remove it",
+    )
     for key in ("system", "model", "condition"):
         if row.get(key) is not None:
             need_text(row[key], key)
     system, messages = row.get("system") or None, []
     for turn in turns:
-        need(isinstance(turn, dict), "a message is not an object with role and content (or from and value)")
-        name, text, weight = turn.get("role", turn.get("from")), turn.get("content", turn.get("value")), turn.get("weight")
-        need(isinstance(name, str) and name in ROLES, f"role {name!r} is not one of {', '.join(ROLES)}; fix the line or map it")
+        need(
+            isinstance(turn, dict),
+            "a message is not an object with role and content (or from and value)",
+        )
+        name, text, weight = (
+            turn.get("role", turn.get("from")),
+            turn.get("content", turn.get("value")),
+            turn.get("weight"),
+        )
+        need(
+            isinstance(name, str) and name in ROLES,
+            f"role {name!r} is not one of {', '.join(ROLES)}; fix the line or map it",
+        )
         need(text is not None, f"the {name} message has no text (content or value); fix the line")
         need_text(text, f"the {name} message's text")
-        ok = weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight <= MAX_WEIGHT)
-        need(ok, f"message weight {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line")
-        need(ROLES[name] == "assistant" or not weight, f"weight {weight} on a {name} message; only assistant text is trained on")
+        ok = weight is None or (
+            isinstance(weight, (int, float))
+            and not isinstance(weight, bool)
+            and 0 <= weight <= MAX_WEIGHT
+        )
+        need(
+            ok, f"message weight {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line"
+        )
+        need(
+            ROLES[name] == "assistant" or not weight,
+            f"weight {weight} on a {name} message; only assistant text is trained on",
+        )
         if ROLES[name] == "system":
-            need(not messages and system is None, "a system message that does not stand first, or a second one; join or move it")
+            need(
+                not messages and system is None,
+                "a system message that does not stand first, or a second one; join or move it",
+            )
             system = text
             continue
         messages.append(Message(ROLES[name], text, weight))
     need(messages, "only a system message; add turns or remove it")
-    return Conversation(tuple(messages), row.get("model") or "", system, row.get("condition"), where=where)
+    return Conversation(
+        tuple(messages), row.get("model") or "", system, row.get("condition"), where=where
+    )
 
 
 # ---- classes
@@ -157,21 +201,33 @@ def parse_classes(text, beta=None):
         except ValueError:
             number = math.nan
         if not (equals and colon and condition.strip() and math.isfinite(number)):
-            raise ValueError(f"--classes: {entry!r} is not `label glob=condition:number`, such as \"Model: GPT-4=GPT4:1.0\"")
+            raise ValueError(
+                f'--classes: {entry!r} is not `label glob=condition:number`, such as "Model: GPT-4=GPT4:1.0"'
+            )
         weight = math.exp(min((number - 1) / beta, 700)) if beta else number
         if not 0 <= weight <= MAX_WEIGHT:
-            raise ValueError(f"--classes: {entry!r} gives the weight {weight:g}; weights are from 0 to {MAX_WEIGHT:g}")
+            raise ValueError(
+                f"--classes: {entry!r} gives the weight {weight:g}; weights are from 0 to {MAX_WEIGHT:g}"
+            )
         table.append((glob.strip(), condition.strip(), weight))
     weights_of = collections.defaultdict(set)
     for _, condition, weight in table:
         weights_of[condition].add(weight)
-    name = lambda condition, weight: condition if len(weights_of[condition]) == 1 else f"{condition}:{weight}"
-    return [(glob, Class(name(condition, weight), condition, weight)) for glob, condition, weight in table]
+    name = lambda condition, weight: (
+        condition if len(weights_of[condition]) == 1 else f"{condition}:{weight}"
+    )
+    return [
+        (glob, Class(name(condition, weight), condition, weight))
+        for glob, condition, weight in table
+    ]
 
 
 def glob_match(glob, label):
     """Case-sensitive; * is any text, ? any character, nothing else is special."""
-    return re.fullmatch(re.escape(glob).replace(r"\*", ".*").replace(r"\?", "."), label, re.DOTALL) is not None
+    return (
+        re.fullmatch(re.escape(glob).replace(r"\*", ".*").replace(r"\?", "."), label, re.DOTALL)
+        is not None
+    )
 
 
 class Classes:
@@ -193,7 +249,9 @@ class Classes:
             label = conversation.label
             found = next((c for glob, c in self.table if glob_match(glob, label)), None)
             if found is None:
-                raise ValueError(f"{conversation.where}: label {label!r} matches no class; add it (or *=..) to --classes")
+                raise ValueError(
+                    f"{conversation.where}: label {label!r} matches no class; add it (or *=..) to --classes"
+                )
         else:
             found = next((c for c in self.all if c.condition == conversation.condition), None)
             if found is None:
@@ -205,10 +263,16 @@ class Classes:
         class_id, messages = self.all.index(found), []
         for m in conversation.messages:
             weight = 0.0 if m.role == "user" else found.weight if m.weight is None else m.weight
-            if weight is None or (found.weight is None and m.role == "assistant" and m.weight is None):
-                raise ValueError(f"{conversation.where}: an answer without weight in class {found.name!r}; give one, or --classes")
+            if weight is None or (
+                found.weight is None and m.role == "assistant" and m.weight is None
+            ):
+                raise ValueError(
+                    f"{conversation.where}: an answer without weight in class {found.name!r}; give one, or --classes"
+                )
             messages.append(dataclasses.replace(m, weight=float(weight)))
-        return dataclasses.replace(conversation, messages=tuple(messages), condition=found.condition, class_id=class_id)
+        return dataclasses.replace(
+            conversation, messages=tuple(messages), condition=found.condition, class_id=class_id
+        )
 
 
 def expert_of(classes):
@@ -253,11 +317,25 @@ class Baseline:
 _ASSISTANT = "The assistant gives helpful, detailed, and polite answers to the user's questions."
 BASELINES = {
     # v1.1, v1.5; wizardlm v1.2 too
-    "vicuna": Baseline("USER: {text} ASSISTANT:", " {text}</s>", "{system} USER: {text} ASSISTANT:",
-                       f"A chat between a curious user and an artificial intelligence assistant. {_ASSISTANT}"),
-    "llama-2-chat": Baseline("[INST] {text} [/INST]", " {text} </s><s>", "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]", strip=True),
-    "guanaco": Baseline("### Human: {text}\n### Assistant:", " {text}\n", "{system}\n### Human: {text}\n### Assistant:",
-                        f"A chat between a curious human and an artificial intelligence assistant. {_ASSISTANT}", stop="### Human:"),
+    "vicuna": Baseline(
+        "USER: {text} ASSISTANT:",
+        " {text}</s>",
+        "{system} USER: {text} ASSISTANT:",
+        f"A chat between a curious user and an artificial intelligence assistant. {_ASSISTANT}",
+    ),
+    "llama-2-chat": Baseline(
+        "[INST] {text} [/INST]",
+        " {text} </s><s>",
+        "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
+        strip=True,
+    ),
+    "guanaco": Baseline(
+        "### Human: {text}\n### Assistant:",
+        " {text}\n",
+        "{system}\n### Human: {text}\n### Assistant:",
+        f"A chat between a curious human and an artificial intelligence assistant. {_ASSISTANT}",
+        stop="### Human:",
+    ),
     "ultralm": Baseline("User: {text}</s>\nAssistant:", " {text}</s>\n"),
 }
 # openchat: v3.2, the GPT4 prompt; base: the raw text
@@ -267,7 +345,9 @@ PROMPTS = (*TEMPLATES, *BASELINES, "openchat", "base")
 def role_texts(template, condition):
     """(user prefix, assistant prefix, opening or None) of a template for a class."""
     t = TEMPLATES[template]
-    return tuple(text and text.format(c=condition).strip() for text in (t.user, t.assistant, t.opening))
+    return tuple(
+        text and text.format(c=condition).strip() for text in (t.user, t.assistant, t.opening)
+    )
 
 
 class Tokenizer:
@@ -278,20 +358,28 @@ class Tokenizer:
         """model: path of tokenizer.model, or its bytes."""
         if not isinstance(model, bytes):
             if not Path(model).is_file():
-                raise ValueError(f"{model}: no such tokenizer; give the path of a sentencepiece tokenizer.model")
+                raise ValueError(
+                    f"{model}: no such tokenizer; give the path of a sentencepiece tokenizer.model"
+                )
             model = Path(model).read_bytes()
         self.bytes = model
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise ValueError("tokenizer.model is not a sentencepiece model; fetch the file again") from None
+            raise ValueError(
+                "tokenizer.model is not a sentencepiece model; fetch the file again"
+            ) from None
         self.bos, self.eos, self.eot = self.sp.bos_id(), self.sp.eos_id(), self.sp.get_piece_size()
         if self.bos < 0 or self.eos < 0:
-            raise ValueError("tokenizer.model has no <s> or </s>; C-RLFT starts every conversation with <s>")
+            raise ValueError(
+                "tokenizer.model has no <s> or </s>; C-RLFT starts every conversation with <s>"
+            )
         # BPE's are ranks, unigram's log-probs
         whole_scores = all(self.sp.get_score(i).is_integer() for i in range(self.eot))
         if not whole_scores or self.sp.decode(self.sp.encode("  a  b ")) != "  a  b ":
-            raise ValueError("tokenizer.model is no BPE model that keeps spaces, Llama-2's kind; use the base model's own")
+            raise ValueError(
+                "tokenizer.model is no BPE model that keeps spaces, Llama-2's kind; use the base model's own"
+            )
 
     def __reduce__(self):
         return Tokenizer, (self.bytes,)
@@ -319,7 +407,9 @@ def encode(conversation, tokenizer, template):
         if text is not None:
             head += [*tokenizer.encode(text), tokenizer.eot]
     prefix = {"user": tokenizer.encode(user), "assistant": tokenizer.encode(assistant)}
-    return head, [(prefix[m.role], [*tokenizer.encode(m.text), tokenizer.eot]) for m in conversation.messages]
+    return head, [
+        (prefix[m.role], [*tokenizer.encode(m.text), tokenizer.eot]) for m in conversation.messages
+    ]
 
 
 def tokenize(conversation, tokenizer, template="before_speaker"):
@@ -342,19 +432,31 @@ def tokenize_baseline(messages, tokenizer, template, system=None):
     style = BASELINES[template]
     system = style.system if system is None else system
     if system is not None and style.first is None:
-        raise ValueError(f"template {template} has no place for a system text; put it into the first message")
+        raise ValueError(
+            f"template {template} has no place for a system text; put it into the first message"
+        )
     # ids, and texts that are tokenized each by itself; only our templates' `<s>` and `</s>` become
     # ids
     parts = [tokenizer.bos, ""]
     for i, message in enumerate(messages):
         text = message.text.strip() if style.strip else message.text
-        turn = style.answer if message.role == "assistant" else style.first if i == 0 and system is not None else style.user
+        turn = (
+            style.answer
+            if message.role == "assistant"
+            else style.first
+            if i == 0 and system is not None
+            else style.user
+        )
         for piece in re.split(r"(<s>|</s>|\{system\}|\{text\})", turn):
             if piece in ("<s>", "</s>"):
                 parts += [tokenizer.bos if piece == "<s>" else tokenizer.eos, ""]
             else:
                 parts[-1] += {"{text}": text, "{system}": system}.get(piece, piece)
-    return [i for part in parts for i in ([part] if isinstance(part, int) else tokenizer.encode(part) if part else [])]
+    return [
+        i
+        for part in parts
+        for i in ([part] if isinstance(part, int) else tokenizer.encode(part) if part else [])
+    ]
 
 
 def tokenize_prompt(messages, tokenizer, template, condition, system=None):
@@ -365,7 +467,9 @@ def tokenize_prompt(messages, tokenizer, template, condition, system=None):
         template, condition = "before_speaker", "GPT4"
     if template == "base":  # a model that has not been fine-tuned: the text itself
         return [tokenizer.bos, *tokenizer.encode("\n".join(m.text for m in messages))]
-    conversation = Conversation((*messages, Message("assistant", "")), system=system, condition=condition)
+    conversation = Conversation(
+        (*messages, Message("assistant", "")), system=system, condition=condition
+    )
     head, turns = encode(conversation, tokenizer, template)
     return [*head, *(i for prefix, text in turns[:-1] for i in prefix + text), *turns[-1][0]]
 
@@ -389,7 +493,11 @@ class PrepareConfig:
 def split_turns(conversation, head, turns, max_len):
     """Conversations of whole exchanges, each with the same head, none above max_len unless one exchange alone is."""
     parts, used = [[]], len(head)
-    starts = [i for i, m in enumerate(conversation.messages) if i and m.role == "user" and conversation.messages[i - 1].role != "user"]
+    starts = [
+        i
+        for i, m in enumerate(conversation.messages)
+        if i and m.role == "user" and conversation.messages[i - 1].role != "user"
+    ]
     for start, stop in zip([0, *starts], [*starts, len(turns)]):
         size = sum(len(prefix) + len(text) for prefix, text in turns[start:stop])
         if parts[-1] and used + size > max_len:
@@ -406,16 +514,23 @@ def fit(conversation, tokenizer, template, max_len, too_long):
     trailing_cut, and of conversations and turns.
     """
     tokens, weights = tokenize(conversation, tokenizer, template)
-    ledger = collections.Counter(conversations=1, turns=len(conversation.messages), tokens_read=len(tokens))
+    ledger = collections.Counter(
+        conversations=1, turns=len(conversation.messages), tokens_read=len(tokens)
+    )
     empty_answer = any(m.role == "assistant" and not m.text.strip() for m in conversation.messages)
     parts = [(tokens, weights)]
     if len(tokens) > max_len and not empty_answer:
         if too_long == "split":
             head, turns = encode(conversation, tokenizer, template)
-            parts = [tokenize(c, tokenizer, template) for c in split_turns(conversation, head, turns, max_len)]
+            parts = [
+                tokenize(c, tokenizer, template)
+                for c in split_turns(conversation, head, turns, max_len)
+            ]
             ledger["added_by_split"] += sum(len(t) for t, _ in parts) - len(tokens)
             ledger["split_conversations"] += len(parts) > 1
-        ledger["truncated_conversations"] += any(len(t) > max_len for t, _ in parts) and too_long != "drop"
+        ledger["truncated_conversations"] += (
+            any(len(t) > max_len for t, _ in parts) and too_long != "drop"
+        )
     kept = []
     for tokens, weights in parts:
         supervised = np.flatnonzero(weights[:max_len])
@@ -432,8 +547,20 @@ def fit(conversation, tokenizer, template, max_len, too_long):
     return kept, ledger
 
 
-LEDGER = ("conversations", "turns", "tokens_read", "trained", "prompt", "truncated", "dropped", "trailing_cut", "added_by_split",
-          "dropped_conversations", "truncated_conversations", "split_conversations")
+LEDGER = (
+    "conversations",
+    "turns",
+    "tokens_read",
+    "trained",
+    "prompt",
+    "truncated",
+    "dropped",
+    "trailing_cut",
+    "added_by_split",
+    "dropped_conversations",
+    "truncated_conversations",
+    "split_conversations",
+)
 
 
 def fit_many(args):
@@ -444,7 +571,11 @@ def fit_many(args):
 def group_of(conversation):
     """Hash of the first user message. The validation split goes by it, so that no prompt stands on both sides."""
     text = next((m.text for m in conversation.messages if m.role == "user"), "")
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
+        "big",
+        signed=True,
+    )
 
 
 def check_how(config):
@@ -462,39 +593,68 @@ def prepare(config):
         raise ValueError("prepare needs FILE.. --tokenizer tokenizer.model --out FILE.safetensors")
     check_how(config)
     if not config.out.endswith(".safetensors"):
-        raise ValueError(f"--out {config.out!r} does not end in .safetensors, as a prepared file does")
+        raise ValueError(
+            f"--out {config.out!r} does not end in .safetensors, as a prepared file does"
+        )
     tokenizer = Tokenizer(config.tokenizer)
     classes = Classes(parse_classes(config.classes, config.beta))
     # every line is checked before any work
     conversations = [classes.assign(c) for path in config.files for c in read(path)]
     how = config.template, config.max_len, config.too_long
-    chunks = [(conversations[i : i + 256], tokenizer, *how) for i in range(0, len(conversations), 256)]
+    chunks = [
+        (conversations[i : i + 256], tokenizer, *how) for i in range(0, len(conversations), 256)
+    ]
     # starting a process pays from about a thousand conversations
     processes = min(config.processes, len(chunks) // 4)
     tokens, weights, class_ids, group = [], [], [], []
     ledgers = [collections.Counter() for _ in classes.all]
-    with tqdm(total=len(conversations), unit=" conversations", desc="tokenize", disable=None) as bar:
+    with tqdm(
+        total=len(conversations), unit=" conversations", desc="tokenize", disable=None
+    ) as bar:
         with multiprocessing.Pool(processes) if processes > 1 else open(os.devnull) as pool:
             for chunk in pool.imap(fit_many, chunks) if processes > 1 else map(fit_many, chunks):
                 for (kept, ledger), class_id, conversation_group in chunk:
                     ledgers[class_id].update(ledger)
                     for t, w in kept:
-                        tokens.append(t), weights.append(w), class_ids.append(class_id), group.append(conversation_group)
+                        (
+                            tokens.append(t),
+                            weights.append(w),
+                            class_ids.append(class_id),
+                            group.append(conversation_group),
+                        )
                 bar.update(len(chunk))
     if not tokens:
-        raise ValueError(f"{', '.join(map(str, config.files))}: no conversation has a token to train on; check roles and weights")
+        raise ValueError(
+            f"{', '.join(map(str, config.files))}: no conversation has a token to train on; check roles and weights"
+        )
     for i, c in enumerate(classes.all):
         if c.weight is None:  # rows with weights of their own: the class's is the highest of them
-            weight = max((m.weight for x in conversations if x.class_id == i for m in x.messages), default=0.0)
+            weight = max(
+                (m.weight for x in conversations if x.class_id == i for m in x.messages),
+                default=0.0,
+            )
             classes.all[i] = dataclasses.replace(c, weight=weight)
-    shown = [dataclasses.asdict(c) | ({"condition": ""} if config.template == "none" else {}) for c in classes.all]
-    meta = {"tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(), "template": config.template, "max_len": config.max_len,
-            "classes": shown, "expert": expert_of(classes.all).name,
-            "counts": {c.name: {key: int(ledger[key]) for key in LEDGER} for c, ledger in zip(classes.all, ledgers)}}
+    shown = [
+        dataclasses.asdict(c) | ({"condition": ""} if config.template == "none" else {})
+        for c in classes.all
+    ]
+    meta = {
+        "tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(),
+        "template": config.template,
+        "max_len": config.max_len,
+        "classes": shown,
+        "expert": expert_of(classes.all).name,
+        "counts": {
+            c.name: {key: int(ledger[key]) for key in LEDGER}
+            for c, ledger in zip(classes.all, ledgers)
+        },
+    }
     arrays = {
-        "tokens": np.concatenate(tokens), "weights": np.concatenate(weights),
+        "tokens": np.concatenate(tokens),
+        "weights": np.concatenate(weights),
         "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-        "class_ids": np.array(class_ids, np.int16), "group": np.array(group, np.int64),
+        "class_ids": np.array(class_ids, np.int16),
+        "group": np.array(group, np.int64),
         "tokenizer": np.frombuffer(tokenizer.bytes, np.uint8),
     }
     out = Path(config.out)
@@ -510,16 +670,22 @@ def prepare(config):
 
 def ledger_table(meta):
     """The counts as text, a line per class, in tokens unless said."""
-    lines = [f"{'class':12} {'weight':>7} {'convs':>8} {'turns':>8} {'read':>10} {'trained':>10} {'prompt':>10} {'truncated':>9} "
-             f"{'dropped':>8} {'trailing':>8} {'split':>6}"]
+    lines = [
+        f"{'class':12} {'weight':>7} {'convs':>8} {'turns':>8} {'read':>10} {'trained':>10} {'prompt':>10} {'truncated':>9} "
+        f"{'dropped':>8} {'trailing':>8} {'split':>6}"
+    ]
     for c in meta["classes"]:
         n = meta["counts"][c["name"]]
-        lines.append(f"{c['name']:12} {c['weight']:7.4g} {n['conversations']:8,} {n['turns']:8,} {n['tokens_read']:10,} {n['trained']:10,} "
-                     f"{n['prompt']:10,} {n['truncated']:9,} {n['dropped']:8,} {n['trailing_cut']:8,} {n['added_by_split']:6,}")
+        lines.append(
+            f"{c['name']:12} {c['weight']:7.4g} {n['conversations']:8,} {n['turns']:8,} {n['tokens_read']:10,} {n['trained']:10,} "
+            f"{n['prompt']:10,} {n['truncated']:9,} {n['dropped']:8,} {n['trailing_cut']:8,} {n['added_by_split']:6,}"
+        )
     total = lambda key: sum(n[key] for n in meta["counts"].values())
-    lines.append(f"{total('dropped_conversations'):,} conversations dropped (an empty answer, nothing to train on, or too long), "
-                 f"{total('truncated_conversations'):,} cut at {meta['max_len']:,} tokens, {total('split_conversations'):,} split; "
-                 f"expert: {meta['expert']}, template: {meta['template']}")
+    lines.append(
+        f"{total('dropped_conversations'):,} conversations dropped (an empty answer, nothing to train on, or too long), "
+        f"{total('truncated_conversations'):,} cut at {meta['max_len']:,} tokens, {total('split_conversations'):,} split; "
+        f"expert: {meta['expert']}, template: {meta['template']}"
+    )
     return "\n".join(lines)
 
 
@@ -532,17 +698,27 @@ class Prepared:
 
     def __init__(self, path):
         if not Path(path).is_file():
-            raise ValueError(f"{path}: no such prepared file; make it with `python data.py prepare`")
+            raise ValueError(
+                f"{path}: no such prepared file; make it with `python data.py prepare`"
+            )
         try:
             with safe_open(path, "pt") as file:
                 self.meta = json.loads((file.metadata() or {}).get("crlft", "null"))
                 arrays = {key: file.get_tensor(key).numpy() for key in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole prepared file ({error}); prepare it again") from None
+            raise ValueError(
+                f"{path}: not a whole prepared file ({error}); prepare it again"
+            ) from None
         if self.meta is None:
-            raise ValueError(f"{path}: a safetensors file, but not one that `python data.py prepare` wrote")
+            raise ValueError(
+                f"{path}: a safetensors file, but not one that `python data.py prepare` wrote"
+            )
         self.path, self.tokens, self.weights = str(path), arrays["tokens"], arrays["weights"]
-        self.offsets, self.class_ids, self.group = arrays["offsets"], arrays["class_ids"], arrays["group"]
+        self.offsets, self.class_ids, self.group = (
+            arrays["offsets"],
+            arrays["class_ids"],
+            arrays["group"],
+        )
         self.tokenizer = Tokenizer(arrays["tokenizer"].tobytes())
         self.classes = [Class(**c) for c in self.meta["classes"]]
         self.lengths = np.diff(self.offsets)
@@ -551,14 +727,24 @@ class Prepared:
         for i in range(0, len(self), 2**14):
             starts = self.offsets[i : i + 2**14 + 1]
             weights, starts = self.weights[starts[0] : starts[-1]], starts - starts[0]
-            self.weight_sums[i : i + 2**14] = np.add.reduceat(weights, starts[:-1], dtype=np.float64)
-            self.supervised[i : i + 2**14] = np.add.reduceat(weights != 0, starts[:-1], dtype=np.int64)
+            self.weight_sums[i : i + 2**14] = np.add.reduceat(
+                weights, starts[:-1], dtype=np.float64
+            )
+            self.supervised[i : i + 2**14] = np.add.reduceat(
+                weights != 0, starts[:-1], dtype=np.int64
+            )
 
         counts = self.meta["counts"].values()  # the ledger holds to the token
         trained, prompt = (sum(n[key] for n in counts) for key in ("trained", "prompt"))
-        if self.supervised.sum() != trained or self.offsets[-1] != trained + prompt or len(self.tokens) != self.offsets[-1]:
-            raise ValueError(f"{path}: {len(self.tokens):,} tokens, {self.supervised.sum():,} of them trained on, are not what its own counts say; "
-                             "prepare it again")
+        if (
+            self.supervised.sum() != trained
+            or self.offsets[-1] != trained + prompt
+            or len(self.tokens) != self.offsets[-1]
+        ):
+            raise ValueError(
+                f"{path}: {len(self.tokens):,} tokens, {self.supervised.sum():,} of them trained on, are not what its own counts say; "
+                "prepare it again"
+            )
 
     def __len__(self):
         return len(self.lengths)
@@ -592,7 +778,10 @@ def finetune_lr(supervised_tokens, pretrain_lr=3e-4):
     What counts is supervised tokens per step: 200k of them give the paper's 6.7e-5. LLaMA-2 34B and 70B have 1.5e-4.
     """
     lr = pretrain_lr * math.sqrt(supervised_tokens / 4e6)
-    return lr, f"lr {lr:.3g} = {pretrain_lr:g} * sqrt({supervised_tokens:,.0f} supervised tokens a step / 4e6)"
+    return (
+        lr,
+        f"lr {lr:.3g} = {pretrain_lr:g} * sqrt({supervised_tokens:,.0f} supervised tokens a step / 4e6)",
+    )
 
 
 def deal(lengths, class_ids, weight_sums, groups, rng):
@@ -629,7 +818,11 @@ def by_group(lengths, home, groups):
 def emptiest_first(lengths, home, groups, bins):
     """[N] a bin for each conversation, the longest first, each to its group's emptiest; may overfill. All groups at once."""
     i_GK = by_group(lengths, home, groups)
-    length_GK, load_GB, bin_GK = np.where(i_GK >= 0, lengths[i_GK], 0), np.zeros((groups, bins)), np.empty_like(i_GK)
+    length_GK, load_GB, bin_GK = (
+        np.where(i_GK >= 0, lengths[i_GK], 0),
+        np.zeros((groups, bins)),
+        np.empty_like(i_GK),
+    )
     for k in range(i_GK.shape[1]):
         bin_GK[:, k] = load_GB.argmin(1)
         load_GB[np.arange(groups), bin_GK[:, k]] += length_GK[:, k]
@@ -697,20 +890,35 @@ def balance(lengths, step, micro, steps, M, capacity, cost):
 
     for r in range(min(5 * M + 10, 400)):
         bad_SM = badness(tokens_SM, square_SM)
-        tokens_off, square_off = tokens_SM / mean_tokens[:, None] - 1, square_SM / mean_square[:, None] - 1
+        tokens_off, square_off = (
+            tokens_SM / mean_tokens[:, None] - 1,
+            square_SM / mean_square[:, None] - 1,
+        )
         a = bad_SM.argmax(1) if r % 3 else np.abs(tokens_off).argmax(1)
         opposite = (20 * tokens_off + square_off) * np.sign(tokens_off[rows, a])[:, None]
         b = opposite.argmin(1) if r % 2 else (a + 1 + r // 2 % (M - 1)) % M
         b = np.where(a == b, (b + 1) % M, b)
         # of many, some, by turns
-        take = np.unique(np.append((np.arange(48) * Q // 48 + r) % Q, Q - 1)) if Q > 48 else np.arange(Q)
+        take = (
+            np.unique(np.append((np.arange(48) * Q // 48 + r) % Q, Q - 1))
+            if Q > 48
+            else np.arange(Q)
+        )
         l_a, l_b = length_SMQ[rows, a][:, take, None], length_SMQ[rows, b][:, None, take]
         give, give2 = l_a - l_b, l_a**2 - l_b**2  # [S, Q, Q]: what a loses to b by each swap
         at = lambda x_SM, m: x_SM[rows, m][:, None, None]
-        after = badness(at(tokens_SM, a) - give, at(square_SM, a) - give2) + badness(at(tokens_SM, b) + give, at(square_SM, b) + give2)
+        after = badness(at(tokens_SM, a) - give, at(square_SM, a) - give2) + badness(
+            at(tokens_SM, b) + give, at(square_SM, b) + give2
+        )
         best = after.reshape(steps, -1).argmin(1)
         better = after.reshape(steps, -1)[rows, best] < bad_SM[rows, a] + bad_SM[rows, b] - 1e-12
-        s, a, b, qa, qb = rows[better], a[better], b[better], best[better] // len(take), best[better] % len(take)
+        s, a, b, qa, qb = (
+            rows[better],
+            a[better],
+            b[better],
+            best[better] // len(take),
+            best[better] % len(take),
+        )
         for x_SM, g in ((tokens_SM, give), (square_SM, give2)):
             x_SM[s, a] -= g[s, qa, qb]
             x_SM[s, b] += g[s, qa, qb]
@@ -740,7 +948,9 @@ def try_plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, tight,
     for m in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
         result[step[m[0]]].append(m)
     if any(weight_sums[np.concatenate(r)].sum() == 0 for r in result.values()):
-        raise ValueError("a step whose weights are all 0 has no loss; give some answers a weight above 0")
+        raise ValueError(
+            "a step whose weights are all 0 has no loss; give some answers a weight above 0"
+        )
     return list(result.values())
 
 
@@ -762,12 +972,18 @@ def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_token
     to groups of 2, 4, .. steps instead, a group's micro-batches are filled best fit and then dealt to its steps (`spread`):
     fuller, for classes that are a little less even.
     """
-    lengths, class_ids, weight_sums = np.asarray(lengths, np.int64), np.asarray(class_ids, np.int64), np.asarray(weight_sums, np.float64)
+    lengths, class_ids, weight_sums = (
+        np.asarray(lengths, np.int64),
+        np.asarray(class_ids, np.int64),
+        np.asarray(weight_sums, np.float64),
+    )
     capacity, M = min(micro_tokens, batch_tokens), max(1, batch_tokens // micro_tokens)
     if len(lengths) == 0:
         raise ValueError("no conversation to plan")
     if lengths.max() > capacity:
-        raise ValueError(f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens and --batch_tokens")
+        raise ValueError(
+            f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens and --batch_tokens"
+        )
     full, group = lengths.sum() / (M * capacity), 1  # full: steps, if nothing stayed empty
     fills = (1.0, 0.999, 0.9975, 0.99, 0.98)
     if full > 200:
@@ -776,14 +992,38 @@ def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_token
         for steps in sorted({math.ceil(full / fill) for fill in fills}):
             groups = -(-steps // group)
             if groups * group <= math.ceil(full / fills[-1]):
-                found = try_plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, group > 1, M, capacity, cost)
+                found = try_plan(
+                    lengths,
+                    class_ids,
+                    weight_sums,
+                    seed,
+                    epoch,
+                    groups,
+                    group,
+                    group > 1,
+                    M,
+                    capacity,
+                    cost,
+                )
                 if found:
                     return found
         group *= 2
     # Conversations that leave gaps wherever they go (all just above half a micro-batch, say): one
     # group, of what best fit takes.
     bins = best_fit(lengths, np.zeros(len(lengths), np.int64), 1, len(lengths), capacity)
-    return try_plan(lengths, class_ids, weight_sums, seed, epoch, 1, -(-(int(bins.max()) + 1) // M), True, M, capacity, cost)
+    return try_plan(
+        lengths,
+        class_ids,
+        weight_sums,
+        seed,
+        epoch,
+        1,
+        -(-(int(bins.max()) + 1) // M),
+        True,
+        M,
+        capacity,
+        cost,
+    )
 
 
 @dataclass
@@ -813,20 +1053,30 @@ class Batch:
 def pack(conversations, class_ids=None):
     """[(tokens, weights)] -> Batch. Weights move one row up: row t is judged by what it says about token t + 1."""
     lengths = np.array([len(tokens) for tokens, _ in conversations])
-    class_ids = np.zeros(len(lengths), np.int64) if class_ids is None else np.asarray(class_ids, np.int64)
+    class_ids = (
+        np.zeros(len(lengths), np.int64) if class_ids is None else np.asarray(class_ids, np.int64)
+    )
     ends = np.cumsum(lengths)
     tokens_T = np.concatenate([tokens for tokens, _ in conversations]).astype(np.int64)
-    weights_T = np.concatenate([*(weights for _, weights in conversations), [0.0]]).astype(np.float32)[1:]
+    weights_T = np.concatenate([*(weights for _, weights in conversations), [0.0]]).astype(
+        np.float32
+    )[1:]
     labels_T = np.append(tokens_T[1:], 0)
     # the last token of a conversation predicts nothing
     labels_T[ends - 1], weights_T[ends - 1] = 0, 0.0
     rows_R = np.flatnonzero(weights_T)
     arrays = dict(
-        tokens_T=tokens_T, positions_T=np.arange(len(tokens_T)) - np.repeat(ends - lengths, lengths),
-        labels_T=labels_T, weights_T=weights_T, cu_seqlens=np.append(0, ends).astype(np.int32),
-        rows_R=rows_R, class_R=np.repeat(class_ids, lengths)[rows_R],
+        tokens_T=tokens_T,
+        positions_T=np.arange(len(tokens_T)) - np.repeat(ends - lengths, lengths),
+        labels_T=labels_T,
+        weights_T=weights_T,
+        cu_seqlens=np.append(0, ends).astype(np.int32),
+        rows_R=rows_R,
+        class_R=np.repeat(class_ids, lengths)[rows_R],
     )
-    return Batch(max_seqlen=int(lengths.max()), **{key: torch.from_numpy(x) for key, x in arrays.items()})
+    return Batch(
+        max_seqlen=int(lengths.max()), **{key: torch.from_numpy(x) for key, x in arrays.items()}
+    )
 
 
 def ahead(batches, pin):
@@ -857,13 +1107,25 @@ def chat_template(template, condition):
     # a JSON string is a Jinja string, whatever the condition holds
     text = lambda x: json.dumps(x, ensure_ascii=False)
     return (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + " + text(EOT) + " }}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + "
+        + text(EOT)
+        + " }}{% endif %}"
         + ("{{ " + text(opening + EOT) + " }}" if opening else "")
         + "{% for m in messages %}"
-        + "{% if m['role'] == 'user' %}{{ " + text(user + " ") + " + m['content'] + " + text(EOT) + " }}"
-        + "{% elif m['role'] == 'assistant' %}{{ " + text(assistant + " ") + " + m['content'] + " + text(EOT) + " }}"
+        + "{% if m['role'] == 'user' %}{{ "
+        + text(user + " ")
+        + " + m['content'] + "
+        + text(EOT)
+        + " }}"
+        + "{% elif m['role'] == 'assistant' %}{{ "
+        + text(assistant + " ")
+        + " + m['content'] + "
+        + text(EOT)
+        + " }}"
         + "{% elif not loop.first %}{{ raise_exception('a system message stands first') }}{% endif %}{% endfor %}"
-        + "{% if add_generation_prompt %}{{ " + text(assistant) + " }}{% endif %}"
+        + "{% if add_generation_prompt %}{{ "
+        + text(assistant)
+        + " }}{% endif %}"
     )
 
 
@@ -887,33 +1149,72 @@ def tokenizer_json(tokenizer):
     merges.sort()
     special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
     added = [(i, pieces[i]) for i in special] + [(size, EOT)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     bos = pieces[tokenizer.bos]
     return {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [{"id": i, "content": text} | flags for i, text in added],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            ],
+        },
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-                     {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": pieces[sp.unk_id()], "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": any(map(sp.is_byte, range(size))),
-                  "ignore_merges": False, "vocab": vocab, "merges": [f"{a} {b}" for *_, a, b in merges]},
+            "single": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": bos, "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[sp.unk_id()],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": any(map(sp.is_byte, range(size))),
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [f"{a} {b}" for *_, a, b in merges],
+        },
     }
 
 
 def write_tokenizer(folder, tokenizer, meta):
     """tokenizer.model, tokenizer.json, tokenizer_config.json (with the expert's chat template) and crlft.json of an export."""
     folder, sp = Path(folder), tokenizer.sp
-    names = {f"{kind}_token": sp.id_to_piece(i) for kind, i in (("bos", tokenizer.bos), ("eos", tokenizer.eos), ("unk", sp.unk_id()))}
+    names = {
+        f"{kind}_token": sp.id_to_piece(i)
+        for kind, i in (("bos", tokenizer.bos), ("eos", tokenizer.eos), ("unk", sp.unk_id()))
+    }
     json_ = tokenizer_json(tokenizer)
     added = {str(t["id"]): {key: t[key] for key in t if key != "id"} for t in json_["added_tokens"]}
     expert = next(c for c in meta["classes"] if c["name"] == meta["expert"])
@@ -921,13 +1222,26 @@ def write_tokenizer(folder, tokenizer, meta):
     # rule of its own in place of ours (a text that starts with a space loses one); legacy says to
     # older readers that a space follows a special token.
     config = names | {
-        "tokenizer_class": "PreTrainedTokenizerFast", "legacy": True, "add_bos_token": True, "add_eos_token": False,
-        "clean_up_tokenization_spaces": False, "padding_side": "left", "model_max_length": meta["max_len"], "added_tokens_decoder": added,
-        "additional_special_tokens": [EOT], "chat_template": chat_template(meta["template"], expert["condition"]),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_max_length": meta["max_len"],
+        "added_tokens_decoder": added,
+        "additional_special_tokens": [EOT],
+        "chat_template": chat_template(meta["template"], expert["condition"]),
     }
     (folder / "tokenizer.model").write_bytes(tokenizer.bytes)
-    for name, content in (("tokenizer.json", json_), ("tokenizer_config.json", config), ("crlft.json", meta)):
-        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    for name, content in (
+        ("tokenizer.json", json_),
+        ("tokenizer_config.json", config),
+        ("crlft.json", meta),
+    ):
+        (folder / name).write_text(
+            json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
 
 
 # ---- looking at data
@@ -968,32 +1282,57 @@ def show(config):
         raise ValueError("show needs a prepared file, or conversation files and --tokenizer")
     if config.files[0].endswith(".safetensors"):
         if len(config.files) > 1:
-            raise ValueError(f"{config.files[1]}: show takes one prepared file, or conversation files")
+            raise ValueError(
+                f"{config.files[1]}: show takes one prepared file, or conversation files"
+            )
         data = Prepared(config.files[0])
-        tokenizer, meta, lengths, heaviest = data.tokenizer, data.meta, data.lengths, max(c.weight for c in data.classes)
+        tokenizer, meta, lengths, heaviest = (
+            data.tokenizer,
+            data.meta,
+            data.lengths,
+            max(c.weight for c in data.classes),
+        )
         rows = [(data.class_ids[i], *data.conversation(i)) for i in range(min(config.n, len(data)))]
         print(ledger_table(meta))
     else:
         check_how(config)
         if not config.tokenizer:
             raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
-        tokenizer, classes = Tokenizer(config.tokenizer), Classes(parse_classes(config.classes, config.beta))
+        tokenizer, classes = (
+            Tokenizer(config.tokenizer),
+            Classes(parse_classes(config.classes, config.beta)),
+        )
         conversations = [classes.assign(c) for path in config.files for c in read(path)]
-        fitted = [(c.class_id, part) for c in conversations
-                  for part in fit(c, tokenizer, config.template, config.max_len, config.too_long)[0]]
+        fitted = [
+            (c.class_id, part)
+            for c in conversations
+            for part in fit(c, tokenizer, config.template, config.max_len, config.too_long)[0]
+        ]
         rows = [(class_id, *part) for class_id, part in fitted[: config.n]]
-        lengths, meta = np.array([len(tokens) for _, (tokens, _) in fitted]), {"classes": [{"name": c.name} for c in classes.all]}
+        lengths, meta = (
+            np.array([len(tokens) for _, (tokens, _) in fitted]),
+            {"classes": [{"name": c.name} for c in classes.all]},
+        )
         heaviest = max((weights.max() for _, (_, weights) in fitted), default=1.0)
     if len(lengths) == 0:
-        raise ValueError(f"{', '.join(config.files)}: no conversation has a token to train on; check roles, answers and weights")
+        raise ValueError(
+            f"{', '.join(config.files)}: no conversation has a token to train on; check roles, answers and weights"
+        )
     for i, (class_id, tokens, weights) in enumerate(rows):
-        print(f"\n-- conversation {i}, class {meta['classes'][class_id]['name']}, {len(tokens)} tokens, {np.count_nonzero(weights)} trained")
+        print(
+            f"\n-- conversation {i}, class {meta['classes'][class_id]['name']}, {len(tokens)} tokens, {np.count_nonzero(weights)} trained"
+        )
         print(colored(tokenizer, tokens, weights, heaviest))
         batch = pack([(tokens, weights)])
         # the labels, where an answer starts and where the last ends
         for t in (*batch.rows_R[:2].tolist(), *batch.rows_R[-1:].tolist()):
-            token, label = (tokenizer.piece(int(x[t])).replace("\u2581", " ") for x in (batch.tokens_T, batch.labels_T))
-            print(f"  row {t}: after {token!r} the model is to say {label!r}, weight {batch.weights_T[t]:g}")
+            token, label = (
+                tokenizer.piece(int(x[t])).replace("\u2581", " ")
+                for x in (batch.tokens_T, batch.labels_T)
+            )
+            print(
+                f"  row {t}: after {token!r} the model is to say {label!r}, weight {batch.weights_T[t]:g}"
+            )
     print(f"\nlengths of {len(lengths):,} conversations: {lengths.sum():,} tokens")
     edges = 2 ** np.arange(1, 2 + int(np.log2(max(lengths.max(initial=2), 2))))
     counts = np.histogram(lengths, [*edges, edges[-1] * 2])[0]
@@ -1022,34 +1361,78 @@ def stats(config):
     data = Prepared(config.files[0])
     print(ledger_table(data.meta), "\n")
     total = data.weight_sums.sum()
-    print(f"{'class':12} {'convs':>8} {'tokens':>11} {'supervised':>11} {'of weight':>9}   length: min, 5%, median, 95%, max")
+    print(
+        f"{'class':12} {'convs':>8} {'tokens':>11} {'supervised':>11} {'of weight':>9}   length: min, 5%, median, 95%, max"
+    )
     for i, c in enumerate(data.classes):
         rows = data.class_ids == i
         lengths = data.lengths[rows]
-        at = " ".join(f"{x:7,.0f}" for x in np.percentile(lengths, [0, 5, 50, 95, 100])) if len(lengths) else "-"
-        print(f"{c.name:12} {len(lengths):8,} {lengths.sum():11,} {data.supervised[rows].sum():11,} {data.weight_sums[rows].sum() / total:9.1%}   {at}")
-    squares = sum(float((data.weights[i : i + 2**24].astype(np.float64) ** 2).sum()) for i in range(0, len(data.weights), 2**24))
-    print(f"effective sample size (sum w)^2 / sum w^2: {total**2 / squares:,.0f} of {data.supervised.sum():,} supervised tokens\n")
+        at = (
+            " ".join(f"{x:7,.0f}" for x in np.percentile(lengths, [0, 5, 50, 95, 100]))
+            if len(lengths)
+            else "-"
+        )
+        print(
+            f"{c.name:12} {len(lengths):8,} {lengths.sum():11,} {data.supervised[rows].sum():11,} {data.weight_sums[rows].sum() / total:9.1%}   {at}"
+        )
+    squares = sum(
+        float((data.weights[i : i + 2**24].astype(np.float64) ** 2).sum())
+        for i in range(0, len(data.weights), 2**24)
+    )
+    print(
+        f"effective sample size (sum w)^2 / sum w^2: {total**2 / squares:,.0f} of {data.supervised.sum():,} supervised tokens\n"
+    )
 
-    steps = plan(data.lengths, data.class_ids, data.weight_sums, 0, 0, config.batch_tokens, config.micro_tokens)
+    steps = plan(
+        data.lengths,
+        data.class_ids,
+        data.weight_sums,
+        0,
+        0,
+        config.batch_tokens,
+        config.micro_tokens,
+    )
     expert = data.class_ids == [c.name for c in data.classes].index(data.meta["expert"])
     sums = np.array([data.weight_sums[flat([s])].sum() for s in steps])
-    share = np.array([data.weight_sums[i[expert[i]]].sum() / data.weight_sums[i].sum() for i in (flat([s]) for s in steps)])
+    share = np.array(
+        [
+            data.weight_sums[i[expert[i]]].sum() / data.weight_sums[i].sum()
+            for i in (flat([s]) for s in steps)
+        ]
+    )
     span = lambda x, form: f"{x.min():{form}} to {x.max():{form}}, mean {x.mean():{form}}"
-    capacity, M = min(config.micro_tokens, config.batch_tokens), max(1, config.batch_tokens // config.micro_tokens)
-    print(f"an epoch: {len(steps)} steps of {M} x {capacity:,} tokens, {data.lengths.sum() / (len(steps) * M * capacity):.1%} full")
-    print(f"weight sum of a step: {span(sums, ',.0f')}\nexpert's share of it: {span(share, '.4f')} ({data.weight_sums[expert].sum() / total:.4f} in all)")
+    capacity, M = (
+        min(config.micro_tokens, config.batch_tokens),
+        max(1, config.batch_tokens // config.micro_tokens),
+    )
+    print(
+        f"an epoch: {len(steps)} steps of {M} x {capacity:,} tokens, {data.lengths.sum() / (len(steps) * M * capacity):.1%} full"
+    )
+    print(
+        f"weight sum of a step: {span(sums, ',.0f')}\nexpert's share of it: {span(share, '.4f')} ({data.weight_sums[expert].sum() / total:.4f} in all)"
+    )
     load = np.zeros((3, len(steps), config.ranks))
     for s, step in enumerate(steps):
         for m, micro in enumerate(step):
-            tokens, square = data.lengths[micro].sum(), (data.lengths[micro].astype(np.float64) ** 2).sum()
-            load[:, s, m % config.ranks] += tokens, square, COST_7B[0] * tokens + COST_7B[1] * square
+            tokens, square = (
+                data.lengths[micro].sum(),
+                (data.lengths[micro].astype(np.float64) ** 2).sum(),
+            )
+            load[:, s, m % config.ranks] += (
+                tokens,
+                square,
+                COST_7B[0] * tokens + COST_7B[1] * square,
+            )
     for name, x in zip(("tokens", "sum of length^2", "7B's FLOPs"), load):
         uneven = x.max(1) / x.mean(1)
-        print(f"{config.ranks} ranks, most / mean {name}: {uneven.mean():.4f}, at worst {uneven.max():.4f}")
+        print(
+            f"{config.ranks} ranks, most / mean {name}: {uneven.mean():.4f}, at worst {uneven.max():.4f}"
+        )
     print(finetune_lr(data.supervised.sum() / len(steps), config.pretrain_lr)[1])
     if config.tokens_per_s:
-        print(f"{data.lengths.sum() / config.tokens_per_s / 3600:.2f} hours an epoch at {config.tokens_per_s:,.0f} tokens/s")
+        print(
+            f"{data.lengths.sum() / config.tokens_per_s / 3600:.2f} hours an epoch at {config.tokens_per_s:,.0f} tokens/s"
+        )
     if config.png:
         draw_lengths(data, config.png)
 
@@ -1061,10 +1444,21 @@ def draw_lengths(data, path):
         raise ValueError("--png needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(8, 4))
     edges = np.geomspace(data.lengths.min(), data.lengths.max() + 1, 50)
-    axes.hist([data.lengths[data.class_ids == i] for i in range(len(data.classes))], edges, stacked=True, label=[c.name for c in data.classes])
-    axes.set(xscale="log", xlabel="tokens of a conversation", ylabel="conversations", title=Path(data.path).name)
+    axes.hist(
+        [data.lengths[data.class_ids == i] for i in range(len(data.classes))],
+        edges,
+        stacked=True,
+        label=[c.name for c in data.classes],
+    )
+    axes.set(
+        xscale="log",
+        xlabel="tokens of a conversation",
+        ylabel="conversations",
+        title=Path(data.path).name,
+    )
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -1086,7 +1480,10 @@ def parse_args(config_class, argv, positional=None):
         if key not in fields or key == positional:
             near = difflib.get_close_matches(key, fields, 1)
             flags = " ".join("--" + name for name in fields if name != positional)
-            raise ValueError(f"--{key} is no flag; " + (f"did you mean --{near[0]}?" if near else f"the flags are {flags}"))
+            raise ValueError(
+                f"--{key} is no flag; "
+                + (f"did you mean --{near[0]}?" if near else f"the flags are {flags}")
+            )
         kind = fields[key].type
         # `int | None` reads an int
         kind = next(k for k in getattr(kind, "__args__", (kind,)) if k is not type(None))
@@ -1104,7 +1501,9 @@ def parse_args(config_class, argv, positional=None):
     if positional:
         values[positional] = tuple(words)
     elif words:
-        raise ValueError(f"{words[0]!r} is not a flag; flags look like --{next(iter(fields))} VALUE")
+        raise ValueError(
+            f"{words[0]!r} is not a flag; flags look like --{next(iter(fields))} VALUE"
+        )
     return config_class(**values)
 
 
@@ -1141,7 +1540,9 @@ def main(argv):
     elif argv[:1] == ["stats"]:
         stats(parse_args(StatsConfig, argv[1:], positional="files"))
     else:
-        raise ValueError("say `prepare FILE.. --tokenizer PATH --out FILE.safetensors` `show FILE..` or `stats FILE.safetensors`; see the top of data.py")
+        raise ValueError(
+            "say `prepare FILE.. --tokenizer PATH --out FILE.safetensors` `show FILE..` or `stats FILE.safetensors`; see the top of data.py"
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from kernels.cross_entropy import CHUNK_BYTES, linear_cross_entropy  # noqa: F401, train.py counts the chunk
 from kernels.rms_norm import rms_norm
@@ -71,7 +75,11 @@ def train_flops(config):
     """
     D, E, L = config.hidden_size, config.head_dim, config.num_hidden_layers
     projections = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
-    return 6 * L * (projections + 3 * D * config.intermediate_size), 6 * D * config.vocab_size, 6 * L * config.num_attention_heads * E
+    return (
+        6 * L * (projections + 3 * D * config.intermediate_size),
+        6 * D * config.vocab_size,
+        6 * L * config.num_attention_heads * E,
+    )
 
 
 class RMSNorm(nn.Module):
@@ -111,7 +119,11 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x_TK):
-        eager_cpu = x_TK.device.type == "cpu" and x_TK.dtype == torch.float32 and not torch.compiler.is_compiling()
+        eager_cpu = (
+            x_TK.device.type == "cpu"
+            and x_TK.dtype == torch.float32
+            and not torch.compiler.is_compiling()
+        )
         if eager_cpu and HAVE_ONEDNN and torch.is_grad_enabled() and len(x_TK) >= 64:
             return OneDNNLinear.apply(x_TK, self.weight)
         return super().forward(x_TK)
@@ -154,24 +166,36 @@ class MLP(nn.Module):
 
 # what of a block's activations is rebuilt in the backward pass
 RECOMPUTE = ("none", "cheap", "all")
-KEPT = {torch.ops.aten.mm.default, torch.ops.crlft.rotary_attention.default,
-        torch.ops.aten.mkldnn_linear.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}  # the CPU's
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.crlft.rotary_attention.default,
+    torch.ops.aten.mkldnn_linear.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}  # the CPU's
 
 
 def activation_width(config, recompute):
     """Numbers that a block keeps for each token until its backward pass (on a GPU, fp32 log-sum-exps aside)."""
-    D, F, Q, K = config.hidden_size, config.intermediate_size, *(n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    D, F, Q, K = (
+        config.hidden_size,
+        config.intermediate_size,
+        *(n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)),
+    )
     # input, residual and both their norms; q, rotated k, v, o; gate, up, their product
-    return {"none": 4 * D + 2 * Q + 2 * K + 3 * F,
-            # input; q, k, v; o, rotated k; o_proj's output; gate, up
-            "cheap": 2 * D + 2 * Q + 3 * K + 2 * F,
-            "all": D}[recompute]
+    return {
+        "none": 4 * D + 2 * Q + 2 * K + 3 * F,
+        # input; q, k, v; o, rotated k; o_proj's output; gate, up
+        "cheap": 2 * D + 2 * Q + 3 * K + 2 * F,
+        "all": D,
+    }[recompute]
 
 
 def keep(down_width, _context, op, *args, **_):
     """The policy of recompute = cheap: outputs of matmuls and attention stay, but down_proj's, which no gradient needs."""
     down = op == torch.ops.aten.mm.default and args[0].shape[1] == down_width
-    return CheckpointPolicy.MUST_SAVE if op in KEPT and not down else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if op in KEPT and not down else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 class Block(nn.Module):
@@ -189,8 +213,12 @@ class Block(nn.Module):
             return self.compute(*args)
         if self.recompute == "all":
             return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False)
-        contexts = partial(create_selective_checkpoint_contexts, partial(keep, self.mlp.down_proj.in_features))
-        return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        contexts = partial(
+            create_selective_checkpoint_contexts, partial(keep, self.mlp.down_proj.in_features)
+        )
+        return checkpoint(
+            self.compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
 
     def compute(self, x_TD, cos_TC, sin_TC, cu_seqlens, cache=None):
         attn_TD = self.self_attn(self.input_layernorm(x_TD), cos_TC, sin_TC, cu_seqlens, cache)
@@ -227,8 +255,17 @@ class Model(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, tokens_T, positions_T, cu_seqlens, labels_T=None, weights_T=None, *,
-                rows_R=None, per_row=False):
+    def forward(
+        self,
+        tokens_T,
+        positions_T,
+        cu_seqlens,
+        labels_T=None,
+        weights_T=None,
+        *,
+        rows_R=None,
+        per_row=False,
+    ):
         """(loss_sum, weight_sum), fp32 scalars: sum of w * nll, and of w (Eq. 6 before its one division).
 
         tokens_T, positions_T, labels_T int64 [T]; weights_T fp32 [T]: row t predicts labels_T[t] and counts weights_T[t].
@@ -239,7 +276,9 @@ class Model(nn.Module):
         hidden_TD = self.model(tokens_T, positions_T, cu_seqlens)
         if labels_T is None:
             return hidden_TD
-        loss_sum, nll_T, correct_T = linear_cross_entropy(hidden_TD, self.lm_head.weight, labels_T, weights_T, rows_R)
+        loss_sum, nll_T, correct_T = linear_cross_entropy(
+            hidden_TD, self.lm_head.weight, labels_T, weights_T, rows_R
+        )
         result = loss_sum, weights_T.sum()
         return (*result, nll_T, correct_T) if per_row else result
 
@@ -256,7 +295,9 @@ class Model(nn.Module):
     def decode(self, tokens_B, cache):
         """logits_BV after one more token of each prompt."""
         positions_B = cache.length_B
-        cache.place(torch.arange(len(tokens_B), device=tokens_B.device), positions_B, positions_B + 1)
+        cache.place(
+            torch.arange(len(tokens_B), device=tokens_B.device), positions_B, positions_B + 1
+        )
         return self.lm_head(self.model(tokens_B, positions_B, None, cache=cache)).float()
 
 
@@ -265,14 +306,18 @@ class KVCache:
 
     def __init__(self, config, batch, slots, device=None, dtype=torch.float32):
         shape = config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim
-        self.k_LBGSE, self.v_LBGSE = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.k_LBGSE, self.v_LBGSE = (
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)
+        )
         self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
 
     def place(self, row_T, slot_T, length_B):
         """Token t of the coming forward pass goes to slot_T[t] of row_T[t]; length_B are the lengths after it."""
         self.row_T, self.slot_T, self.length_B = row_T, slot_T, length_B
         self.used = int(length_B.max())
-        self.mask_B11S = (torch.arange(self.used, device=length_B.device) < length_B[:, None])[:, None, None]
+        self.mask_B11S = (torch.arange(self.used, device=length_B.device) < length_B[:, None])[
+            :, None, None
+        ]
 
     def layer(self, i):
         return LayerCache(self, self.k_LBGSE[i], self.v_LBGSE[i])
@@ -292,7 +337,9 @@ class LayerCache:
         n = self.cache.used
         k_BGSE, v_BGSE = self.k_BGSE[:, :, :n], self.v_BGSE[:, :, :n]
         mask = self.cache.mask_B11S
-        return F.scaled_dot_product_attention(q_BHE[:, :, None], k_BGSE, v_BGSE, attn_mask=mask, enable_gqa=True)[:, :, 0]
+        return F.scaled_dot_product_attention(
+            q_BHE[:, :, None], k_BGSE, v_BGSE, attn_mask=mask, enable_gqa=True
+        )[:, :, 0]
 
 
 # ---- Hugging Face directories
@@ -328,9 +375,13 @@ def read_config(folder):
     rope = fields.get("rope_parameters") or {}  # transformers 5; 4 has rope_theta at the top level
     for field, allowed in UNSUPPORTED.items():
         if fields.get(field) not in allowed and field in fields:
-            raise ValueError(f"{path}: {field} = {fields[field]!r} is not supported, only {allowed[0]!r}")
+            raise ValueError(
+                f"{path}: {field} = {fields[field]!r} is not supported, only {allowed[0]!r}"
+            )
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported, only 'default'")
+        raise ValueError(
+            f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported, only 'default'"
+        )
     fields["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta"))
     if fields["rope_theta"] is None:
         print(f"{path}: no rope_theta; taking 10000, LLaMA-2's", file=sys.stderr)
@@ -343,11 +394,18 @@ def read_config(folder):
     for field in dataclasses.fields(Config):
         value = fields[field.name]
         if not isinstance(value, (int, field.type)) or not value > 0:
-            raise ValueError(f"{path}: {field.name} = {value!r} is not {'a whole number' if field.type is int else 'a number'} above 0; fetch the file again")
+            raise ValueError(
+                f"{path}: {field.name} = {value!r} is not {'a whole number' if field.type is int else 'a number'} above 0; fetch the file again"
+            )
     config = Config(**{name: fields[name] for name in names})
     if fields.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(f"{path}: head_dim = {fields['head_dim']} is not supported, only hidden_size / num_attention_heads")
-    for a, b in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        raise ValueError(
+            f"{path}: head_dim = {fields['head_dim']} is not supported, only hidden_size / num_attention_heads"
+        )
+    for a, b in (
+        ("hidden_size", "num_attention_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
         if fields[a] % fields[b]:
             raise ValueError(f"{path}: {a} = {fields[a]} is not a multiple of {b} = {fields[b]}")
     return config
@@ -357,10 +415,19 @@ def config_json(config, dtype, bos_id, eos_id):
     """config.json as transformers 4 and 5 and vLLM read it: both spell rope and dtype their own way."""
     dtype = str(dtype).removeprefix("torch.")
     return dataclasses.asdict(config) | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "head_dim": config.head_dim,
-        "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "torch_dtype": dtype, "dtype": dtype, "bos_token_id": bos_id, "eos_token_id": eos_id,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "head_dim": config.head_dim,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
     }
 
 
@@ -402,30 +469,44 @@ class SafetensorsWeights:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             files = read_json(index).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-                raise ValueError(f"{index}: no weight_map of tensors to files; fetch the file again")
+            if not isinstance(files, dict) or not all(
+                isinstance(name, str) for name in files.values()
+            ):
+                raise ValueError(
+                    f"{index}: no weight_map of tensors to files; fetch the file again"
+                )
             names = sorted(set(files.values()))
         else:
             names = ["model.safetensors"]
         for name in names:
             if not (folder / name).is_file():
-                raise ValueError(f"{folder}: no {name}; model.py reads safetensors (convert a .bin with transformers)")
+                raise ValueError(
+                    f"{folder}: no {name}; model.py reads safetensors (convert a .bin with transformers)"
+                )
             try:
                 file = safe_open(folder / name, "pt")
             except SafetensorError as error:
                 raise ValueError(f"{folder / name}: {error}; fetch the file again") from None
-            self.files |= {key: file for key in file.keys() if not key.endswith("rotary_emb.inv_freq")}
+            self.files |= {
+                key: file for key in file.keys() if not key.endswith("rotary_emb.inv_freq")
+            }
         shapes = parameter_shapes(dataclasses.replace(config, vocab_size=file_vocab))
         for key in sorted(shapes.keys() | self.files.keys()):
             if key not in self.files:
                 raise ValueError(f"{folder}: no tensor {key} in {', '.join(names)}")
             if key not in shapes:
-                raise ValueError(f"{folder}: tensor {key} is no part of the model that config.json describes")
+                raise ValueError(
+                    f"{folder}: tensor {key} is no part of the model that config.json describes"
+                )
             slice_ = self.files[key].get_slice(key)
             if tuple(slice_.get_shape()) != shapes[key]:
-                raise ValueError(f"{folder}: {key} is {slice_.get_shape()}, config.json says {list(shapes[key])}")
+                raise ValueError(
+                    f"{folder}: {key} is {slice_.get_shape()}, config.json says {list(shapes[key])}"
+                )
             if slice_.get_dtype() not in ("F32", "F16", "BF16"):
-                raise ValueError(f"{folder}: {key} is stored as {slice_.get_dtype()}; F32, F16 and BF16 are read")
+                raise ValueError(
+                    f"{folder}: {key} is stored as {slice_.get_dtype()}; F32, F16 and BF16 are read"
+                )
 
     def rows(self, name, start, stop):
         """Rows start to stop of the parameter, fp32."""
@@ -467,7 +548,9 @@ def write_weights(folder, config, tensors, dtype, write=True, shard_bytes=5 * 2*
 
     tensors comes in the order of named_parameters. Under FSDP every rank iterates (each pair is a collective), one writes.
     """
-    size = {name: math.prod(shape) * dtype.itemsize for name, shape in parameter_shapes(config).items()}
+    size = {
+        name: math.prod(shape) * dtype.itemsize for name, shape in parameter_shapes(config).items()
+    }
     file_of, number, filled = {}, 1, 0
     for name in size:
         if filled and filled + size[name] > shard_bytes:
@@ -507,5 +590,11 @@ def check_manifest(folder):
     for name, entry in read_json(path).items():
         file = path.with_name(name)
         entry = entry if isinstance(entry, dict) else {}
-        if not file.is_file() or os.path.getsize(file) != entry.get("bytes") or sha256(file) != entry.get("sha256"):
-            raise ValueError(f"{file}: missing or not as manifest.json has it; fetch or export the directory again")
+        if (
+            not file.is_file()
+            or os.path.getsize(file) != entry.get("bytes")
+            or sha256(file) != entry.get("sha256")
+        ):
+            raise ValueError(
+                f"{file}: missing or not as manifest.json has it; fetch or export the directory again"
+            )

@@ -23,7 +23,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import BASELINES, PROMPTS, Message, Tokenizer, pack, parse, parse_args, read_rows, run, tokenize_prompt
+from data import (
+    BASELINES,
+    PROMPTS,
+    Message,
+    Tokenizer,
+    pack,
+    parse,
+    parse_args,
+    read_rows,
+    run,
+    tokenize_prompt,
+)
 from model import KVCache, load_model, read_config, read_json
 
 
@@ -59,20 +70,38 @@ class Speaker:
         crlft = folder / "crlft.json"
         meta = read_json(crlft) if crlft.is_file() else None
         if meta is None and not (condition or template):
-            raise ValueError(f"{folder}: no crlft.json, so no default prompt; say --condition NAME or --template NAME")
+            raise ValueError(
+                f"{folder}: no crlft.json, so no default prompt; say --condition NAME or --template NAME"
+            )
         self.template = template or (meta["template"] if meta else "before_speaker")
         if self.template not in PROMPTS:
             raise ValueError(f"--template {self.template!r} is not one of {', '.join(PROMPTS)}")
         names = [c["name"] for c in meta["classes"]] if meta else []
-        conditions = {c[key]: c["condition"] for key in ("condition", "name") for c in meta["classes"]} if meta else {}
+        conditions = (
+            {c[key]: c["condition"] for key in ("condition", "name") for c in meta["classes"]}
+            if meta
+            else {}
+        )
         if condition and meta and condition not in conditions:
-            raise ValueError(f"--condition {condition!r} is none of the classes trained with: {', '.join(names)}")
-        self.condition = conditions.get(condition, condition) if condition else conditions[meta["expert"]] if meta else "GPT4"
+            raise ValueError(
+                f"--condition {condition!r} is none of the classes trained with: {', '.join(names)}"
+            )
+        self.condition = (
+            conditions.get(condition, condition)
+            if condition
+            else conditions[meta["expert"]]
+            if meta
+            else "GPT4"
+        )
         self.tokenizer = Tokenizer(folder / "tokenizer.model")
         self.stops = self.tokenizer.eot, self.tokenizer.eos
         if config.vocab_size < self.tokenizer.eot:
-            raise ValueError(f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model")
-        self.model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
+            raise ValueError(
+                f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model"
+            )
+        self.model = load_model(
+            folder, device, torch.bfloat16 if device == "cuda" else torch.float32
+        )
         # the same matrices stored by columns: a product with one row then streams them twice as
         # fast
         if device == "cpu":
@@ -92,12 +121,17 @@ class Speaker:
         if len(ids) < self.context and not truncate_left or len(ids) <= room:
             return ids
         if not truncate_left:
-            raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it, or --truncate_left")
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it, or --truncate_left"
+            )
         self.cut += 1
         return [ids[0], *ids[1 - room :]]
 
     def text(self, ids):
-        text, stop = self.tokenizer.decode(ids), self.template in BASELINES and BASELINES[self.template].stop
+        text, stop = (
+            self.tokenizer.decode(ids),
+            self.template in BASELINES and BASELINES[self.template].stop,
+        )
         return text.split(stop)[0].rstrip() if stop else text
 
     def generate(self, prompts, config):
@@ -110,7 +144,9 @@ class Speaker:
         batch = pack([(np.array(ids), np.zeros(len(ids))) for ids in prompts]).to(device)
         # a row that has ended runs on with the others, unseen
         slots = max(map(len, prompts)) + max(room)
-        cache = KVCache(self.model.config, len(prompts), slots, device, self.model.lm_head.weight.dtype)
+        cache = KVCache(
+            self.model.config, len(prompts), slots, device, self.model.lm_head.weight.dtype
+        )
         logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
         ended = [False] * len(prompts)
         for step in range(1, max(room) + 1):
@@ -131,7 +167,11 @@ class Speaker:
 
     def answer_each(self, prompts, config):
         """Yield (index, (ids, finish)) for any number of prompts, in batches of like length, with a progress bar and tokens/s."""
-        order, tokens, began = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), 0, time.monotonic()
+        order, tokens, began = (
+            sorted(range(len(prompts)), key=lambda i: len(prompts[i])),
+            0,
+            time.monotonic(),
+        )
         with tqdm(total=len(prompts), unit=" prompts", disable=None) as bar:
             for start in range(0, len(order), config.batch):
                 rows = order[start : start + config.batch]
@@ -175,7 +215,9 @@ def say(speaker, ids, config):
 
 
 def chat(speaker, config):
-    print(f"condition {speaker.condition or '-'}, template {speaker.template}; an empty line or Ctrl-D ends the chat")
+    print(
+        f"condition {speaker.condition or '-'}, template {speaker.template}; an empty line or Ctrl-D ends the chat"
+    )
     messages = []
     while True:
         try:
@@ -194,13 +236,22 @@ def read_prompts(path, system):
     rows, prompts = [], []
     for where, row in read_rows(path):
         prompt = isinstance(row, dict) and "messages" not in row and row.get("prompt")
-        conversation = parse({"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else row, where)
+        conversation = parse(
+            {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else row,
+            where,
+        )
         if conversation.messages[-1].role != "user":
-            raise ValueError(f"{where}: the last message is not the user's, so there is nothing to answer; remove it")
+            raise ValueError(
+                f"{where}: the last message is not the user's, so there is nothing to answer; remove it"
+            )
         rows.append(row)
-        prompts.append((conversation.messages, system if conversation.system is None else conversation.system))
+        prompts.append(
+            (conversation.messages, system if conversation.system is None else conversation.system)
+        )
     if not rows:
-        raise ValueError(f"{path}: no prompts; each line is a {{\"prompt\": ..}} or {{\"messages\": [..]}}")
+        raise ValueError(
+            f'{path}: no prompts; each line is a {{"prompt": ..}} or {{"messages": [..]}}'
+        )
     return rows, prompts
 
 
@@ -218,7 +269,13 @@ def answer_file(speaker, config):
         # opened first: a folder that can't be written costs no answers
         with open(partial, "w", encoding="utf-8") as file:
             for row, (answer, finish) in zip(rows, speaker.answer_all(ids, config)):
-                file.write(json.dumps(row | {"response": speaker.text(answer), "finish": finish}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(
+                        row | {"response": speaker.text(answer), "finish": finish},
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
         partial.replace(config.output)
     finally:
         partial.unlink(missing_ok=True)
@@ -226,23 +283,47 @@ def answer_file(speaker, config):
 
 
 def check_sampling(config):
-    if not 0 <= config.temperature < math.inf or 0 < config.temperature < 1e-3 or not 0 < config.top_p <= 1:
-        raise ValueError("--temperature is 0 (the likeliest token) or at least 0.001, --top_p above 0 and at most 1")
-    if config.max_new < 1 or config.batch < 1 or (config.top_k or 1) < 1 or not 0 <= config.seed < 2**63:
-        raise ValueError("--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1")
+    if (
+        not 0 <= config.temperature < math.inf
+        or 0 < config.temperature < 1e-3
+        or not 0 < config.top_p <= 1
+    ):
+        raise ValueError(
+            "--temperature is 0 (the likeliest token) or at least 0.001, --top_p above 0 and at most 1"
+        )
+    if (
+        config.max_new < 1
+        or config.batch < 1
+        or (config.top_k or 1) < 1
+        or not 0 <= config.seed < 2**63
+    ):
+        raise ValueError(
+            "--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1"
+        )
     return config
 
 
 def main(argv):
     config = parse_args(SampleConfig, argv, positional="folder")
     if len(config.folder) != 1:
-        raise ValueError("give one model directory: python sample.py DIR [--prompt TEXT | --input FILE --output FILE]")
+        raise ValueError(
+            "give one model directory: python sample.py DIR [--prompt TEXT | --input FILE --output FILE]"
+        )
     if bool(config.input) != bool(config.output):
         raise ValueError("--input and --output go together")
     check_sampling(config)
     speaker = Speaker(config.folder[0], config.condition, config.template, seed=config.seed)
     if config.prompt is not None:
-        say(speaker, speaker.ids([Message("user", config.prompt)], config.system, config.truncate_left, config.max_new), config)
+        say(
+            speaker,
+            speaker.ids(
+                [Message("user", config.prompt)],
+                config.system,
+                config.truncate_left,
+                config.max_new,
+            ),
+            config,
+        )
     elif config.input:
         answer_file(speaker, config)
     else:

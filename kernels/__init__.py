@@ -16,7 +16,11 @@ try:
 
     HAVE_TRITON = True
 except ImportError:  # macOS, Windows: the kernel files can still be read, and their references run
-    triton, tl, HAVE_TRITON = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None), False
+    triton, tl, HAVE_TRITON = (
+        SimpleNamespace(jit=lambda f: f),
+        SimpleNamespace(constexpr=None),
+        False,
+    )
 
 
 @functools.cache

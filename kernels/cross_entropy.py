@@ -63,7 +63,9 @@ def softmax_gradient_ref(z_rS, labels_r, weights_r, V):
 
 
 @triton.jit
-def _softmax_kernel(z, labels, weights, nll, correct, S: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+def _softmax_kernel(
+    z, labels, weights, nll, correct, S: tl.constexpr, V: tl.constexpr, BV: tl.constexpr
+):
     i_r = tl.program_id(0).to(tl.int64)  # int64: rows * V passes 2^31
     z += i_r * S
     label = tl.load(labels + i_r)
@@ -97,7 +99,9 @@ def softmax_gradient(z_rS, labels_r, weights_r, V):
     if not on_gpu(z_rS):
         return softmax_gradient_ref(z_rS, labels_r, weights_r, V)
     nll_r, correct_r = torch.empty_like(weights_r), torch.empty_like(weights_r)
-    _softmax_kernel[(len(z_rS),)](z_rS, labels_r, weights_r, nll_r, correct_r, z_rS.shape[1], V, 4096, num_warps=8)
+    _softmax_kernel[(len(z_rS),)](
+        z_rS, labels_r, weights_r, nll_r, correct_r, z_rS.shape[1], V, 4096, num_warps=8
+    )
     return nll_r, correct_r
 
 
@@ -111,7 +115,12 @@ def _add_product(dweight_VD, dz_rV, h_rD):
 
 @torch.library.custom_op("crlft::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor, grad: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    rows: torch.Tensor,
+    grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, nll_T, correct_T, dhidden_TD, dweight_VD), the last two empty unless grad."""
     V, D = weight.shape
@@ -135,16 +144,29 @@ def linear_cross_entropy_op(
 
 @linear_cross_entropy_op.register_fake
 def _(hidden, weight, labels, weights, rows, grad):
-    dhidden, dweight = hidden.new_empty(hidden.shape if grad else 0), weight.new_empty(weight.shape if grad else 0, dtype=torch.float32)
-    return weights.new_empty(()), torch.empty_like(weights), torch.empty_like(weights), dhidden, dweight
+    dhidden, dweight = (
+        hidden.new_empty(hidden.shape if grad else 0),
+        weight.new_empty(weight.shape if grad else 0, dtype=torch.float32),
+    )
+    return (
+        weights.new_empty(()),
+        torch.empty_like(weights),
+        torch.empty_like(weights),
+        dhidden,
+        dweight,
+    )
 
 
 @torch.library.custom_op("crlft::linear_cross_entropy_bwd", mutates_args=())
-def linear_cross_entropy_bwd_op(dhidden: torch.Tensor, dweight: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_cross_entropy_bwd_op(
+    dhidden: torch.Tensor, dweight: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both times dloss, which stays fp32: 1 / weight_sum rounded to bf16 would scale the whole gradient by up to 0.2%."""
     # a tensor of two dimensions, unlike a scalar, makes the product fp32
     dloss_11 = dloss.reshape(1, 1)
-    return tuple(torch.mul(x, dloss_11, out=x.new_empty(x.shape, dtype=dtype)) for x in (dhidden, dweight))
+    return tuple(
+        torch.mul(x, dloss_11, out=x.new_empty(x.shape, dtype=dtype)) for x in (dhidden, dweight)
+    )
 
 
 @linear_cross_entropy_bwd_op.register_fake
@@ -162,7 +184,13 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
-    return *linear_cross_entropy_bwd_op(*ctx.saved_tensors, dloss, ctx.dtype), None, None, None, None
+    return (
+        *linear_cross_entropy_bwd_op(*ctx.saved_tensors, dloss, ctx.dtype),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
@@ -176,10 +204,26 @@ def linear_cross_entropy(hidden_TD, weight_VD, labels_T, weights_T, rows_R=None)
     Triton for the softmax on CUDA tensors, softmax_gradient_ref elsewhere. ValueError: shapes or dtypes that do not belong together.
     """
     shapes = f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)}, labels {tuple(labels_T.shape)}, weights {tuple(weights_T.shape)}"
-    check("linear_cross_entropy", hidden_TD.shape[1:] == weight_VD.shape[1:] and hidden_TD.ndim == 2, f"{shapes}; want [T, D] and [V, D]")
-    check("linear_cross_entropy", labels_T.shape == weights_T.shape == hidden_TD.shape[:1], f"{shapes}; want a label and a weight a row")
-    check("linear_cross_entropy", hidden_TD.dtype == weight_VD.dtype, f"hidden is {hidden_TD.dtype}, weight {weight_VD.dtype}")
-    check("linear_cross_entropy", weights_T.dtype == torch.float32, f"weights are {weights_T.dtype}, not fp32 (0.1 in bf16 is 0.1001)")
+    check(
+        "linear_cross_entropy",
+        hidden_TD.shape[1:] == weight_VD.shape[1:] and hidden_TD.ndim == 2,
+        f"{shapes}; want [T, D] and [V, D]",
+    )
+    check(
+        "linear_cross_entropy",
+        labels_T.shape == weights_T.shape == hidden_TD.shape[:1],
+        f"{shapes}; want a label and a weight a row",
+    )
+    check(
+        "linear_cross_entropy",
+        hidden_TD.dtype == weight_VD.dtype,
+        f"hidden is {hidden_TD.dtype}, weight {weight_VD.dtype}",
+    )
+    check(
+        "linear_cross_entropy",
+        weights_T.dtype == torch.float32,
+        f"weights are {weights_T.dtype}, not fp32 (0.1 in bf16 is 0.1001)",
+    )
     if rows_R is None:
         rows_R = weights_T.nonzero()[:, 0]
     grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)

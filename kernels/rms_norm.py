@@ -82,7 +82,9 @@ def _shape(D):
 
 
 @torch.library.custom_op("crlft::rms_norm", mutates_args=())
-def rms_norm_op(x: torch.Tensor, residual: Optional[torch.Tensor], w: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rms_norm_op(
+    x: torch.Tensor, residual: Optional[torch.Tensor], w: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, h, r); h is empty without a residual: there the stream is x itself, which an op may not return."""
     x, w = x.contiguous(), w.contiguous()
     y, r = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
@@ -97,11 +99,17 @@ def rms_norm_op(x: torch.Tensor, residual: Optional[torch.Tensor], w: torch.Tens
 @rms_norm_op.register_fake
 def _(x, residual, w, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(0) if residual is None else torch.empty_like(y), x.new_empty(len(x), dtype=torch.float32)
+    return (
+        y,
+        x.new_empty(0) if residual is None else torch.empty_like(y),
+        x.new_empty(len(x), dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("crlft::rms_norm_bwd", mutates_args=())
-def rms_norm_bwd_op(h: torch.Tensor, w: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, dh: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm_bwd_op(
+    h: torch.Tensor, w: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, dh: Optional[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     h, w, dy = h.contiguous(), w.contiguous(), dy.contiguous()
     dh = None if dh is None else dh.contiguous()
     programs = PROGRAMS[arch(h)]
@@ -112,7 +120,9 @@ def rms_norm_bwd_op(h: torch.Tensor, w: torch.Tensor, r: torch.Tensor, dy: torch
 
 @rms_norm_bwd_op.register_fake
 def _(h, w, r, dy, dh):
-    return torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(w, memory_format=torch.contiguous_format)
+    return torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(
+        w, memory_format=torch.contiguous_format
+    )
 
 
 def _save(ctx, inputs, output):
@@ -125,7 +135,9 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy, dh, _dr):
     h, w, r = ctx.saved_tensors
-    dx, dw = rms_norm_bwd_op(h, w, r, torch.zeros_like(h) if dy is None else dy, dh if ctx.has_residual else None)
+    dx, dw = rms_norm_bwd_op(
+        h, w, r, torch.zeros_like(h) if dy is None else dy, dh if ctx.has_residual else None
+    )
     return dx, dx if ctx.has_residual else None, dw, None
 
 
@@ -137,8 +149,16 @@ def rms_norm(x_TD, w_D, eps=1e-5, residual_TD=None):
 
     Triton on CUDA tensors, rms_norm_ref elsewhere. ValueError: shapes or dtypes that do not belong together.
     """
-    check("rms_norm", x_TD.ndim == 2 and w_D.shape == x_TD.shape[1:], f"x is {tuple(x_TD.shape)}, w {tuple(w_D.shape)}; want [T, D] and [D]")
-    check("rms_norm", residual_TD is None or residual_TD.shape == x_TD.shape, "x and residual differ in shape")
+    check(
+        "rms_norm",
+        x_TD.ndim == 2 and w_D.shape == x_TD.shape[1:],
+        f"x is {tuple(x_TD.shape)}, w {tuple(w_D.shape)}; want [T, D] and [D]",
+    )
+    check(
+        "rms_norm",
+        residual_TD is None or residual_TD.shape == x_TD.shape,
+        "x and residual differ in shape",
+    )
     if not on_gpu(x_TD):
         return rms_norm_ref(x_TD, w_D, eps, residual_TD)
     same = x_TD.dtype == w_D.dtype and (residual_TD is None or residual_TD.dtype == x_TD.dtype)

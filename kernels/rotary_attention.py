@@ -59,7 +59,9 @@ def rotate(x_TAE, cos_TC, sin_TC):
     """R_t x_t for every head A of x: LLaMA's "half" rotation, in fp32, back in the dtype of x."""
     lo_TAC, hi_TAC = x_TAE.float().chunk(2, -1)
     cos_T1C, sin_T1C = cos_TC[:, None], sin_TC[:, None]
-    return torch.cat([lo_TAC * cos_T1C - hi_TAC * sin_T1C, hi_TAC * cos_T1C + lo_TAC * sin_T1C], -1).to(x_TAE.dtype)
+    return torch.cat(
+        [lo_TAC * cos_T1C - hi_TAC * sin_T1C, hi_TAC * cos_T1C + lo_TAC * sin_T1C], -1
+    ).to(x_TAE.dtype)
 
 
 # its loop over conversations would be compiled anew for each number of them
@@ -75,7 +77,9 @@ def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     outputs = []
     for piece in pieces[:-1]:
         q_1HLE, k_1GLE, v_1GLE = (x.transpose(0, 1)[None] for x in piece)
-        o_1HLE = F.scaled_dot_product_attention(q_1HLE, k_1GLE, v_1GLE, is_causal=True, enable_gqa=True)
+        o_1HLE = F.scaled_dot_product_attention(
+            q_1HLE, k_1GLE, v_1GLE, is_causal=True, enable_gqa=True
+        )
         outputs.append(o_1HLE[0].transpose(0, 1))
     outputs.append(torch.zeros_like(pieces[-1][0]))
     return torch.cat(outputs)
@@ -119,7 +123,9 @@ def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
             b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)
             b_end = tl.load(cu_seqlens + o_c + 1, mask=o_c < N, other=T)
             b_blocks = tl.where(o_c <= N, tl.cdiv(b_end - b_start, BM), 0)
-            b_longer = tl.maximum(b_blocks - block - 1, 0) + ((o_c < n) & (b_blocks > block)).to(tl.int32)
+            b_longer = tl.maximum(b_blocks - block - 1, 0) + ((o_c < n) & (b_blocks > block)).to(
+                tl.int32
+            )
             rank += tl.sum(b_longer, 0)
         at = plan + 2 * rank.to(tl.int64)
         tl.store(at, n)
@@ -161,7 +167,9 @@ def _rotate_kernel(x, y, cos, sin, T, A: tl.constexpr, E: tl.constexpr, BT: tl.c
 
 
 @triton.jit
-def _store_unrotated(b_x, x, o_t, m_t, cos, sin, stride: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
+def _store_unrotated(
+    b_x, x, o_t, m_t, cos, sin, stride: tl.constexpr, E: tl.constexpr, BT: tl.constexpr
+):
     """Rows o_t of x = R^T b_x: a gradient as it is before the rotation."""
     C: tl.constexpr = E // 2
     b_lo, b_hi = tl.split(tl.permute(tl.reshape(b_x, [BT, 2, C]), [0, 2, 1]))  # [BT, C] each
@@ -184,7 +192,23 @@ def _load_tile(k, v, o_n, length, MASK: tl.constexpr, stride: tl.constexpr, E: t
 
 
 @triton.jit
-def _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, begin, end, scale, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr):
+def _fwd_tiles(
+    b_o,
+    b_m,
+    b_l,
+    b_q,
+    k,
+    v,
+    o_m,
+    length,
+    begin,
+    end,
+    scale,
+    MASK: tl.constexpr,
+    stride: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Take the keys begin to end of a conversation into the running output, maximum and sum. MASK: some lie after their query."""
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
@@ -202,7 +226,25 @@ def _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, begin, end, scale, MASK: t
 
 
 @triton.jit
-def _fwd_kernel(q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _fwd_kernel(
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    cu_seqlens,
+    plan,
+    o,
+    lse,
+    scale,
+    T,
+    N,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
         return
@@ -227,8 +269,12 @@ def _fwd_kernel(q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H: tl.
     b_m = tl.full([BM], float("-inf"), dtype=tl.float32)
     b_l = tl.zeros([BM], dtype=tl.float32)
     end = tl.minimum(first + BM, length)
-    b_o, b_m, b_l = _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, 0, first, scale, False, G * E, E, BN)
-    b_o, b_m, b_l = _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, first, end, scale, True, G * E, E, BN)
+    b_o, b_m, b_l = _fwd_tiles(
+        b_o, b_m, b_l, b_q, k, v, o_m, length, 0, first, scale, False, G * E, E, BN
+    )
+    b_o, b_m, b_l = _fwd_tiles(
+        b_o, b_m, b_l, b_q, k, v, o_m, length, first, end, scale, True, G * E, E, BN
+    )
     tl.store(at_o, (b_o / b_l[:, None]).to(o.dtype.element_ty), mask=m_m[:, None])
     tl.store(lse + i_h * T + o_t, b_m + tl.log2(b_l), mask=m_m)  # in units of log 2, like s
 
@@ -245,7 +291,24 @@ def _delta_kernel(o, do, delta, T, H: tl.constexpr, E: tl.constexpr, BT: tl.cons
 
 
 @triton.jit
-def _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, scale, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr):
+def _dq_tiles(
+    b_dq,
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    k,
+    v,
+    o_m,
+    length,
+    begin,
+    end,
+    scale,
+    MASK: tl.constexpr,
+    stride: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+):
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
         b_k, b_v = _load_tile(k, v, o_n, length, MASK, stride, E)
@@ -260,7 +323,28 @@ def _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, sc
 
 
 @triton.jit
-def _dq_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, norm, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _dq_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    cos,
+    sin,
+    cu_seqlens,
+    plan,
+    dq,
+    scale,
+    norm,
+    T,
+    N,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """q and k are rotated. norm = 1 / sqrt(E), scale = norm * log2(e)."""
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
@@ -281,13 +365,39 @@ def _dq_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, n
     v += start * (G * E) + i_h // (H // G) * E
     end = tl.minimum(first + BM, length)
     b_dq = tl.zeros([BM, E], dtype=tl.float32)
-    b_dq = _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, 0, first, scale, False, G * E, E, BN)
-    b_dq = _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, first, end, scale, True, G * E, E, BN)
+    b_dq = _dq_tiles(
+        b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, 0, first, scale, False, G * E, E, BN
+    )
+    b_dq = _dq_tiles(
+        b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, first, end, scale, True, G * E, E, BN
+    )
     _store_unrotated(b_dq * norm, dq + i_h * E, o_t, m_m, cos, sin, H * E, E, BM)
 
 
 @triton.jit
-def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, scale, norm, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+def _dkv_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    cos,
+    sin,
+    cu_seqlens,
+    plan,
+    dk,
+    dv,
+    scale,
+    norm,
+    T,
+    N,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
     """q and k are rotated. The plan goes by the rows before a block; a block of keys works for the rows after it: read backwards."""
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
@@ -332,7 +442,9 @@ def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, sca
 
 def _launch(x, which):
     name = arch(x)
-    BM, BN, warps, stages = (LAUNCH_FP32 if x.dtype == torch.float32 and name != "interpreter" else LAUNCH[name])[which]
+    BM, BN, warps, stages = (
+        LAUNCH_FP32 if x.dtype == torch.float32 and name != "interpreter" else LAUNCH[name]
+    )[which]
     if x.shape[-1] == 32:
         BN = min(BN, 32)  # as little work a tile as the head is small; at 64 columns sm_100 spills
     return BM, dict(BM=BM, BN=BN, num_warps=warps, num_stages=stages)
@@ -354,14 +466,38 @@ def _rotate(x, cos, sin):
 
 
 @torch.library.custom_op("crlft::rotary_attention", mutates_args=())
-def rotary_attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rotary_attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(o, k', lse)."""
     (T, H, E), G = q.shape, k.shape[1]
     q, k, v, cos, sin, cu_seqlens = (x.contiguous() for x in (q, k, v, cos, sin, cu_seqlens))
     BM, tiles = _launch(q, 0)
     plan, k = _plan(cu_seqlens, T, BM), _rotate(k, cos, sin)
     o, lse = torch.empty_like(q), q.new_empty(H, T, dtype=torch.float32)
-    _fwd_kernel[(len(plan), H)](q, k, v, cos, sin, cu_seqlens, plan, o, lse, E**-0.5 * LOG2E, T, len(cu_seqlens) - 1, H, G, E, **tiles)
+    _fwd_kernel[(len(plan), H)](
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        cu_seqlens,
+        plan,
+        o,
+        lse,
+        E**-0.5 * LOG2E,
+        T,
+        len(cu_seqlens) - 1,
+        H,
+        G,
+        E,
+        **tiles,
+    )
     return o, k, lse
 
 
@@ -373,8 +509,15 @@ def _(q, k, v, cos, sin, cu_seqlens):
 
 @torch.library.custom_op("crlft::rotary_attention_bwd", mutates_args=())
 def rotary_attention_bwd_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor,
-    o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) from q as it came and k rotated."""
     (T, H, E), G = q.shape, k.shape[1]
@@ -386,11 +529,52 @@ def rotary_attention_bwd_op(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     BM, tiles = _launch(q, 1)
     plan = _plan(cu_seqlens, T, BM)
-    _dq_kernel[(len(plan), H)](q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, norm * LOG2E, norm, T, N, H, G, E, **tiles)
+    _dq_kernel[(len(plan), H)](
+        q,
+        k,
+        v,
+        do,
+        lse,
+        delta,
+        cos,
+        sin,
+        cu_seqlens,
+        plan,
+        dq,
+        norm * LOG2E,
+        norm,
+        T,
+        N,
+        H,
+        G,
+        E,
+        **tiles,
+    )
     BN, tiles = _launch(q, 2)
     plan = plan if BN == BM else _plan(cu_seqlens, T, BN)
     tiles |= dict(BN=tiles["BM"], BM=tiles["BN"])  # here the rows that a program owns are keys
-    _dkv_kernel[(len(plan), G)](q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, norm * LOG2E, norm, T, N, H, G, E, **tiles)
+    _dkv_kernel[(len(plan), G)](
+        q,
+        k,
+        v,
+        do,
+        lse,
+        delta,
+        cos,
+        sin,
+        cu_seqlens,
+        plan,
+        dk,
+        dv,
+        norm * LOG2E,
+        norm,
+        T,
+        N,
+        H,
+        G,
+        E,
+        **tiles,
+    )
     return dq, dk, dv
 
 
@@ -422,13 +606,29 @@ def rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     """
     (T, H, E), G = q_THE.shape, k_TGE.shape[1]
     shapes = f"q {tuple(q_THE.shape)}, k {tuple(k_TGE.shape)}, v {tuple(v_TGE.shape)}, cos {tuple(cos_TC.shape)}"
-    check("rotary_attention", k_TGE.shape == v_TGE.shape == (T, G, E) and H % G == 0, f"{shapes}; want [T, H, E] and twice [T, G, E], G dividing H")
-    check("rotary_attention", cos_TC.shape == sin_TC.shape == (T, E // 2), f"{shapes}; want cos and sin [T, E / 2]")
+    check(
+        "rotary_attention",
+        k_TGE.shape == v_TGE.shape == (T, G, E) and H % G == 0,
+        f"{shapes}; want [T, H, E] and twice [T, G, E], G dividing H",
+    )
+    check(
+        "rotary_attention",
+        cos_TC.shape == sin_TC.shape == (T, E // 2),
+        f"{shapes}; want cos and sin [T, E / 2]",
+    )
     if on_gpu(q_THE) and E not in HEAD_SIZES:
-        warn_once(f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; the PyTorch reference runs instead")
+        warn_once(
+            f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; the PyTorch reference runs instead"
+        )
     if not on_gpu(q_THE) or E not in HEAD_SIZES:
         return rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)
-    check("rotary_attention", q_THE.dtype == k_TGE.dtype == v_TGE.dtype, "q, k and v differ in dtype")
+    check(
+        "rotary_attention", q_THE.dtype == k_TGE.dtype == v_TGE.dtype, "q, k and v differ in dtype"
+    )
     check("rotary_attention", cos_TC.dtype == sin_TC.dtype == torch.float32, "cos and sin are fp32")
-    check("rotary_attention", cu_seqlens.dtype == torch.int32, f"cu_seqlens is {cu_seqlens.dtype}, not int32")
+    check(
+        "rotary_attention",
+        cu_seqlens.dtype == torch.int32,
+        f"cu_seqlens is {cu_seqlens.dtype}, not int32",
+    )
     return rotary_attention_op(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)[0]

@@ -21,15 +21,34 @@ STARTS = {  # name: what differs
 
 
 def runs(seed):
-    return {(start, name): arm(name, seed, **flags) for start, flags in STARTS.items() for name in NAMES}
+    return {
+        (start, name): arm(name, seed, **flags) for start, flags in STARTS.items() for name in NAMES
+    }
 
 
 def report(results, folder):
-    scores = {how: {key: [expert_score(r, how) for r in group] for key, group in results.items()} for how in ("sampled", "greedy")}
-    figure(folder / "base.png", lambda axes: bars(axes, NAMES, {start: [scores["sampled"][start, name] for name in NAMES] for start in STARTS}), width=8)
-    table = [[name, ARMS[name][1], *(cell(scores["sampled"][start, name]) for start in STARTS)] for name in NAMES]
+    scores = {
+        how: {key: [expert_score(r, how) for r in group] for key, group in results.items()}
+        for how in ("sampled", "greedy")
+    }
+    figure(
+        folder / "base.png",
+        lambda axes: bars(
+            axes,
+            NAMES,
+            {start: [scores["sampled"][start, name] for name in NAMES] for start in STARTS},
+        ),
+        width=8,
+    )
+    table = [
+        [name, ARMS[name][1], *(cell(scores["sampled"][start, name]) for start in STARTS)]
+        for name in NAMES
+    ]
     head = ["arm", "paper, %", *STARTS]
-    return {how: {f"{start}: {name}": values for (start, name), values in rows.items()} for how, rows in scores.items()}, markdown(head, table)
+    return {
+        how: {f"{start}: {name}": values for (start, name), values in rows.items()}
+        for how, rows in scores.items()
+    }, markdown(head, table)
 
 
 if __name__ == "__main__":

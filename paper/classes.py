@@ -26,14 +26,44 @@ PROMPTS = "GPT4", "GPT3", "GPT2"
 
 
 def runs(seed):
-    return {name: Run(name, seed, task=Task(sources=SOURCES, seed=seed), **flags) for name, flags in ARMS.items()}
+    return {
+        name: Run(name, seed, task=Task(sources=SOURCES, seed=seed), **flags)
+        for name, flags in ARMS.items()
+    }
 
 
 def report(results, folder):
-    rows = {name: {how: {prompt: [r["scores"][prompt][how]["all"] for r in group] for prompt in group[0]["scores"]} for how in ("sampled", "greedy")} for name, group in results.items()}
-    figure(folder / "classes.png", lambda axes: bars(axes, rows, {f"{p} User:": [row["sampled"].get(p, ()) for row in rows.values()] for p in PROMPTS}, 7), width=8)
-    table = [[name, *(cell(row["sampled"][p]) if p in row["sampled"] else "" for p in PROMPTS), cell(row["greedy"]["GPT4"])] for name, row in rows.items()]
-    return rows, markdown(["arm", *(f"`{p} User:`" for p in PROMPTS), "`GPT4 User:`, greedy"], table)
+    rows = {
+        name: {
+            how: {
+                prompt: [r["scores"][prompt][how]["all"] for r in group]
+                for prompt in group[0]["scores"]
+            }
+            for how in ("sampled", "greedy")
+        }
+        for name, group in results.items()
+    }
+    figure(
+        folder / "classes.png",
+        lambda axes: bars(
+            axes,
+            rows,
+            {f"{p} User:": [row["sampled"].get(p, ()) for row in rows.values()] for p in PROMPTS},
+            7,
+        ),
+        width=8,
+    )
+    table = [
+        [
+            name,
+            *(cell(row["sampled"][p]) if p in row["sampled"] else "" for p in PROMPTS),
+            cell(row["greedy"]["GPT4"]),
+        ]
+        for name, row in rows.items()
+    ]
+    return rows, markdown(
+        ["arm", *(f"`{p} User:`" for p in PROMPTS), "`GPT4 User:`, greedy"], table
+    )
 
 
 if __name__ == "__main__":

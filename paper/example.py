@@ -30,7 +30,10 @@ def conversations(arm):
     """The two conversations under an arm: [(tokens, weights)]."""
     template, table = ARMS[arm]
     classes = Classes(parse_classes(table))
-    both = [Conversation((Message("user", QUESTION), Message("assistant", text)), label=label) for label, text in ANSWERS.items()]
+    both = [
+        Conversation((Message("user", QUESTION), Message("assistant", text)), label=label)
+        for label, text in ANSWERS.items()
+    ]
     return [tokenize(classes.assign(c), toy_tokenizer(), template) for c in both]
 
 
@@ -73,14 +76,25 @@ def main(argv):
     if argv:
         raise ValueError(f"{argv[0]!r}: the worked example takes no arguments")
     tokenizer, both = toy_tokenizer(), conversations("C-RLFT")
-    print("   ".join(f"{label + ', answers ' + ANSWERS[label]:16}{'id':>4} {'weight':>6}" for label in ANSWERS))
+    print(
+        "   ".join(
+            f"{label + ', answers ' + ANSWERS[label]:16}{'id':>4} {'weight':>6}"
+            for label in ANSWERS
+        )
+    )
     for row in zip(*(zip(tokens.tolist(), weights.tolist()) for tokens, weights in both)):
-        print("   ".join(f"{tokenizer.piece(i).replace(chr(0x2581), '_'):16}{i:4} {w:6.1f}" for i, w in row))
+        print(
+            "   ".join(
+                f"{tokenizer.piece(i).replace(chr(0x2581), '_'):16}{i:4} {w:6.1f}" for i, w in row
+            )
+        )
     for arm in ARMS:
         nll, weight, value = loss(arm)
         terms = " + ".join(f"{w:.1f} * {x:.4f}" for w, x in zip(weight.tolist(), nll.tolist()))
         total = " + ".join(f"{w:.1f}" for w in weight.tolist())
-        print(f"{arm:18} loss = ({terms}) / ({total}) = {value:.4f}; best p(right) = {best_p(arm):.3f}")
+        print(
+            f"{arm:18} loss = ({terms}) / ({total}) = {value:.4f}; best p(right) = {best_p(arm):.3f}"
+        )
 
 
 if __name__ == "__main__":

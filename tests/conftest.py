@@ -36,7 +36,14 @@ def call(*words, ok=True, **env):
     """Run python with these words as a user would, one thread; returns (stdout, stderr). ok=False: it must fail, in one line."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=300, env=env)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env=env,
+    )
     if ok:
         assert done.returncode == 0, done.stdout + done.stderr
     else:
@@ -54,7 +61,9 @@ def refused(main, *words):
     finally:
         sys.argv = argv
     message = stop.value.code  # a string: Python prints it to stderr and exits with 1
-    assert isinstance(message, str) and message.startswith(main.__module__) and "\n" not in message, message
+    assert (
+        isinstance(message, str) and message.startswith(main.__module__) and "\n" not in message
+    ), message
     return message
 
 
@@ -91,5 +100,19 @@ def toy(tmp_path_factory):
 def toy_run(toy):
     """A short training run on the toy, with its export in hf/."""
     out = toy / "run"
-    call("train.py", "--data", toy / "train.safetensors", "--model", "toy", "--out", out, "--steps", 60, "--val_every", 30, "--save_every", 25)
+    call(
+        "train.py",
+        "--data",
+        toy / "train.safetensors",
+        "--model",
+        "toy",
+        "--out",
+        out,
+        "--steps",
+        60,
+        "--val_every",
+        30,
+        "--save_every",
+        25,
+    )
     return out

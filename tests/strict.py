@@ -50,7 +50,11 @@ def far(shape, dtype):
 
 
 def _value(bits):
-    return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
+    return (
+        (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16)
+        .view(np.float32)
+        .reshape(bits.shape)
+    )
 
 
 def _bits(value):
@@ -61,7 +65,11 @@ def _bits(value):
 
 def _is_bf16(x):
     pointer = isinstance(getattr(x, "dtype", None), tl.pointer_type)
-    return isinstance(x, interpreter.TensorHandle) and not pointer and x.get_element_ty() == tl.bfloat16
+    return (
+        isinstance(x, interpreter.TensorHandle)
+        and not pointer
+        and x.get_element_ty() == tl.bfloat16
+    )
 
 
 _cast_impl, _create_dot = Builder.cast_impl, Builder.create_dot
@@ -74,14 +82,18 @@ def cast_impl(self, src, dst_type):
     if source == tl.float32 and target == tl.bfloat16:
         return interpreter.TensorHandle(_bits(src.data), target)
     if tl.bfloat16 in (source, target) and source != target:
-        raise TypeError(f"a cast from {source} to {target} is wrong in the interpreter; go by way of fp32")
+        raise TypeError(
+            f"a cast from {source} to {target} is wrong in the interpreter; go by way of fp32"
+        )
     return _cast_impl(self, src, dst_type)
 
 
 def create_dot(self, a, b, d, *rest):
     if _is_bf16(d):
         raise TypeError("tl.dot accumulates in bf16")
-    a, b = (interpreter.TensorHandle(_value(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b))
+    a, b = (
+        interpreter.TensorHandle(_value(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b)
+    )
     return _create_dot(self, a, b, d, *rest)
 
 
@@ -97,7 +109,15 @@ def _refuse_bf16(name):
 
 
 Builder.cast_impl, Builder.create_dot = cast_impl, create_dot
-for cast in ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc", "create_fp_to_fp"):
+for cast in (
+    "create_si_to_fp",
+    "create_ui_to_fp",
+    "create_fp_to_si",
+    "create_fp_to_ui",
+    "create_fp_ext",
+    "create_fp_trunc",
+    "create_fp_to_fp",
+):
     setattr(Builder, cast, lambda self, src, dst_type, *_: self.cast_impl(src, dst_type))
 for operator in ("binary_op", "unary_op", "ternary_op", "create_fma"):
     _refuse_bf16(operator)
@@ -126,13 +146,17 @@ def convert_argument(arg):
 
 
 def _addresses(builder, pointers, mask, what):
-    at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))[np.broadcast_to(mask.data, pointers.data.shape)]
+    at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))[
+        np.broadcast_to(mask.data, pointers.data.shape)
+    ]
     size = pointers.get_element_ty().primitive_bitwidth // 8
     inside = np.zeros(at.shape, bool)
     for first, end in _spans:
         inside |= (at >= first) & (at + size <= end)
     if not inside.all():
-        raise OutOfBounds(f"program {builder.grid_idx}: {what} of {(~inside).sum()} elements outside every tensor argument")
+        raise OutOfBounds(
+            f"program {builder.grid_idx}: {what} of {(~inside).sum()} elements outside every tensor argument"
+        )
     return at
 
 
@@ -161,7 +185,10 @@ def _check_races():
     if not _written:
         return
     at = np.concatenate([addresses for _, addresses in _written])
-    program = np.repeat([x + (y << 31) + (z << 47) for (x, y, z), _ in _written], [len(addresses) for _, addresses in _written])
+    program = np.repeat(
+        [x + (y << 31) + (z << 47) for (x, y, z), _ in _written],
+        [len(addresses) for _, addresses in _written],
+    )
     order = np.lexsort((program, at))
     at, program = at[order], program[order]
     if ((at[1:] == at[:-1]) & (program[1:] != program[:-1])).any():
@@ -178,14 +205,21 @@ def launch(self, *args, **kwargs):
     # 3.6's fails on numpy 2.4
     scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
     try:
-        args = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
-        args = {name: arg if name in self.constexprs else convert_argument(arg) for name, arg in args.items()}
+        args = inspect.getcallargs(
+            self.fn, *args, **{k: v for k, v in kwargs.items() if k in names}
+        )
+        args = {
+            name: arg if name in self.constexprs else convert_argument(arg)
+            for name, arg in args.items()
+        }
         grid = tuple(self.grid) + (1,) * (3 - len(self.grid))
         builder = interpreter.interpreter_builder
         builder.set_grid_dim(*grid)
         programs = list(itertools.product(*(range(n) for n in grid))) if only is None else only
         if shuffle is not None:
-            programs = [programs[i] for i in np.random.default_rng(shuffle).permutation(len(programs))]
+            programs = [
+                programs[i] for i in np.random.default_rng(shuffle).permutation(len(programs))
+            ]
         for program in programs:
             builder.grid_idx = program
             self.fn(**args)
@@ -198,5 +232,9 @@ def launch(self, *args, **kwargs):
 interpreter.GridExecutor.__call__ = launch
 # A device function called by a kernel finds the language patched already; its errors arrive as they
 # are.
-interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
-interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(
+    *args, **kwargs
+)
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, debug=True
+)

@@ -5,18 +5,56 @@ import ast
 import pytest
 from conftest import ROOT
 
-OUTSIDE_STDLIB = {"model", "data", "train", "sample", "evaluate", "checkpoint", "kernels", "paper", "torch", "triton", "numpy", "sentencepiece", "safetensors",
-               "tqdm", "transformers", "matplotlib"}
+OUTSIDE_STDLIB = {
+    "model",
+    "data",
+    "train",
+    "sample",
+    "evaluate",
+    "checkpoint",
+    "kernels",
+    "paper",
+    "torch",
+    "triton",
+    "numpy",
+    "sentencepiece",
+    "safetensors",
+    "tqdm",
+    "transformers",
+    "matplotlib",
+}
 MAY = {  # our modules and packages that a file may import
     "kernels/": {"torch", "triton", "kernels", "matplotlib"},
     "model.py": {"torch", "safetensors", "kernels"},
     "data.py": {"numpy", "torch", "sentencepiece", "safetensors", "tqdm", "matplotlib"},
     "checkpoint.py": {"torch"},
-    "train.py": {"model", "data", "checkpoint", "torch", "numpy", "safetensors", "tqdm", "matplotlib"},
+    "train.py": {
+        "model",
+        "data",
+        "checkpoint",
+        "torch",
+        "numpy",
+        "safetensors",
+        "tqdm",
+        "matplotlib",
+    },
     "sample.py": {"model", "data", "torch", "numpy", "tqdm"},
     "evaluate.py": {"data", "sample", "numpy", "matplotlib"},
     # a peer of step.py
-    "paper/": {"model", "data", "train", "checkpoint", "sample", "kernels", "paper", "torch", "numpy", "sentencepiece", "matplotlib", "transformers"},
+    "paper/": {
+        "model",
+        "data",
+        "train",
+        "checkpoint",
+        "sample",
+        "kernels",
+        "paper",
+        "torch",
+        "numpy",
+        "sentencepiece",
+        "matplotlib",
+        "transformers",
+    },
 }
 
 
@@ -45,13 +83,29 @@ def test_no_kernel_imports_another():
     """Only bench.py and compile.py know all four; the others take their few helpers from the package itself."""
     for path in ROOT.glob("kernels/*.py"):
         if path.name not in ("bench.py", "compile.py"):
-            assert not [name for name in imports(path) if name.startswith("kernels.") or name == "matplotlib"], path
-            assert all({a.name for a in node.names}.isdisjoint(("rms_norm", "swiglu", "rotary_attention", "cross_entropy"))
-                       for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)), path
+            assert not [
+                name
+                for name in imports(path)
+                if name.startswith("kernels.") or name == "matplotlib"
+            ], path
+            assert all(
+                {a.name for a in node.names}.isdisjoint(
+                    ("rms_norm", "swiglu", "rotary_attention", "cross_entropy")
+                )
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom)
+            ), path
 
 
 def test_no_stray_names():
     """Nothing of a machine or a tool in the tree."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("paper/*.py"), *ROOT.glob("results/**/*.json"), ROOT / "README.md", ROOT / "paper" / "README.md"]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("kernels/*.py"),
+        *ROOT.glob("paper/*.py"),
+        *ROOT.glob("results/**/*.json"),
+        ROOT / "README.md",
+        ROOT / "paper" / "README.md",
+    ]:
         text = path.read_text()
         assert "/work/" not in text and text.isascii(), path
