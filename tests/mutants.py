@@ -40,38 +40,96 @@ CALLS = {
     "rsqrt": "sqrt",
 }
 
-_ATTENTION = "rotary_attention "
+# Function, change, statement (as ast.unparse writes it, whatever a formatter did), why nothing shows.
+_EQUIVALENT_IN_ATTENTION = (
+    (
+        "_plan_kernel",
+        "0 -> 3",
+        "b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)",
+        "lanes beyond N are masked in both sums that use b_start, and in b_blocks",
+    ),
+    (
+        "_planned",
+        "0 -> 3",
+        "start = tl.load(cu_seqlens + n, mask=n >= 0, other=0)",
+        "a slot left over (n = -1) returns before it uses start",
+    ),
+    (
+        "_planned",
+        "n >= 0 -> n > 0",
+        "start = tl.load(cu_seqlens + n, mask=n >= 0, other=0)",
+        "cu_seqlens[0] is 0, the fill value",
+    ),
+    (
+        "_turn",
+        "0.0 -> 3",
+        "b_cos = tl.load(cos + o_c, mask=m_t[:, None], other=0.0)",
+        "masked rows are 0 before they turn, or are not stored",
+    ),
+    (
+        "_turn",
+        "0.0 -> 3",
+        "b_sin = tl.load(sin + o_c, mask=m_t[:, None], other=0.0) * way",
+        "masked rows are 0 before they turn, or are not stored",
+    ),
+    (
+        "_fwd_kernel",
+        "tl.zeros([BM], dtype=tl.float32) -> tl.zeros([BM], dtype=tl.float32) * 1.01",
+        "tl.store(lse + i_h * T + o_t, tl.zeros([BM], dtype=tl.float32), mask=m_m)",
+        "0 * 1.01 = 0",
+    ),
+    (
+        "_fwd_kernel",
+        "tl.minimum -> tl.maximum",
+        "end = tl.minimum(first + BM, length)",
+        "more key tiles, all of them after every query of the block: masked",
+    ),
+    (
+        "_dq_kernel",
+        "0.0 -> 3",
+        "b_lse = tl.load(lse + i_h * T + o_t, mask=m_m, other=0.0)",
+        "rows beyond the conversation are not stored",
+    ),
+    (
+        "_dq_kernel",
+        "0.0 -> 3",
+        "b_delta = tl.load(delta + i_h * T + o_t, mask=m_m, other=0.0)",
+        "rows beyond the conversation are not stored",
+    ),
+    (
+        "_dq_kernel",
+        "tl.minimum -> tl.maximum",
+        "end = tl.minimum(first + BM, length)",
+        "more key tiles, all of them after every query of the block: masked",
+    ),
+    (
+        "_dkv_kernel",
+        "length - first -> length + first",
+        "tiles = tl.cdiv(length - first, BM)",
+        "more tiles, all beyond the conversation: q = do = 0",
+    ),
+    (
+        "_dkv_kernel",
+        "length - first -> length",
+        "tiles = tl.cdiv(length - first, BM)",
+        "more tiles, all beyond the conversation: q = do = 0",
+    ),
+    (
+        "_dkv_kernel",
+        "0.0 -> 3",
+        "b_lse = tl.load(lse + i_h * T + start + o_m, mask=m_m, other=0.0)",
+        "rows beyond the conversation have q = do = 0",
+    ),
+    (
+        "_dkv_kernel",
+        "0.0 -> 3",
+        "b_delta = tl.load(delta + i_h * T + start + o_m, mask=m_m, other=0.0)",
+        "rows beyond the conversation have q = do = 0",
+    ),
+)
 EQUIVALENT = {
-    _ATTENTION
-    + "_plan_kernel: 0 -> 3 in `b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)  # [BC]`": "lanes beyond N are masked in both sums that use b_start",
-    _ATTENTION
-    + "_plan_kernel: 0 -> 3 in `b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)`": "lanes beyond N are masked where b_blocks is made",
-    _ATTENTION
-    + "_planned: 0 -> 3 in `start = tl.load(cu_seqlens + n, mask=n >= 0, other=0)`": "a slot left over (n = -1) returns before it uses start",
-    _ATTENTION
-    + "_planned: n >= 0 -> ((n) > (0)) in `start = tl.load(cu_seqlens + n, mask=n >= 0, other=0)`": "cu_seqlens[0] is 0, the fill value",
-    _ATTENTION
-    + "_turn: 0.0 -> 3 in `b_cos = tl.load(cos + o_c, mask=m_t[:, None], other=0.0)`": "masked rows are 0 before they turn, or are not stored",
-    _ATTENTION
-    + "_turn: 0.0 -> 3 in `b_sin = tl.load(sin + o_c, mask=m_t[:, None], other=0.0) * way`": "masked rows are 0 before they turn, or are not stored",
-    _ATTENTION
-    + "_fwd_kernel: tl.minimum -> tl.maximum in `end = tl.minimum(first + BM, length)`": "more key tiles, all of them after every query of the block: masked",
-    _ATTENTION
-    + "_dq_kernel: tl.minimum -> tl.maximum in `end = tl.minimum(first + BM, length)`": "more key tiles, all of them after every query of the block: masked",
-    _ATTENTION
-    + "_fwd_kernel: tl.zeros([BM], dtype=tl.float32) -> (tl.zeros([BM], dtype=tl.float32)) * 1.01 in `tl.store(lse + i_h * T + o_t, tl.zeros([BM], dtype=tl.float32), mask=m_m)`": "0 * 1.01 = 0",
-    _ATTENTION
-    + "_dkv_kernel: length - first -> ((length) + (first)) in `tiles = tl.cdiv(length - first, BM)`": "more tiles, all beyond the conversation: q = do = 0",
-    _ATTENTION
-    + "_dkv_kernel: length - first -> (length) in `tiles = tl.cdiv(length - first, BM)`": "more tiles, all beyond the conversation: q = do = 0",
-    _ATTENTION
-    + "_dkv_kernel: 0.0 -> 3 in `b_lse = tl.load(lse + i_h * T + start + o_m, mask=m_m, other=0.0)  # [BM]`": "rows beyond the conversation have q = do = 0",
-    _ATTENTION
-    + "_dkv_kernel: 0.0 -> 3 in `b_delta = tl.load(delta + i_h * T + start + o_m, mask=m_m, other=0.0)`": "rows beyond the conversation have q = do = 0",
-    _ATTENTION
-    + "_dq_kernel: 0.0 -> 3 in `b_lse = tl.load(lse + i_h * T + o_t, mask=m_m, other=0.0)  # [BM]`": "rows beyond the conversation are not stored",
-    _ATTENTION
-    + "_dq_kernel: 0.0 -> 3 in `b_delta = tl.load(delta + i_h * T + o_t, mask=m_m, other=0.0)`": "rows beyond the conversation are not stored",
+    f"rotary_attention {function}: {change} in `{statement}`": reason
+    for function, change, statement, reason in _EQUIVALENT_IN_ATTENTION
 }
 
 
@@ -86,13 +144,11 @@ def mutations(source):
     found = []
 
     def replace(node, new):
-        line = source[starts[node.lineno - 1] : starts[node.lineno]].strip()
-        found.append(
-            (
-                f"{function.name}: {text(node)} -> {new} in `{line}`",
-                source[: begin(node)] + new + source[end(node) :],
-            )
-        )
+        change = f"{ast.unparse(node)} -> {ast.unparse(ast.parse(new, mode='eval'))}"
+        # the first line of a loop or a branch is its head
+        line = ast.unparse(statement_of[node]).splitlines()[0]
+        what = f"{function.name}: {change} in `{line}`"
+        found.append((what, source[: begin(node)] + new + source[end(node) :]))
 
     for function in ast.parse(source).body:
         if not (
@@ -100,6 +156,10 @@ def mutations(source):
             and any(ast.unparse(d) == "triton.jit" for d in function.decorator_list)
         ):
             continue
+        statement_of = {}  # the innermost, which ast.walk meets last
+        for statement in ast.walk(function):
+            if isinstance(statement, ast.stmt):
+                statement_of |= dict.fromkeys(ast.walk(statement), statement)
         for node in (n for statement in function.body for n in ast.walk(statement)):
             if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARE:
                 replace(

@@ -1012,13 +1012,13 @@ def test_tokens_per_second_beside_generate(small_run, capsys):
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         ours = lambda: speaker.answer(prompts, SampleConfig(temperature=0.0, max_new=new))  # noqa: B023
         other = lambda: theirs.generate(
-            padded,
-            attention_mask=mask,
+            padded,  # noqa: B023
+            attention_mask=mask,  # noqa: B023
             max_new_tokens=new,
             min_new_tokens=new,
             do_sample=False,
             pad_token_id=0,
-        )  # noqa: B023
+        )
         seconds = []
         for f in (ours, other) * 5:
             start = time.process_time()
