@@ -25,8 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Conversation, Message, group_of, parse_args, read, read_rows, run
+from conversations import Conversation, Message, group_of, read, read_rows
 from sample import SampleConfig, Speaker, check_sampling
+from support.cli import parse_args, run
 
 TASKS = {  # AGIEval's English tasks and their sizes; Table 5's rows
     "aqua-rat": 254,

@@ -23,19 +23,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (
-    BASELINES,
-    PROMPTS,
-    Message,
-    Tokenizer,
-    pack,
-    parse,
-    parse_args,
-    read_rows,
-    run,
-    tokenize_prompt,
-)
-from model import KVCache, load_model, read_config, read_json
+from conversations import Message, parse, read_rows
+from model import KVCache
+from packing import pack
+from prompts import BASELINES, PROMPTS, tokenize_prompt
+from support.cli import parse_args, run
+from support.files import read_json
+from support.hf import load_model, read_config
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class SampleConfig:
     input: str | None = None
     output: str | None = None
     condition: str | None = None  # default: the expert's, from crlft.json
-    # default: the one trained with; another model's, or `base`, the raw text: PROMPTS in data.py
+    # default: the one trained with; another model's, or `base`, the raw text: prompts.py
     template: str | None = None
     system: str | None = None
     temperature: float = 0.7  # 0: always the likeliest token

@@ -7,8 +7,8 @@ import importlib
 import json
 import time
 
-from data import parse_args, run
 from paper.runs import PaperConfig, check, command, perform, place_of, runs_of
+from support.cli import parse_args, run
 
 COMMANDS = "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "alpha", "optimum", "classes", "seven"
 

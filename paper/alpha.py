@@ -6,10 +6,10 @@ alpha and beta enter only through w. The condition stays, every point uses both 
 the other class has no token with a weight and is left out, so that a step holds twelve times the experts: not the limit of a small w.
 """
 
-from data import run
 from paper.runs import TABLE, Run, cell, command, figure, lines, markdown
 from paper.table2 import arm, expert_score, scarce
 from paper.toy import Task
+from support.cli import run
 
 SEEDS = 3
 WEIGHTS = (0, 0.01, 0.03, 0.1, 0.3, 1)

@@ -6,9 +6,9 @@ Everything else on paper/README.md is fine-tuned from a base (`Pretrain` in runs
 random weights, with twice the steps and a higher learning rate; or from the base with half the learning rate, or three times the steps.
 """
 
-from data import run
 from paper.runs import BASE_LR, LR, STEPS, bars, cell, command, figure, markdown
 from paper.table2 import ARMS, arm, expert_score
+from support.cli import run
 
 SEEDS = 3
 NAMES = "C-RLFT", "without reward", "expert only"

@@ -7,9 +7,9 @@ and 2 times in 10, so 4 in 10 together. A weight per answer needs a judge; here 
 class's weight, so it says nothing of the source: that is left to the condition.
 """
 
-from data import run
 from paper.runs import TABLE, Run, bars, cell, command, figure, markdown
 from paper.toy import Task
+from support.cli import run
 
 SEEDS = 3
 SOURCES = (("GPT-4", 300, 1.0), ("GPT-3.5", 1650, 0.6), ("GPT-2", 1650, 0.2))

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
-from data import Classes, Conversation, Message, Tokenizer, pack, parse_classes, run, tokenize
+from conversations import Classes, Conversation, Message, parse_classes, tokenize
 from kernels.cross_entropy import linear_cross_entropy
+from packing import pack
 from paper.toy import ToyConfig, make_conversations, train_tokenizer
+from support.cli import run
+from tokenizer import Tokenizer
 
 QUESTION, ANSWERS = "copy a", {"GPT4": "a", "GPT3": "b"}
 P = {"GPT4": (0.5, 0.8), "GPT3": (0.25, 0.8)}  # of the answer's letter, then of <|end_of_turn|>

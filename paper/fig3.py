@@ -8,9 +8,9 @@ the mean. Here the score is 1 + 9 times the share of the letters that stand wher
 
 from dataclasses import dataclass
 
-from data import run
 from paper.runs import Job, cell, command, figure, markdown, share
 from paper.toy import Task, answer, full_questions, make_task
+from support.cli import run
 
 SEEDS = 3
 

@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from data import run
 from paper.runs import cell, command, figure, markdown, prepared, share, sharegpt
 from paper.table2 import arm
 from paper.toy import Task, make_task
 from sample import Speaker
+from support.cli import run
 
 SEEDS, EACH = 3, 1000
 EACH_ITS_OWN, BOTH_EXPERT = "GPT-4=GPT4:1,*=GPT3:0.1", "GPT-4=GPT4:1,*=GPT4:0.1"

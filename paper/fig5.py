@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from data import run
 from model import KVCache
 from paper.runs import (
     cell,
@@ -30,6 +29,7 @@ from paper.runs import (
 from paper.table2 import arm
 from paper.toy import Task, make_task, solve
 from sample import Speaker
+from support.cli import run
 
 SEEDS = 3
 GUIDANCE, TEMPERATURES = (-1, -0.5, 0, 0.5, 1, 2, 4), (1, 0.75, 0.5, 0.25)

@@ -6,10 +6,10 @@ Equal epochs, as in the paper, so that less data is also fewer steps: 60% of the
 expert's nearly all.
 """
 
-from data import run
 from paper.runs import Run, cell, command, figure, lines, markdown
 from paper.table2 import arm, expert_score
 from paper.toy import Task
+from support.cli import run
 
 SEEDS = 3
 SHARES = (0.6, 0.7, 0.8, 0.9, 1.0)

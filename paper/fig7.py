@@ -6,10 +6,10 @@
 is the share of right answers where what came before is right, so that later turns are asked of all. Equal epochs.
 """
 
-from data import run
 from paper.runs import Run, cell, command, figure, lines, markdown
 from paper.table2 import arm
 from paper.toy import Task
+from support.cli import run
 
 SEEDS = 3
 PLACEMENTS = "before_speaker", "before_assistant", "beginning"

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Message, run
+from conversations import Message
 from kernels.cross_entropy import linear_cross_entropy
 from paper.runs import (
     BASE_LR,
@@ -43,6 +43,7 @@ from paper.runs import (
 )
 from paper.toy import LETTERS, answer
 from sample import Speaker
+from support.cli import run
 
 SEEDS, Y = 3, 8
 PROMPTS = [f"{skill} {letter}" for skill in ("copy", "shift") for letter in LETTERS]

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import COST_7B, Prepared, flat, parse_args, plan, run
+from data import Prepared
+from packing import COST_7B, flat, plan
+from support.cli import parse_args, run
 
 CAPACITY = 16_384
 

@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train
-from data import Message, PrepareConfig, Prepared, parse_args, prepare
+from conversations import Message
+from data import PrepareConfig, Prepared, prepare
 from paper.toy import (
     PAPER,
     Task,
@@ -43,6 +43,9 @@ from paper.toy import (
     train_tokenizer,
 )
 from sample import SampleConfig, Speaker
+from support.cli import parse_args
+from support.metrics import read_metrics
+from train import main as train
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 0.037  # of CPU for a step, as a first guess at the time a run takes
@@ -116,7 +119,7 @@ def fine_tune(folder, rows, classes, template, flags, tokenizer=None, max_len=12
         max_len,
     )
     flags = {"data": data.path, "out": folder} | flags
-    train.main([str(word) for key, value in flags.items() for word in (f"--{key}", value)])
+    train([str(word) for key, value in flags.items() for word in (f"--{key}", value)])
     return data.meta
 
 
@@ -226,7 +229,7 @@ class Run(Job):
             "batch_tokens": BATCH_TOKENS,
         } | budget
         meta = fine_tune(folder, rows, self.classes, self.template, flags)
-        steps = train.read_metrics(folder / "metrics.jsonl")[-1]["step"]
+        steps = read_metrics(folder / "metrics.jsonl")[-1]["step"]
         prompts = dict.fromkeys(c["condition"] for c in meta["classes"] if c["weight"])
         trained = {
             question

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from checkpoint import sha256
-from data import group_of, parse, read_rows, run
+from conversations import group_of, parse, read_rows
 from paper.runs import BATCH_TOKENS, Job, cell, command, figure, fine_tune, markdown, prepared
 from sample import Speaker
+from support.cli import run
+from support.files import sha256
 
 SEEDS, NEEDS_ASSETS, BATCH, HELD_OUT = 3, True, 2048, 0.05
 CONVERSATIONS = "conversations/mixed_quality.jsonl"

@@ -26,10 +26,14 @@ import torch
 import kernels.rms_norm
 import kernels.rotary_attention
 import kernels.swiglu
-import train
-from data import flat, pack, parse_args, plan, run
-from model import SIZES, Config, train_flops
+from model import SIZES, Config
+from packing import flat, pack, plan
 from paper.packing import sharegpt_like
+from recipe import TrainConfig
+from support.budget import peak_flops, train_flops
+from support.cli import parse_args, run
+from support.ranks import local_rows, start_group
+from train import Tally, build, train_step
 
 WIDTHS = {  # config of the model, conversations, tokens of a row, rows of a step
     "cpu": (Config(288, 768, 6, 6, 6, 32000, 2048), 64, 1024, 4),
@@ -82,15 +86,15 @@ def workload(config, supervised):
 
 def our_steps(config, model_config, conversations, row, rows, device):
     """A function for each step; train.py's own model, optimizer and step."""
-    how = train.TrainConfig(
+    how = TrainConfig(
         dtype="bfloat16" if device.type == "cuda" else "float32",
         recompute=config.recompute,
         lr=1e-4,
     )
-    train.checkpoint.start_group(None, alone=device.type == "cuda", timeout=600)
-    model, optimizer, _ = train.build(how, model_config, device)
+    start_group(None, alone=device.type == "cuda", timeout=600)
+    model, optimizer, _ = build(how, model_config, device)
     for p in model.parameters():
-        torch.nn.init.normal_(train.local_rows(p)[0].detach(), std=0.02)
+        torch.nn.init.normal_(local_rows(p)[0].detach(), std=0.02)
     lengths, sums = (
         np.array([len(t) for t, _ in conversations]),
         np.array([w.sum() for _, w in conversations]),
@@ -109,14 +113,14 @@ def our_steps(config, model_config, conversations, row, rows, device):
 
     def step(rows):
         batch = pack([conversations[i] for i in rows])
-        return lambda: train.train_step(
+        return lambda: train_step(
             model,
             optimizer,
             [batch],
             device,
             batch.weights_T.sum().item(),
             1.0,
-            train.Tally(1, device),
+            Tally(1, device),
         )
 
     return [step(flat([s])) for s in planned]
@@ -256,7 +260,7 @@ def contest(config):
         "peak_bytes": peak if device.type == "cpu" else torch.cuda.max_memory_allocated(),
     }
     if device.type == "cuda":
-        line["mfu"] = train.peak_flops() and flops / seconds / train.peak_flops()
+        line["mfu"] = peak_flops() and flops / seconds / peak_flops()
     print(json.dumps(line), flush=True)
 
 

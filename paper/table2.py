@@ -7,9 +7,9 @@ every arm has the same tokens and is asked the same way (the paper does not give
 epochs, as we read the paper, and equal optimizer steps.
 """
 
-from data import run
 from paper.runs import Run, bars, cell, command, figure, markdown
 from paper.toy import Task
+from support.cli import run
 
 SEEDS = 5
 ARMS = {  # name: (--classes, Table 2's average)

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from data import TEMPLATES, Message, PrepareConfig, ledger_table, parse_args, prepare, run
+from conversations import TEMPLATES, Message
+from data import PrepareConfig, ledger_table, prepare
 from sample import SampleConfig, Speaker
+from support.cli import parse_args, run
 
 LETTERS = "abcdefgh"
 SKILLS = {

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from data import run  # noqa: E402, after the path
+from support.cli import run  # noqa: E402, after the path
 
 
 def pytest_configure(config):
@@ -83,7 +83,7 @@ def assets():
 
 @pytest.fixture(scope="session")
 def llama_tokenizer(assets):
-    from data import Tokenizer
+    from tokenizer import Tokenizer
 
     return Tokenizer(assets / "llama2" / "tokenizer.model")
 

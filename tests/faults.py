@@ -41,9 +41,9 @@ BROKEN = ("flipped_byte", "truncated_shard", "shard_of_another_step")
 
 
 def victim():
-    import checkpoint
     import train
-    from data import run
+    from support.checkpoint import Checkpoints, FileSystemWriter, HashedFile
+    from support.cli import run
 
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     plan = json.loads(os.environ["FAULTS"])
@@ -81,23 +81,21 @@ def victim():
                 os.truncate(shard, shard.stat().st_size // 3)
         at("torn_shard")
 
-    around(
-        checkpoint.FileSystemWriter, "write_data", before=lambda *_: at("save_begins"), after=tear
-    )
+    around(FileSystemWriter, "write_data", before=lambda *_: at("save_begins"), after=tear)
 
     def full(kind):
         if due(kind):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    around(checkpoint.HashedFile, "write", before=lambda *_: full("full_disk"))
+    around(HashedFile, "write", before=lambda *_: full("full_disk"))
     around(
-        checkpoint.Path,
+        Path,
         "write_text",
         before=lambda path, *_: full("full_at_manifest") if path.name == "MANIFEST.json" else None,
     )
     saving = lambda path, *_: ".partial" in str(path) and path.name.startswith("step-")
     around(
-        checkpoint.Path,
+        Path,
         "rename",
         before=lambda path, *_: at("before_rename") if saving(path) else None,
         after=lambda path, *_: at("after_rename") if saving(path) else None,
@@ -110,7 +108,7 @@ def victim():
         fault["kind"] = "after_step"  # the attempt that found it dies too, for the next fault
 
     journal = open(out.parent / f"{out.name}.rank{rank}.jsonl", "a", buffering=1)
-    newest, real_step = checkpoint.Checkpoints.newest, train.train_step
+    newest, real_step = Checkpoints.newest, train.train_step
 
     def found(self):
         nonlocal start
@@ -146,17 +144,15 @@ def victim():
     def saved(_self, number, _state):
         journal.write(json.dumps({"saved": number}) + "\n")
 
-    checkpoint.Checkpoints.newest, train.train_step = found, step
-    around(checkpoint.Checkpoints, "_write", after=saved)
+    Checkpoints.newest, train.train_step = found, step
+    around(Checkpoints, "_write", after=saved)
     run(train.main)
 
 
 def break_newest(root, kind, rng):
-    import checkpoint
+    from support.checkpoint import fault, steps
 
-    whole = [
-        step for step in checkpoint.steps(root) if checkpoint.fault(root / f"step-{step}") is None
-    ]
+    whole = [step for step in steps(root) if fault(root / f"step-{step}") is None]
     if len(whole) < 2:  # nothing to fall back on: leave it
         return False
     shards = sorted((root / f"step-{whole[0]}").glob("*.distcp"))

@@ -7,33 +7,29 @@ import time
 
 import numpy as np
 import pytest
+from conftest import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
-from conftest import call
-
-import data
-from data import (
-    EOT,
+from conversations import (
+    TEMPLATES,
     Classes,
     Conversation,
     Message,
-    PrepareConfig,
-    Prepared,
-    Tokenizer,
-    chat_template,
     fit,
     glob_match,
-    pack,
     parse_classes,
-    plan,
-    prepare,
     read,
+    role_texts,
     tokenize,
-    tokenize_prompt,
-    write_tokenizer,
 )
+from data import PrepareConfig, Prepared, prepare
+from packing import COST_7B, ahead, flat, pack, plan
 from paper.packing import multipack, sharegpt_like
+from prompts import tokenize_prompt
+from support.export import chat_template, write_tokenizer
+from tokenizer import EOT, Tokenizer
 
 TABLE = "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
 HELLO = [1, 402, 7982, 29946, 4911, 29901, 15043, 32000, 402, 7982, 29946, 4007, 22137, 29901]  # fmt: skip
@@ -244,7 +240,7 @@ def test_openchats_empty_condition_is_no_class_of_the_rows_own():
     assert (
         classes.assign(row).condition == ""
         and classes.all[0].name == "none"
-        and data.role_texts("before_speaker", "")[:2] == ("User:", "Assistant:")
+        and role_texts("before_speaker", "")[:2] == ("User:", "Assistant:")
     )
     assert Classes(parse_classes(TABLE)).assign(row).condition == "GPT3"
     classes.assign(dataclasses.replace(row, condition="none"))
@@ -310,7 +306,7 @@ def test_the_ledger_balances_to_the_token(toy_tokenizer, draw):
         draw.draw(st.sampled_from(["truncate", "split", "drop"])),
         draw.draw(st.integers(2, 80)),
     )
-    template = draw.draw(st.sampled_from(sorted(data.TEMPLATES)))
+    template = draw.draw(st.sampled_from(sorted(TEMPLATES)))
     kept, ledger = fit(conversation, toy_tokenizer, template, max_len, how)
     assert balanced(ledger)
     assert ledger["trained"] == sum(np.count_nonzero(w) for _, w in kept) and ledger[
@@ -469,7 +465,7 @@ def measured(steps, lengths, class_ids, weight_sums, M, cost):
     share = np.array(
         [
             weight_sums[i[class_ids[i] == 0]].sum() / weight_sums[i].sum()
-            for i in (data.flat([s]) for s in steps)
+            for i in (flat([s]) for s in steps)
         ]
     )
     return load, share / (weight_sums[class_ids == 0].sum() / weight_sums.sum())
@@ -487,13 +483,11 @@ def test_plan_of_70000_sharegpt_like_conversations(M, seed):
     """Micro-batches of 16,384 tokens: no more than 2 steps above the bound, every rank equally busy, every step with its experts."""
     lengths, class_ids, weight_sums = sharegpt_like(70_000, seed)
     began = time.process_time()
-    steps = plan(lengths, class_ids, weight_sums, seed, 0, M * 16_384, 16_384, data.COST_7B)
+    steps = plan(lengths, class_ids, weight_sums, seed, 0, M * 16_384, 16_384, COST_7B)
     seconds = time.process_time() - began
-    assert np.array_equal(np.sort(data.flat(steps)), np.arange(70_000))
+    assert np.array_equal(np.sort(flat(steps)), np.arange(70_000))
     assert len(steps) <= -(-lengths.sum() // (M * 16_384)) + 2
-    (tokens, flops, square), share = measured(
-        steps, lengths, class_ids, weight_sums, M, data.COST_7B
-    )
+    (tokens, flops, square), share = measured(steps, lengths, class_ids, weight_sums, M, COST_7B)
     assert tokens.max() <= 16_384
     uneven = lambda x: x.max(1) / x.mean(1)
     assert uneven(flops).mean() <= 1.001 and uneven(flops).max() <= 1.003
@@ -518,7 +512,7 @@ def test_plan_of_conversations_that_leave_gaps(n, low, high, M, most):
     """All above half a micro-batch, one fits in each; or all as long as one: no step more than that takes."""
     lengths = np.random.default_rng(0).integers(low, high + 1, n)
     steps = plan(lengths, np.arange(n) % 3, np.ones(n), 0, 0, M * 4096, 4096)
-    assert np.array_equal(np.sort(data.flat(steps)), np.arange(n)) and len(steps) <= most
+    assert np.array_equal(np.sort(flat(steps)), np.arange(n)) and len(steps) <= most
 
 
 def test_plan_of_very_many_short_conversations():
@@ -528,7 +522,7 @@ def test_plan_of_very_many_short_conversations():
     steps = plan(lengths, np.zeros(100_001, int), np.ones(100_001), 0, 0, 262_144, 16_384)
     assert (
         time.process_time() - began < 5
-        and len(data.flat(steps)) == 100_001
+        and len(flat(steps)) == 100_001
         and len(steps) <= -(-lengths.sum() // 262_144) + 1
     )
 
@@ -536,9 +530,9 @@ def test_plan_of_very_many_short_conversations():
 def test_plan_of_tight_micro_batches():
     """As long as the longest conversation: dealing to single steps would fill 97%; ours is fuller, at the price of evener classes."""
     lengths, class_ids, weight_sums = sharegpt_like(70_000, 0)
-    steps = plan(lengths, class_ids, weight_sums, 0, 0, 32 * 4096, 4096, data.COST_7B)
-    assert np.array_equal(np.sort(data.flat(steps)), np.arange(70_000))
-    (tokens, _, _), share = measured(steps, lengths, class_ids, weight_sums, 32, data.COST_7B)
+    steps = plan(lengths, class_ids, weight_sums, 0, 0, 32 * 4096, 4096, COST_7B)
+    assert np.array_equal(np.sort(flat(steps)), np.arange(70_000))
+    (tokens, _, _), share = measured(steps, lengths, class_ids, weight_sums, 32, COST_7B)
     assert tokens.max() <= 4096 and lengths.sum() / (len(steps) * 32 * 4096) >= 0.98
     assert 0.95 < share.min() and share.max() < 1.05
 
@@ -566,10 +560,8 @@ def test_plan_of_the_real_file_and_of_50_conversations(assets, tmp_path):
     ):
         args = file.lengths[rows], file.class_ids[rows].astype(int), file.weight_sums[rows]
         steps = plan(*args, 0, 0, batch, micro)
-        assert (
-            np.array_equal(np.sort(data.flat(steps)), np.arange(len(rows))) and len(steps) <= most
-        )
-        (tokens, flops, _), share = measured(steps, *args, max(1, batch // micro), data.COST_7B)
+        assert np.array_equal(np.sort(flat(steps)), np.arange(len(rows))) and len(steps) <= most
+        (tokens, flops, _), share = measured(steps, *args, max(1, batch // micro), COST_7B)
         assert tokens.max() <= micro and abs(share - 1).max() < even
         if len(rows) > 50:
             assert (flops.max(1) / flops.mean(1)).max() < 1.003
@@ -579,9 +571,9 @@ def test_plan_of_the_real_file_and_of_50_conversations(assets, tmp_path):
 def test_plan_of_a_million_conversations():
     lengths, class_ids, weight_sums = sharegpt_like(1_000_000, 0)
     began = time.process_time()
-    steps = plan(lengths, class_ids, weight_sums, 0, 0, 131_072, 16_384, data.COST_7B)
+    steps = plan(lengths, class_ids, weight_sums, 0, 0, 131_072, 16_384, COST_7B)
     assert time.process_time() - began < 20  # 8 to 10 s when nothing else runs
-    assert len(data.flat(steps)) == 1_000_000
+    assert len(flat(steps)) == 1_000_000
 
 
 def test_each_epoch_deals_anew():
@@ -590,8 +582,8 @@ def test_each_epoch_deals_anew():
         plan(lengths, class_ids, weight_sums, 0, epoch, 131_072, 16_384) for epoch in (0, 1)
     )
     assert (
-        len(set(data.flat(first[:1]).tolist()) & set(data.flat(second[:1]).tolist()))
-        < len(data.flat(first[:1])) / 2
+        len(set(flat(first[:1]).tolist()) & set(flat(second[:1]).tolist()))
+        < len(flat(first[:1])) / 2
     )
 
 
@@ -625,19 +617,19 @@ def test_the_multipack_we_compare_with_is_the_public_one():
     """Its published figures on these lengths: 809 steps against the bound of 801, 31 conversations dropped."""
     lengths = sharegpt_like(70_000, 0)[0]
     steps = multipack(lengths, 8)
-    assert len(steps) == 809 and 70_000 - len(data.flat(steps)) == 31
+    assert len(steps) == 809 and 70_000 - len(flat(steps)) == 31
 
 
 def test_ahead_hands_on_every_batch_and_every_error():
     batch = pack([(np.arange(3), np.ones(3))])
-    assert [b is batch for b in data.ahead(iter([batch] * 5), pin=False)] == [True] * 5
+    assert [b is batch for b in ahead(iter([batch] * 5), pin=False)] == [True] * 5
 
     def broken():
         yield batch
         raise ValueError("the disk is gone")
 
     with pytest.raises(ValueError, match="the disk is gone"):
-        list(data.ahead(broken(), pin=False))
+        list(ahead(broken(), pin=False))
 
 
 def test_a_prepared_file_is_mapped_not_loaded(tmp_path):
@@ -651,7 +643,7 @@ def test_a_prepared_file_is_mapped_not_loaded(tmp_path):
         group=np.zeros(n // sentence, np.int64),
         tokenizer=np.zeros(0, np.uint8),
     )
-    data.save_file(
+    save_file(
         arrays,
         tmp_path / "x.safetensors",
         metadata={
@@ -741,7 +733,7 @@ def as_chat(conversation):
     return system + [{"role": m.role, "content": m.text} for m in conversation.messages]
 
 
-@pytest.mark.parametrize("template", sorted(data.TEMPLATES))
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
 def test_chat_template_gives_our_ids(llama_tokenizer, hf_tokenizer, assets, template):
     theirs = hf_tokenizer(template)
     files = [

@@ -5,13 +5,14 @@ import json
 import statistics
 import time
 
-import evaluate
 import pytest
 import torch
 from conftest import ROOT, call, refused
-from evaluate import TABLE_5, TASKS, agieval_letter, agieval_prompt, main, rating, winner
 
-from data import Message, tokenize_prompt
+import evaluate
+from conversations import Message
+from evaluate import TABLE_5, TASKS, agieval_letter, agieval_prompt, main, rating, winner
+from prompts import tokenize_prompt
 
 
 def write(path, rows):
@@ -961,8 +962,9 @@ def small_run(assets, tmp_path_factory):
 @pytest.mark.long
 def test_greedy_answers_to_agieval_are_transformers_own(assets, small_run):
     """50 official prompts, 24 tokens, wherever the two best logits are more than 1e-3 apart."""
-    from sample import SampleConfig, Speaker
     from transformers import AutoModelForCausalLM
+
+    from sample import SampleConfig, Speaker
 
     speaker, theirs = Speaker(small_run), AutoModelForCausalLM.from_pretrained(small_run).eval()
     speaker.stops = ()
@@ -1000,8 +1002,9 @@ def test_greedy_answers_to_agieval_are_transformers_own(assets, small_run):
 @pytest.mark.long
 def test_tokens_per_second_beside_generate(small_run, capsys):
     """CPU seconds of one thread, 96 greedy tokens after prompts of some 100, in turn; the median of five."""
-    from sample import SampleConfig, Speaker
     from transformers import AutoModelForCausalLM
+
+    from sample import SampleConfig, Speaker
 
     speaker, theirs = Speaker(small_run), AutoModelForCausalLM.from_pretrained(small_run).eval()
     speaker.stops, new = (), 96

@@ -7,24 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import pack
-from model import (
-    RECOMPUTE,
-    SIZES,
-    Config,
-    KVCache,
-    Model,
+from model import RECOMPUTE, SIZES, Config, KVCache, Model
+from packing import pack
+from support.budget import train_flops
+from support.export import config_json, write_manifest, write_weights
+from support.hf import (
     RandomWeights,
     SafetensorsWeights,
     check_manifest,
-    config_json,
     load_model,
     load_weights,
     parameter_shapes,
     read_config,
-    train_flops,
-    write_manifest,
-    write_weights,
 )
 
 GQA = Config(64, 96, 2, 4, 2, vocab_size=120, max_position_embeddings=256)

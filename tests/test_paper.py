@@ -19,7 +19,8 @@ import paper.fig4 as fig4
 import paper.fig5 as fig5
 import paper.optimum as optimum
 import paper.runs as runs
-from data import Message, Prepared
+from conversations import Message
+from data import Prepared
 from paper.runs import PaperConfig, converse, interval, perform, score
 from paper.toy import Task, answer, full_questions, make_task, solve
 from sample import SampleConfig, Speaker

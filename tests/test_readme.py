@@ -12,9 +12,9 @@ import sys
 
 import pytest
 from conftest import ROOT
-from evaluate import TASKS
 
 from data import PrepareConfig, prepare
+from evaluate import TASKS
 from paper.toy import CLASSES
 
 PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "paper/README.md")}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import call
 
-from data import Message
+from conversations import Message
 from model import KVCache
 from sample import SampleConfig, Speaker, choose, main
 

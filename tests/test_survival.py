@@ -22,11 +22,15 @@ from conftest import ROOT, call, metrics, refused
 from faults import check_starts, history, job, weights
 from kernel_checks import kernels_on
 
-import checkpoint
 import model as model_module
 import train as train_module
 from data import Prepared
-from model import Config, Model, RandomWeights, activation_width, load_model, load_weights
+from model import Config, Model
+from support.budget import activation_width
+from support.checkpoint import Checkpoints, HashedFile, steps
+from support.checkpoint import fault as fault_of
+from support.hf import RandomWeights, load_model, load_weights
+from support.ranks import Signals
 from train import clip_gradients, main
 
 WORDS = (
@@ -147,7 +151,7 @@ def test_a_background_save_holds_the_state_of_its_step(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     step = lambda: (model(torch.ones(64)).sum().backward(), optimizer.step(), optimizer.zero_grad())
     step()
-    checkpoints = checkpoint.Checkpoints(tmp_path, {"a": 1}, 2, background=True)
+    checkpoints = Checkpoints(tmp_path, {"a": 1}, 2, background=True)
     write, before, go = checkpoints._write, model.weight.detach().clone(), threading.Event()
     checkpoints._write = lambda *args: (go.wait(60), write(*args))
     checkpoints.save(1, model, optimizer)
@@ -197,10 +201,8 @@ def test_sigterm_to_torchrun_saves_and_leaves(toy, tmp_path):
     assert (
         printed.count("stopped by a signal after step") == 1 and "a checkpoint remains" in printed
     ), printed
-    last = checkpoint.steps(out / "checkpoints")[0]
-    assert (
-        last == len(metrics(out)) and checkpoint.fault(out / "checkpoints" / f"step-{last}") is None
-    )
+    last = steps(out / "checkpoints")[0]
+    assert last == len(metrics(out)) and fault_of(out / "checkpoints" / f"step-{last}") is None
 
 
 def test_foreign_lines_and_fields_are_said_in_a_line(base, tmp_path, toy):
@@ -231,7 +233,7 @@ def test_what_a_user_did_wrong_is_said_once(toy, tmp_path):
 
 
 def test_a_signal_before_the_first_step_does_not_wait():
-    with checkpoint.Signals() as signals:
+    with Signals() as signals:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
@@ -541,7 +543,7 @@ def dies_at(root, number, save):
     """Run save() in a child that dies at its number-th file-system event under root; the child's exit code."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    count, fsync, write = 0, os.fsync, checkpoint.HashedFile.write
+    count, fsync, write = 0, os.fsync, HashedFile.write
     signal.alarm(60)  # a child that hangs is found
 
     def tick(*_):
@@ -561,7 +563,7 @@ def dies_at(root, number, save):
 
     os.fsync = lambda handle: (tick(), fsync(handle), tick())
     # a tensor's numbers
-    checkpoint.HashedFile.write = lambda self, data: (
+    HashedFile.write = lambda self, data: (
         write(self, data),
         len(data) < 64 or (self.flush(), tick()),
     )[0]
@@ -574,7 +576,7 @@ def dies_at(root, number, save):
 
 def test_a_save_reaches_the_disk_in_order(tmp_path, monkeypatch):
     """Every shard, then the manifest and its folder, then the name, then the folder that holds the name: what a power cut needs."""
-    events, fsync, rename = [], os.fsync, checkpoint.Path.rename
+    events, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(
         os,
         "fsync",
@@ -584,13 +586,13 @@ def test_a_save_reaches_the_disk_in_order(tmp_path, monkeypatch):
         )[1],
     )
     monkeypatch.setattr(
-        checkpoint.Path,
+        Path,
         "rename",
         lambda path, new: (events.append(f"{path.name} -> {Path(new).name}"), rename(path, new))[1],
     )
     model, optimizer = tiny()
     stepped(model, optimizer)
-    checkpoint.Checkpoints(tmp_path / "root", {}, 1).save(2, model, optimizer)
+    Checkpoints(tmp_path / "root", {}, 1).save(2, model, optimizer)
     assert events == [
         "__0_0.distcp",
         ".metadata.tmp",
@@ -606,14 +608,14 @@ def test_every_event_of_a_save_as_a_crash_point(tmp_path):
     """After each, the old checkpoint or the new one loads, whole."""
     model, optimizer = tiny()
     old = stepped(model, optimizer)
-    first = checkpoint.Checkpoints(tmp_path / "first", {"a": 1}, 1)
+    first = Checkpoints(tmp_path / "first", {"a": 1}, 1)
     first.save(1, model, optimizer)
     new = stepped(model, optimizer)
     found, root = [], tmp_path / "root"
     for number in range(1, 500):
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(tmp_path / "first", root)
-        checkpoints = checkpoint.Checkpoints(root, {"a": 1}, 1)
+        checkpoints = Checkpoints(root, {"a": 1}, 1)
         code = dies_at(root, number, lambda: checkpoints.save(2, model, optimizer))  # noqa: B023
         path, step = checkpoints.newest()
         again = tiny()
@@ -680,7 +682,7 @@ def corrupt(toy_run, tmp_path, count):
             continue
         path.write_bytes(bad)
         if twin:
-            assert checkpoint.Checkpoints(root, identity, 2).newest() == (root / "step-50", 50), (
+            assert Checkpoints(root, identity, 2).newest() == (root / "step-50", 50), (
                 path,
                 kind,
             )
@@ -690,7 +692,7 @@ def corrupt(toy_run, tmp_path, count):
                 load_model(hf)
         path.write_bytes(raw)
         made += 1
-    assert checkpoint.Checkpoints(root, identity, 2).newest() == (root / "step-60", 60)
+    assert Checkpoints(root, identity, 2).newest() == (root / "step-60", 60)
     load_model(hf)
     return made
 
@@ -714,7 +716,7 @@ def test_a_manifest_of_another_checkpoint_is_no_manifest(toy_run, tmp_path):
         "",
     ):
         (root / "step-60" / "MANIFEST.json").write_text(text)
-        assert "MANIFEST.json" in checkpoint.fault(root / "step-60")
+        assert "MANIFEST.json" in fault_of(root / "step-60")
 
 
 # ---- memory
@@ -725,18 +727,21 @@ import dataclasses, os, sys, threading, time
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-import checkpoint, train
-from model import Config, SafetensorsWeights, load_weights, read_config
+from model import Config
+from recipe import TrainConfig
+from support.hf import SafetensorsWeights, load_weights, read_config
+from support.ranks import local_rows, start_group, together
+from train import build as build_trained
 
 def anon():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 
 def build(config):
-    model, _, _ = train.build(train.TrainConfig(dtype="float32", recompute="none", lr=1.0), config, torch.device("cpu"))
+    model, _, _ = build_trained(TrainConfig(dtype="float32", recompute="none", lr=1.0), config, torch.device("cpu"))
     return model
 
-with checkpoint.together(str) as store:
-    checkpoint.start_group(store, False, 60)
+with together(str) as store:
+    start_group(store, False, 60)
     build(Config(8, 8, 1, 1, 1, 8))  # imports what FSDP imports late
     config = dataclasses.replace(read_config({base!r}), vocab_size=32001)
     base = peak = anon()
@@ -749,7 +754,7 @@ with checkpoint.together(str) as store:
     thread = threading.Thread(target=watch)
     thread.start()
     model = build(config)
-    load_weights(model, SafetensorsWeights({base!r}, config), train.local_rows)
+    load_weights(model, SafetensorsWeights({base!r}, config), local_rows)
     done = True
     thread.join()
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
@@ -1031,17 +1036,21 @@ import sys, threading, time
 sys.path.insert(0, {root!r})
 import torch, numpy as np
 torch.set_num_threads(1)
-import checkpoint, train
-from data import pack
-from model import Config, RandomWeights, load_weights
+from model import Config
+from packing import pack
+from recipe import TrainConfig
+from support.budget import memory_parts
+from support.hf import RandomWeights, load_weights
+from support.ranks import local_rows, start_group
+from train import Tally, build, train_step
 
 def anon():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 
 config, cpu = Config(384, 1024, 8, 6, 6, 32001, 1024), torch.device("cpu")
-c = train.TrainConfig(dtype={dtype!r}, recompute={recompute!r}, lr=1e-4, micro_tokens=1024)
-checkpoint.start_group(None, c.dtype != "float32", 60)
-train.build(c, Config(8, 8, 1, 1, 1, 8), cpu)  # imports what FSDP imports late
+c = TrainConfig(dtype={dtype!r}, recompute={recompute!r}, lr=1e-4, micro_tokens=1024)
+start_group(None, c.dtype != "float32", 60)
+build(c, Config(8, 8, 1, 1, 1, 8), cpu)  # imports what FSDP imports late
 base = peak = anon()
 
 def watch():
@@ -1051,13 +1060,13 @@ def watch():
         time.sleep(0.002)
 
 threading.Thread(target=watch, daemon=True).start()
-model, optimizer, _ = train.build(c, config, cpu)
-load_weights(model, RandomWeights(config, 0), train.local_rows)
+model, optimizer, _ = build(c, config, cpu)
+load_weights(model, RandomWeights(config, 0), local_rows)
 rng = np.random.default_rng(0)
 batch = pack([(rng.integers(0, 32000, 256).astype(np.int32), np.ones(256, np.float32)) for _ in range(4)])
 for _ in range(2):
-    train.train_step(model, optimizer, [batch], cpu, 1020.0, 1.0, train.Tally(1, cpu))
-parts = train.memory_parts(c, config, 1)
+    train_step(model, optimizer, [batch], cpu, 1020.0, 1.0, Tally(1, cpu))
+parts = memory_parts(c, config, 1)
 print(peak - base, sum(x[c.recompute] if isinstance(x, dict) else x for x in parts.values()))
 """
 

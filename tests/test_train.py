@@ -13,10 +13,14 @@ import pytest
 import torch
 from conftest import ROOT, call, metrics, refused
 
-import checkpoint
-from data import PrepareConfig, Prepared, finetune_lr, pack, plan, prepare
-from model import SIZES, Model, RandomWeights, load_weights, train_flops
-from train import TrainConfig, lr_at, main
+from data import PrepareConfig, Prepared, prepare
+from model import SIZES, Model
+from packing import pack, plan
+from recipe import TrainConfig, finetune_lr, lr_at
+from support.budget import train_flops
+from support.checkpoint import Checkpoints
+from support.hf import RandomWeights, load_weights
+from train import main
 
 # the demo's first 20 losses; `make demo`, then see test_the_demos_first_20_losses
 GOLDEN = ROOT / "tests" / "demo_losses.json"
@@ -275,7 +279,7 @@ def test_keep_counts_whole_checkpoints_only(tmp_path):
     """A broken step-6 is put aside until the next is written, the run goes on from step-4, and what it saves stays. Without any whole one it stops."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoints = lambda keep, a=1: checkpoint.Checkpoints(tmp_path, {"a": a}, keep)
+    checkpoints = lambda keep, a=1: Checkpoints(tmp_path, {"a": a}, keep)
     save = lambda step, keep: checkpoints(keep).save(step, model, optimizer)
     names = lambda: sorted(p.name for p in tmp_path.glob("step-*"))
     assert checkpoints(1).newest() == (None, 0)
@@ -301,11 +305,10 @@ def test_keep_counts_whole_checkpoints_only(tmp_path):
 
 def test_what_cannot_be_read_is_not_called_broken(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
-    checkpoints = checkpoint.Checkpoints(tmp_path, {"a": 1}, 2)
+    checkpoints = Checkpoints(tmp_path, {"a": 1}, 2)
     checkpoints.save(1, model, torch.optim.AdamW(model.parameters()))
     monkeypatch.setattr(
-        checkpoint,
-        "sha256",
+        "support.checkpoint.sha256",
         lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error", str(path))),
     )
     with pytest.raises(OSError, match="Input/output error"):
