@@ -16,7 +16,6 @@ soon as it is done, and no case is begun after --minutes.
 
 import argparse
 import functools
-import importlib
 import json
 import math
 import multiprocessing
@@ -25,224 +24,16 @@ import statistics
 import sys
 import tempfile
 import time
-from inspect import signature
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch._functorch import config as functorch
 
 from kernels import triton
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from kernels.rms_norm import rms_norm, rms_norm_ref
-from kernels.rotary_attention import _rotate as rotation
-from kernels.rotary_attention import rotary_attention, rotary_attention_ref, rotate
-from kernels.swiglu import swiglu, swiglu_ref
+from kernels.cases import absent, cases
 
-SHAPES = {  # the default cases: LLaMA-2 7B, 13B, 70B
-    "rms_norm": [dict(D=4096), dict(D=5120), dict(D=8192)],
-    "swiglu": [dict(F=11008), dict(F=13824), dict(F=28672)],
-    "rotary_attention": [
-        *(dict(H=32, G=32, lengths="sharegpt", seed=seed) for seed in range(3)),
-        dict(H=32, G=32, lengths="short"),
-        dict(H=32, G=32, lengths="4096"),
-        dict(H=40, G=40, lengths="sharegpt"),
-        dict(H=64, G=8, lengths="sharegpt"),
-    ],
-    "cross_entropy": [
-        dict(D=4096, supervised=1.0),
-        dict(D=4096, supervised=0.6),
-        dict(D=5120, supervised=0.6),
-        dict(D=8192, supervised=0.6),
-    ],
-}
-DEFAULTS = dict(
-    T=16384, D=4096, F=11008, H=32, G=32, E=128, V=32001, lengths="sharegpt", supervised=0.6, seed=0
-)
-SMALL = dict(T=96, D=64, F=80, H=4, G=2, E=32, V=101)  # --check
-USES = {
-    "rms_norm": "T D",
-    "swiglu": "T F",
-    "rotary_attention": "T H G E lengths seed",
-    "cross_entropy": "T D V supervised",
-}
-
-
-def conversation_lengths(kind, T, seed):
-    """Lengths that sum to T: "sharegpt", log-normal of mean 1,500 clipped at 4,096; "short", of mean 200; or a number, all alike."""
-    if kind.isdigit():
-        lengths = [int(kind)] * (T // int(kind) + 1)
-    else:
-        g, mean = torch.Generator().manual_seed(seed), {"sharegpt": 1500, "short": 200}[kind]
-        lengths = (
-            (torch.randn(T, generator=g) * 0.8 + math.log(mean) - 0.32)
-            .exp()
-            .clamp(16, 4096)
-            .int()
-            .tolist()
-        )
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    ends = [*ends[ends < T].tolist(), T]
-    return [b - a for a, b in zip(ends, ends[1:])]
-
-
-def compiled(f, device):
-    return torch.compile(f, dynamic=False, backend="inductor" if device == "cuda" else "eager")
-
-
-def optional(device, module, name):
-    """A peer that runs on GPUs only, and may not be installed: then that is said, once."""
-    try:
-        return getattr(importlib.import_module(module), name) if device == "cuda" else None
-    except (ImportError, AttributeError, RuntimeError) as error:
-        absent[f"{module}.{name}"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return None
-
-
-absent = {}  # peer -> why
-
-
-# ---- the cases: (inputs, {name: function of the inputs}, the definition, costs)
-
-
-def rms_norm_case(make, device, T, D):
-    inputs = make(T, D), make(T, D), make(D)
-    peers = {
-        "ours": lambda x, r, w: rms_norm(x, w, 1e-5, r),
-        "torch": lambda x, r, w: rms_norm_ref(x, w, 1e-5, r),
-        "F.rms_norm": lambda x, r, w: (F.rms_norm(h := x + r, (D,), w, 1e-5), h),
-        "torch.compile": compiled(lambda x, r, w: rms_norm_ref(x, w, 1e-5, r), device),
-    }
-    if liger := optional(
-        device, "liger_kernel.transformers.functional", "liger_fused_add_rms_norm"
-    ):
-        peers["Liger"] = lambda x, r, w: liger(x, r, w, 1e-5, in_place=False)
-    return (
-        inputs,
-        peers,
-        lambda x, r, w: rms_norm_ref(x, w, 1e-5, r),
-        dict(forward=dict(bytes=8 * T * D), backward=dict(bytes=8 * T * D)),
-    )
-
-
-def swiglu_case(make, device, T, F):
-    peers = {"ours": swiglu, "torch": swiglu_ref, "torch.compile": compiled(swiglu_ref, device)}
-    if liger := optional(device, "liger_kernel.transformers.functional", "liger_swiglu"):
-        peers["Liger"] = liger
-    return (
-        (make(T, F), make(T, F)),
-        peers,
-        swiglu_ref,
-        dict(forward=dict(bytes=6 * T * F), backward=dict(bytes=10 * T * F)),
-    )
-
-
-def rotary_attention_case(make, device, T, H, G, E, lengths, seed):
-    lengths = conversation_lengths(lengths, T, seed)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    angle = positions[:, None] / 10000 ** (torch.arange(0, E, 2) / E)
-    cos, sin = angle.cos().float().to(device), angle.sin().float().to(device)
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    tables, longest = (cos, sin, cu_seqlens), max(lengths)
-    # SDPA, a conversation at a time
-    peers = {
-        "ours": lambda q, k, v: rotary_attention(q, k, v, *tables),
-        "torch": lambda q, k, v: rotary_attention_ref(q, k, v, *tables),
-    }
-    if varlen := optional(device, "torch.nn.attention.varlen", "varlen_attn"):
-        has = signature(varlen).parameters
-        options = (dict(window_size=(-1, 0)) if "window_size" in has else dict(is_causal=True)) | (
-            dict(enable_gqa=True) if "enable_gqa" in has else {}
-        )
-        wide = (
-            (lambda x: x)
-            if H == G or "enable_gqa" in has
-            else lambda x: x.repeat_interleave(H // G, 1)
-        )
-        packed = lambda q, k, v: varlen(
-            q, wide(k), wide(v), cu_seqlens, cu_seqlens, longest, longest, **options
-        )
-        peers["varlen_attn without RoPE"] = packed
-        peers["varlen_attn after RoPE"] = lambda q, k, v: packed(
-            rotate(q, cos, sin), rotate(k, cos, sin), v
-        )
-    elif flex := optional(device, "torch.nn.attention.flex_attention", "flex_attention"):
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        conversation = torch.repeat_interleave(
-            torch.arange(len(lengths)), torch.tensor(lengths)
-        ).to(device)
-        mask = create_block_mask(
-            lambda b, h, i, j: (conversation[i] == conversation[j]) & (i >= j),
-            None,
-            None,
-            T,
-            T,
-            device=device,
-        )
-        flexed = torch.compile(flex, dynamic=False)
-        heads = lambda x: x.transpose(0, 1)[None]
-        peers["flex_attention after RoPE"] = lambda q, k, v: flexed(
-            heads(rotate(q, cos, sin)),
-            heads(rotate(k, cos, sin)),
-            heads(v),
-            block_mask=mask,
-            enable_gqa=H != G,
-        )[0].transpose(0, 1)
-    # what RoPE costs: ours spends this much of its time on writing rotated keys (backward: queries)
-    if device == "cuda":
-        peers["of it: rotating k"] = lambda q, k, v: rotation(k, cos, sin)
-        peers["of it: rotating q"] = lambda q, k, v: rotation(q, cos, sin)
-    squares = sum(n * n for n in lengths)
-    cost = dict(forward=dict(flops=2 * H * E * squares), backward=dict(flops=5 * H * E * squares))
-    return (
-        (make(T, H, E), make(T, G, E), make(T, G, E)),
-        peers,
-        lambda q, k, v: rotary_attention_ref(q, k, v, *tables),
-        cost,
-    )
-
-
-def cross_entropy_case(make, device, T, D, V, supervised):
-    g = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, V, (T,), generator=g).to(device)
-    # the peers take no others
-    weights = torch.where(torch.rand(T, generator=g) < supervised, 1.0, 0.0).to(device)
-    rows = weights.nonzero()[:, 0]
-    ignored = torch.where(weights > 0, labels, -100)
-    plain = lambda h, w: linear_cross_entropy_ref(h, w, labels, weights)[0]
-    unfused = lambda h, w: F.cross_entropy(F.linear(h, w).float(), ignored, reduction="sum")
-    peers = {
-        "ours": lambda h, w: linear_cross_entropy(h, w, labels, weights, rows)[0],
-        "torch": unfused,
-        "torch.compile": compiled(unfused, device),
-    }
-    if torch_fused := getattr(F, "linear_cross_entropy", None):
-        options = torch.nn.LinearCrossEntropyOptions()  # without it, the unfused reference runs
-        peers["F.linear_cross_entropy"] = lambda h, w: torch_fused(
-            h, w, ignored, reduction="sum", ignore_index=-100, options=options
-        )
-    if liger := optional(
-        device, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
-    ):
-        peers["Liger"] = lambda h, w: liger(h, w, ignored, reduction="sum")
-    if cce := optional(device, "cut_cross_entropy", "linear_cross_entropy"):
-        peers["cut-cross-entropy"] = lambda h, w: cce(h, w, ignored, reduction="sum")
-    # gradients are made with the loss: one time for both
-    return (
-        (make(T, D), make(V, D) * D**-0.5),
-        peers,
-        plain,
-        dict(both=dict(flops=6 * len(rows) * D * V)),
-    )
-
-
-CASES = {
-    "rms_norm": rms_norm_case,
-    "swiglu": swiglu_case,
-    "rotary_attention": rotary_attention_case,
-    "cross_entropy": cross_entropy_case,
-}
+CASES = cases()
+DEFAULTS = {name: size for case in CASES.values() for name, size in case.SIZES.items()}
 
 
 # ---- measuring
@@ -328,7 +119,7 @@ def run_case(kernel, shape, device, ceiling, runs):
     g = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     make = lambda *shape: torch.randn(*shape, generator=g, device=device).to(dtype)
-    inputs, peers, definition, costs = CASES[kernel](make, device, **shape)
+    inputs, peers, definition, costs = CASES[kernel].peers_of(make, device, **shape)
     with torch.no_grad():
         upstream = [
             torch.ones_like(x) if x.ndim == 0 else make(*x.shape)
@@ -445,7 +236,7 @@ def cpu_loss(job):
     name, supervised, (T, D, V) = job
     torch.set_num_threads(1)
     make = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    inputs, peers, *_ = cross_entropy_case(make, "cpu", T, D, V, supervised)
+    inputs, peers, *_ = CASES["cross_entropy"].peers_of(make, "cpu", T, D, V, supervised)
     leaves = [x.requires_grad_() for x in inputs]
     resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before, seconds = resident(), []
@@ -500,7 +291,7 @@ def parse():
         parser.add_argument(
             f"--{name}",
             type=type(default),
-            help=f"with a kernel that has it ({', '.join(k for k, used in USES.items() if name in used.split())})",
+            help=f"with a kernel that has it ({', '.join(k for k, case in CASES.items() if name in case.SIZES)})",
         )
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=8, help="begin no case after so many")
@@ -515,9 +306,9 @@ def parse():
     if "H" in own:
         own.setdefault("G", own["H"])
     for name in own:
-        if args.kernel is None or name not in USES[args.kernel].split():
+        if args.kernel is None or name not in CASES[args.kernel].SIZES:
             parser.error(
-                f"--{name} goes with {' or '.join(k for k, used in USES.items() if name in used.split())}; name the kernel first"
+                f"--{name} goes with {' or '.join(k for k, case in CASES.items() if name in case.SIZES)}; name the kernel first"
             )
     if any(value <= 0 for name, value in own.items() if name not in ("lengths", "seed")):
         parser.error("sizes are positive")
@@ -564,14 +355,14 @@ def main():
         )
         began = time.monotonic()
         for kernel in [args.kernel] if args.kernel else CASES:
-            for case in [own] if own else SHAPES[kernel]:
+            for case in [own] if own else CASES[kernel].SHAPES:
                 if time.monotonic() - began > 60 * args.minutes:
                     absent[f"{kernel} {case}"] = f"not begun within --minutes {args.minutes}"
                     continue
-                sizes = DEFAULTS | case | (SMALL if args.check else {})
+                sizes = CASES[kernel].SIZES | case | (CASES[kernel].SMALL if args.check else {})
                 rows = run_case(
                     kernel,
-                    {name: sizes[name] for name in USES[kernel].split()},
+                    sizes,
                     device,
                     results["ceiling"],
                     args.runs,

@@ -12,6 +12,7 @@ has, and everywhere one that multiplies fp32 as plain TF32, or whose address dep
 """
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import re
@@ -25,7 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import cross_entropy, rms_norm, rotary_attention, swiglu
+from kernels.cases import cases
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,57 +45,7 @@ TENSOR_CORE = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def norm_case(dtype, D, T=16):
-    x, w = torch.ones(T, D, dtype=dtype), torch.ones(D, dtype=dtype)
-    for residual in (None, x):
-        _, h, r = rms_norm.rms_norm_op(x, residual, w, 1e-5)
-        rms_norm.rms_norm_bwd_op(x, w, r, x, residual)
-
-
-def swiglu_case(dtype, F, T=16):
-    x = torch.ones(T, F, dtype=dtype)
-    swiglu.swiglu_op(x, x)
-    swiglu.swiglu_bwd_op(x, x, x)
-
-
-def attention_case(dtype, E, H, G, T=16):
-    q, k = torch.ones(T, H, E, dtype=dtype), torch.ones(T, G, E, dtype=dtype)
-    cos, cu_seqlens = torch.ones(T, E // 2), torch.tensor([0, 3, T], dtype=torch.int32)
-    o, k, lse = rotary_attention.rotary_attention_op(q, k, k, cos, cos, cu_seqlens)
-    rotary_attention.rotary_attention_bwd_op(q, k, k, cos, cos, cu_seqlens, o, lse, o)
-
-
-def loss_case(dtype, V, T=16):
-    hidden, weight, rows = (
-        torch.ones(T, 16, dtype=dtype),
-        torch.ones(V, 16, dtype=dtype),
-        torch.arange(T),
-    )
-    cross_entropy.linear_cross_entropy_op(hidden, weight, rows, torch.ones(T), rows, True)
-
-
-# kernel, its case, shape classes: LLaMA-2 7B, 13B, 70B and 1.1B, the toy, and a T that 16 does not
-# divide
-CASES = [
-    (
-        "rms_norm",
-        norm_case,
-        [dict(D=4096), dict(D=5120), dict(D=8192), dict(D=96), dict(D=4096, T=17)],
-    ),
-    ("swiglu", swiglu_case, [dict(F=11008), dict(F=11008 + 1, T=17)]),
-    (
-        "rotary_attention",
-        attention_case,
-        [
-            dict(E=128, H=32, G=32),
-            dict(E=128, H=64, G=8),
-            dict(E=64, H=32, G=4),
-            dict(E=32, H=3, G=3),
-            dict(E=128, H=32, G=32, T=17),
-        ],
-    ),
-    ("cross_entropy", loss_case, [dict(V=32000), dict(V=32001)]),
-]
+CASES = cases()
 
 
 class _Driver:
@@ -122,7 +73,7 @@ def compile_case(name, case, dtype, shape):
 
     triton.runtime.driver.set_active(_Driver(name))
     triton.JITFunction.run = divert
-    for module in (rms_norm, rotary_attention, cross_entropy):
+    for module in (importlib.import_module(f"kernels.{kernel}") for kernel in CASES):
         module.on_gpu, module.arch = lambda x: True, lambda x: name
     try:
         case(DTYPES[dtype], **shape)
@@ -258,12 +209,12 @@ def report(job):
 def jobs(archs, kernels, dtypes, shapes):
     """Every case to compile; `shapes` cuts each kernel's shape classes to its first ones."""
     return [
-        (arch, kernel, case, dtype, shape)
+        (arch, kernel, case.launch, dtype, shape)
         for arch in archs
-        for kernel, case, classes in CASES
+        for kernel, case in CASES.items()
         if kernel in kernels
         for dtype in dtypes
-        for shape in classes[:shapes]
+        for shape in case.COMPILED[:shapes]
     ]
 
 
@@ -273,8 +224,8 @@ def main():
     parser.add_argument(
         "--kernel",
         nargs="+",
-        choices=[kernel for kernel, *_ in CASES],
-        default=[kernel for kernel, *_ in CASES],
+        choices=list(CASES),
+        default=list(CASES),
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument(

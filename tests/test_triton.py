@@ -690,7 +690,8 @@ def test_every_kernel_compiles_at_every_shape_class():
 PROBE = """
 import sys; sys.path.insert(0, {root!r})
 import torch, triton, triton.language as tl
-from kernels import compile as aot
+from kernels import compile as aot, rotary_attention
+from kernels.cases.rotary_attention import launch
 
 @triton.jit
 def loop(x, y, n, stride, B: tl.constexpr):
@@ -724,8 +725,8 @@ x = torch.ones(32, 32)
 for name, dtype, f in (("loop", "fp32", lambda d: loop[(1,)](x, x, 9, 33, 32)), ("branch", "fp32", lambda d: branch[(1,)](x, x, 9, 33, 32)),
                        ("fine", "fp32", lambda d: fine[(1,)](x, x, 9, 33, 32)), ("tf32", "fp32", lambda d: tf32[(1,)](x, x, 32)), ("spill", "bf16", None)):
     if f is None:
-        aot.rotary_attention.LAUNCH["sm_90"] = ((128, 64, 4, 2),) * 3
-        f = lambda d: aot.attention_case(d, 128, 1, 1)
+        rotary_attention.LAUNCH["sm_90"] = ((128, 64, 4, 2),) * 3
+        f = lambda d: launch(d, 128, 1, 1)
     lines = aot.report(("sm_90", name, f, dtype, {{}}))
     print(name, "|".join(text for text, failed in lines if failed).replace(chr(10), " "))
 """
