@@ -9,10 +9,21 @@ import pytest
 import torch
 from conftest import ROOT, call, refused
 
-import evaluate
 from conversations import Message
-from evaluate import TABLE_5, TASKS, agieval_letter, agieval_prompt, main, rating, winner
+from evaluate import main
+from evaluation.agieval import (
+    TABLE_5,
+    TASKS,
+    agieval_items,
+    agieval_letter,
+    agieval_prompt,
+    interval,
+)
+from evaluation.answers import TEMPERATURE, name_of
+from evaluation.judge import PROMPTS, TABLE_6, fill, rating, winner
+from evaluation.report import MT_CATEGORIES
 from prompts import tokenize_prompt
+from sample import Speaker
 
 
 def write(path, rows):
@@ -116,7 +127,7 @@ def test_table_5_s_averages_are_over_items():
 
 
 def test_intervals_are_wilson_s():
-    low, high = evaluate.interval(928, 2546)
+    low, high = interval(928, 2546)
     # statsmodels' proportion_confint(928, 2546, method="wilson")
     assert abs(low - 0.3460) < 1e-4 and abs(high - 0.3834) < 1e-4
 
@@ -269,7 +280,7 @@ def test_agieval_answers_resumes_and_is_scored_again_from_its_file(toy_run, exam
 
 def test_a_response_with_a_line_separator_can_be_resumed(toy_run, exam, monkeypatch):
     out = exam / "out.jsonl"
-    monkeypatch.setattr(evaluate.Speaker, "text", lambda self, ids: "A\u2028B\u0085")
+    monkeypatch.setattr(Speaker, "text", lambda self, ids: "A\u2028B\u0085")
     words = "agieval", str(toy_run / "hf"), "--data", str(exam), "--out", str(out), "--max_new", "1"
     main(words)
     main(words)
@@ -348,9 +359,9 @@ def test_answers_have_two_turns_and_the_category_s_temperature(answered, toy_run
         len(row["choices"][0]["turns"]) == 2 and row["choices"][0]["index"] == 0 for row in rows
     )
     asked = []
-    real = evaluate.Speaker.answer_each
+    real = Speaker.answer_each
     monkeypatch.setattr(
-        evaluate.Speaker,
+        Speaker,
         "answer_each",
         lambda self, prompts, config: (
             asked.append((config.temperature, [self.text(p) for p in prompts]))
@@ -376,10 +387,7 @@ def test_answers_have_two_turns_and_the_category_s_temperature(answered, toy_run
     assert second[0] in asked[2][1][0] and "reverse a b" in asked[2][1][0], (
         "the second turn sees the first"
     )
-    assert (
-        evaluate.TEMPERATURE["stem"] == evaluate.TEMPERATURE["humanities"] == 0.1
-        and len(evaluate.TEMPERATURE) == 8
-    )
+    assert TEMPERATURE["stem"] == TEMPERATURE["humanities"] == 0.1 and len(TEMPERATURE) == 8
 
 
 def test_alpaca_answers_and_the_warning_about_its_own_training_data(toy_run, toy, tmp_path, capsys):
@@ -453,7 +461,7 @@ def test_alpaca_answers_and_the_warning_about_its_own_training_data(toy_run, toy
         "--temperature",
         -1,
     )
-    assert evaluate.name_of(toy_run / "hf") == toy_run.name
+    assert name_of(toy_run / "hf") == toy_run.name
 
 
 # first eight hex digits of the sha256 of FastChat's own (system, blank line, user) with Q1, Q2, A1,
@@ -477,15 +485,15 @@ def test_judge_prompts_are_fastchat_s_to_the_letter():
         for i in (1, 2)
     }
     ours = {
-        name: hashlib.sha256(f"{system}\n\n{evaluate.fill(user, **slots)}".encode()).hexdigest()[:8]
-        for name, system, user in evaluate.PROMPTS.values()
+        name: hashlib.sha256(f"{system}\n\n{fill(user, **slots)}".encode()).hexdigest()[:8]
+        for name, system, user in PROMPTS.values()
     }
     assert ours == JUDGE_PROMPTS
     assert all(
         name.startswith(mode) and ("math" in name) == math and ("multi" in name) == (turn == 2)
-        for (mode, turn, math), (name, *_) in evaluate.PROMPTS.items()
+        for (mode, turn, math), (name, *_) in PROMPTS.items()
     )
-    assert hashlib.sha256(evaluate.TABLE_6.encode()).hexdigest()[:8] == "18adae88"
+    assert hashlib.sha256(TABLE_6.encode()).hexdigest()[:8] == "18adae88"
 
 
 def reply(key, text, status=200, error=None):
@@ -872,10 +880,7 @@ def test_report_of_categories_and_turns(tmp_path, capsys):
 def test_the_categories_and_temperatures_are_the_benchmark_s(assets):
     rows = lines(assets / "mt_bench" / "question.jsonl")
     assert (
-        all(
-            row["category"] == evaluate.MT_CATEGORIES[(row["question_id"] - 81) // 10]
-            for row in rows
-        )
+        all(row["category"] == MT_CATEGORIES[(row["question_id"] - 81) // 10] for row in rows)
         and len(rows) == 80
     )
     heat = {
@@ -888,7 +893,7 @@ def test_the_categories_and_temperatures_are_the_benchmark_s(assets):
         "stem": 0.1,
         "humanities": 0.1,
     }
-    assert evaluate.TEMPERATURE == heat
+    assert TEMPERATURE == heat
 
 
 def test_correlation_of_judges(tmp_path, capsys):
@@ -968,7 +973,7 @@ def test_greedy_answers_to_agieval_are_transformers_own(assets, small_run):
 
     speaker, theirs = Speaker(small_run), AutoModelForCausalLM.from_pretrained(small_run).eval()
     speaker.stops = ()
-    items = evaluate.agieval_items(assets / "agieval")[::41]
+    items = agieval_items(assets / "agieval")[::41]
     prompts = [
         ids
         for item in items

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from data import PrepareConfig, prepare
-from evaluate import TASKS
+from evaluation.agieval import TASKS
 from paper.toy import CLASSES
 
 PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "paper/README.md")}
