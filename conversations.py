@@ -1,4 +1,15 @@
-"""One conversation: formats -> class -> template -> tokens and weights."""
+"""What C-RLFT does to data: conversations of mixed quality -> class-conditioned tokens and loss weights -> packed batches.
+
+Every conversation has a source, and the source is its class c, with a condition ("GPT4") and a coarse reward r_c (Eq. 3).
+The condition goes into the prompt (`GPT4 User: ..`), so that the model learns one policy per class, pi(y|x,c); the reward
+becomes the weight exp(r_c / beta) of each assistant token's loss (Eq. 6). That is all of C-RLFT that touches data:
+
+    read(file)                    -> Conversation      one of three formats, told apart by content
+    Classes(table).assign(..)     -> Conversation      its class's condition and weights
+    tokenize(conversation, ..)    -> tokens, weights   weight of a token = weight of predicting it
+    plan(lengths, ..)             -> steps             which conversations form a step, whatever the number of GPUs
+    pack([(tokens, weights), ..]) -> Batch             what model.py takes
+"""
 
 import collections
 import dataclasses

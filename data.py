@@ -1,20 +1,10 @@
-"""What C-RLFT does to data: conversations of mixed quality -> class-conditioned tokens and loss weights -> packed batches.
-
-Every conversation has a source, and the source is its class c, with a condition ("GPT4") and a coarse reward r_c (Eq. 3).
-The condition goes into the prompt (`GPT4 User: ..`), so that the model learns one policy per class, pi(y|x,c); the reward
-becomes the weight exp(r_c / beta) of each assistant token's loss (Eq. 6). That is all of C-RLFT that touches data:
-
-    read(file)                    -> Conversation      one of three formats, told apart by content
-    Classes(table).assign(..)     -> Conversation      its class's condition and weights
-    tokenize(conversation, ..)    -> tokens, weights   weight of a token = weight of predicting it
-    plan(lengths, ..)             -> steps             which conversations form a step, whatever the number of GPUs
-    pack([(tokens, weights), ..]) -> Batch             what model.py takes
+"""The prepared file: conversation files -> tokens, loss weights and classes, once, in one safetensors file.
 
     python data.py prepare FILE.. --tokenizer tokenizer.model --out train.safetensors --classes "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
     python data.py show train.safetensors         tokens coloured by weight
     python data.py stats train.safetensors        classes, weights, and how the steps come out
 
-Shapes: T packed tokens, N conversations, R supervised rows, S all tokens of a prepared file.
+Shapes: N conversations, S all tokens of a prepared file.
 """
 
 import collections

@@ -210,7 +210,7 @@ class Model(nn.Module):
         """(loss_sum, weight_sum), fp32 scalars: sum of w * nll, and of w (Eq. 6 before its one division).
 
         tokens_T, positions_T, labels_T int64 [T]; weights_T fp32 [T]: row t predicts labels_T[t] and counts weights_T[t].
-        cu_seqlens int32 [N + 1]. rows_R: see kernels/cross_entropy.py; a batch of data.py has it.
+        cu_seqlens int32 [N + 1]. rows_R: see kernels/cross_entropy.py; a Batch of packing.py has it.
         per_row adds nll_T and correct_T to the result (0 in rows without a weight).
         Without labels the result is hidden_TD, the last layer's normed states: `model.lm_head(hidden_TD)` are the logits.
         """

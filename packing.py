@@ -1,4 +1,7 @@
-"""Many conversations: the plan of the steps, the packed batch, batches made ahead."""
+"""Many conversations: the plan of the steps, the packed batch, batches made ahead.
+
+Shapes: T packed tokens, N conversations, R supervised rows.
+"""
 
 import bisect
 import collections
