@@ -1,7 +1,8 @@
 """Four kernels, one lesson each: rms_norm, rotary_attention, cross_entropy, swiglu.
 
-Every file has a PyTorch reference, Triton kernels forward and backward, and one public function that picks between them.
-`python -m kernels.compile` compiles them for four GPU generations without a GPU, `python -m kernels.bench` times them on one.
+Every file has a PyTorch reference, Triton kernels forward and backward, and one public function
+that picks between them. `python -m kernels.compile` compiles them for four GPU generations without
+a GPU, `python -m kernels.bench` times them on one.
 """
 
 import functools
@@ -15,21 +16,21 @@ try:
     import triton.language as tl
 
     HAVE_TRITON = True
-except ImportError:  # macOS, Windows: the kernel files can still be read, and their references run
-    triton, tl, HAVE_TRITON = (
-        SimpleNamespace(jit=lambda f: f),
-        SimpleNamespace(constexpr=None),
-        False,
-    )
+except ImportError:
+    # macOS, Windows: the kernel files can still be read, and their references run
+    triton = SimpleNamespace(jit=lambda f: f)
+    tl = SimpleNamespace(constexpr=None)
+    HAVE_TRITON = False
 
 
 @functools.cache
 def warn_once(text):
-    warnings.warn(text)  # noqa: B028
+    warnings.warn(text, stacklevel=2)
 
 
 def on_gpu(x):
-    """Whether x goes to the Triton kernel. (The tests, which interpret the kernels on the CPU, put their own answer here.)"""
+    """Whether x goes to the Triton kernel. The tests, which interpret the kernels on the CPU, put
+    their own answer here."""
     if x.is_cuda and not HAVE_TRITON:
         warn_once("a GPU, but no Triton: the PyTorch references run instead of the kernels")
     return x.is_cuda and HAVE_TRITON

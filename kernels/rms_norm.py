@@ -6,11 +6,13 @@
 
     With g = w * dy and n = h * r, and dh what comes back along the residual stream:
     dx = dresidual = r * (g - n * mean(g * n)) + dh
-    dw = sum over rows of dy * n         each program sums its own rows in fp32; no atomics, so the bits repeat
+    dw = sum over rows of dy * n         each program sums its own rows in fp32; no atomics,
+                                         so the same inputs give the same bits
 
-Shapes: T tokens, D model width; x, residual, y, h [T, D] and w [D] of one dtype. Arithmetic in fp32.
-Bytes, in units of T x D elements: forward 2 (read x, write y), with a residual 4; backward 3 (read h, dy, write dx), with a
-residual 4, and PROGRAMS x D fp32 for the partial dw. A few FLOPs per element: memory-bound on every GPU.
+Shapes: T tokens, D model width; x, residual, y, h [T, D] and w [D] of one dtype. Arithmetic in
+fp32. Bytes, in units of T x D elements: forward 2 (read x, write y), with a residual 4; backward 3
+(read h, dy, write dx), with a residual 4, and PROGRAMS x D fp32 for the partial dw. A few FLOPs
+per element: memory-bound on every GPU.
 """
 
 from typing import Optional
@@ -19,12 +21,15 @@ import torch
 
 from kernels import arch, check, on_gpu, tl, triton
 
-# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw. Not yet
-# measured on a GPU.
+# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw.
+# Measured on an H100 only (results/gpu_tune.json).
 PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
 
 
-def rms_norm_ref(x_TD, w_D, eps, residual_TD=None):
+def rms_norm_ref(
+    x_TD: torch.Tensor, w_D: torch.Tensor, eps: float, residual_TD: torch.Tensor | None = None
+):
+    """The definition in plain PyTorch: y_TD, or (y_TD, h_TD) with a residual."""
     h_TD = x_TD if residual_TD is None else x_TD + residual_TD
     h32_TD = h_TD.float()
     n_TD = h32_TD * torch.rsqrt(h32_TD.square().mean(-1, keepdim=True) + eps)
@@ -76,92 +81,110 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
 
 
 def _shape(D):
+    """What both kernels are launched with for rows of D elements."""
     BD = triton.next_power_of_2(D)
     # 8 elements, one 16-byte load of bf16, a thread up to D = 4,096
-    return dict(D=D, BD=BD, num_warps=min(max(BD // 256, 1), 16))
+    num_warps = min(max(BD // 256, 1), 16)
+    return {"D": D, "BD": BD, "num_warps": num_warps}
 
 
 @torch.library.custom_op("crlft::rms_norm", mutates_args=())
 def rms_norm_op(
     x: torch.Tensor, residual: Optional[torch.Tensor], w: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, h, r); h is empty without a residual: there the stream is x itself, which an op may not return."""
-    x, w = x.contiguous(), w.contiguous()
-    y, r = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    """(y, h, r). Without a residual h is empty: the stream is then x itself, and an operator
+    may not return one of its inputs."""
+    T, D = x.shape
+    x = x.contiguous()
+    w = w.contiguous()
+    y = torch.empty_like(x)
+    r = x.new_empty(T, dtype=torch.float32)
     if residual is None:
         h = x.new_empty(0)
     else:
-        h, residual = torch.empty_like(x), residual.contiguous()
-    _fwd_kernel[(len(x),)](x, residual, w, y, h, r, eps, **_shape(x.shape[1]))
+        h = torch.empty_like(x)
+        residual = residual.contiguous()
+    _fwd_kernel[(T,)](x, residual, w, y, h, r, eps, **_shape(D))
     return y, h, r
 
 
 @rms_norm_op.register_fake
 def _(x, residual, w, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return (
-        y,
-        x.new_empty(0) if residual is None else torch.empty_like(y),
-        x.new_empty(len(x), dtype=torch.float32),
-    )
+    h = x.new_empty(0) if residual is None else torch.empty_like(y)
+    r = x.new_empty(len(x), dtype=torch.float32)
+    return y, h, r
 
 
 @torch.library.custom_op("crlft::rms_norm_bwd", mutates_args=())
 def rms_norm_bwd_op(
     h: torch.Tensor, w: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, dh: Optional[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    h, w, dy = h.contiguous(), w.contiguous(), dy.contiguous()
+    """(dx, dw). dh is None where nothing comes back along the residual stream."""
+    T, D = h.shape
+    h = h.contiguous()
+    w = w.contiguous()
+    dy = dy.contiguous()
     dh = None if dh is None else dh.contiguous()
     programs = PROGRAMS[arch(h)]
-    dx, dw_partial = torch.empty_like(h), h.new_empty(programs, h.shape[1], dtype=torch.float32)
-    _bwd_kernel[(programs,)](h, w, r, dy, dh, dx, dw_partial, len(h), **_shape(h.shape[1]))
+    dx = torch.empty_like(h)
+    dw_partial = h.new_empty(programs, D, dtype=torch.float32)
+    _bwd_kernel[(programs,)](h, w, r, dy, dh, dx, dw_partial, T, **_shape(D))
     return dx, dw_partial.sum(0).to(w.dtype)
 
 
 @rms_norm_bwd_op.register_fake
 def _(h, w, r, dy, dh):
-    return torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(
-        w, memory_format=torch.contiguous_format
-    )
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+    return dx, dw
 
 
 def _save(ctx, inputs, output):
     x, residual, w, _eps = inputs
     _y, h, r = output
     ctx.has_residual = residual is not None
-    ctx.set_materialize_grads(False)  # no zeros for r's gradient, nor for h's where nobody used it
+    # no zeros for r's gradient, nor for h's where nobody used it
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(h if ctx.has_residual else x, w, r)
 
 
 def _backward(ctx, dy, dh, _dr):
     h, w, r = ctx.saved_tensors
-    dx, dw = rms_norm_bwd_op(
-        h, w, r, torch.zeros_like(h) if dy is None else dy, dh if ctx.has_residual else None
-    )
-    return dx, dx if ctx.has_residual else None, dw, None
+    if dy is None:
+        dy = torch.zeros_like(h)
+    if not ctx.has_residual:
+        # h was an empty tensor, and so is its gradient
+        dh = None
+    dx, dw = rms_norm_bwd_op(h, w, r, dy, dh)
+    dresidual = dx if ctx.has_residual else None
+    return dx, dresidual, dw, None
 
 
 rms_norm_op.register_autograd(_backward, setup_context=_save)
 
 
-def rms_norm(x_TD, w_D, eps=1e-5, residual_TD=None):
+def rms_norm(
+    x_TD: torch.Tensor,
+    w_D: torch.Tensor,
+    eps: float = 1e-5,
+    residual_TD: torch.Tensor | None = None,
+):
     """y_TD; with a residual (y_TD, h_TD), h = x + residual being the stream to carry on with.
 
-    Triton on CUDA tensors, rms_norm_ref elsewhere. ValueError: shapes or dtypes that do not belong together.
+    Triton on CUDA tensors, rms_norm_ref elsewhere. ValueError: shapes or dtypes that do not
+    belong together.
     """
-    check(
-        "rms_norm",
-        x_TD.ndim == 2 and w_D.shape == x_TD.shape[1:],
-        f"x is {tuple(x_TD.shape)}, w {tuple(w_D.shape)}; want [T, D] and [D]",
-    )
-    check(
-        "rms_norm",
-        residual_TD is None or residual_TD.shape == x_TD.shape,
-        "x and residual differ in shape",
-    )
+    shapes = f"x is {tuple(x_TD.shape)}, w {tuple(w_D.shape)}; want [T, D] and [D]"
+    check("rms_norm", x_TD.ndim == 2 and w_D.shape == x_TD.shape[1:], shapes)
+    same_shape = residual_TD is None or residual_TD.shape == x_TD.shape
+    check("rms_norm", same_shape, "x and residual differ in shape")
     if not on_gpu(x_TD):
         return rms_norm_ref(x_TD, w_D, eps, residual_TD)
-    same = x_TD.dtype == w_D.dtype and (residual_TD is None or residual_TD.dtype == x_TD.dtype)
-    check("rms_norm", same, "x, w and residual differ in dtype")
+
+    same_dtype = x_TD.dtype == w_D.dtype
+    if residual_TD is not None:
+        same_dtype = same_dtype and residual_TD.dtype == x_TD.dtype
+    check("rms_norm", same_dtype, "x, w and residual differ in dtype")
     y_TD, h_TD, _ = rms_norm_op(x_TD, residual_TD, w_D, eps)
     return y_TD if residual_TD is None else (y_TD, h_TD)

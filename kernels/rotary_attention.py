@@ -1,6 +1,6 @@
 """Rotary attention over packed conversations: causal within each conversation, blind across them.
 
-    q'_t, k'_t = R_t q_t, R_t k_t        R_t turns pair (c, c + E/2) by the angle position_t / theta^(2c / E)
+    q'_t, k'_t = R_t q_t, R_t k_t        R_t turns pair (c, c + E/2) by position_t / theta^(2c / E)
     s_tj = q'_t . k'_j / sqrt(E)         j <= t, j in the conversation of t
     p_t = softmax(s_t)    o_t = sum_j p_tj v_j
 
@@ -8,27 +8,33 @@
     dv_j = sum_t p_tj do_t
     dk_j = R_j^T sum_t ds_tj q'_t        dq_t = R_t^T sum_j ds_tj k'_j
 
-Flash attention: a program holds BM rows of one head and walks over BN columns at a time with a running maximum m and sum l;
-no T x T anything. Saved: q, k', v, o and lse_t = log sum_j exp(s_tj), from which the backward kernels make p anew. One of them
-owns rows (dq), the other columns (dk, dv, over all the query heads of its group): 7 matmuls where atomics would need 5, but
-the same bits every time.
+Flash attention: a program holds BM rows of one head and walks over BN columns at a time with a
+running maximum m and sum l; no T x T anything. Saved: q, k', v, o and lse_t = log sum_j exp(s_tj),
+from which the backward kernels make p again. One of them owns rows (dq), the other columns (dk, dv,
+over all the query heads of its group): 7 matmuls where atomics would need 5, but the same bits
+every time.
 
-Where to rotate. A query row is loaded by one forward program, which rotates it in registers: no bytes but cos and sin. A key
-row is loaded by every later block of queries. Rotating it there would take about 3.5 instructions per element of a key tile, on
-an H100 224 cycles of the vector units beside 1,024 of the tensor cores for 128 x 64 x 128; the tile could no longer go straight
-from memory to the tensor cores; and its cos and sin in fp32 are twice the bytes of the tile itself. So k' is written once, ahead:
-2 T G E elements of traffic, 268 MB or 0.09 ms at 3 TB/s for 16,384 tokens and 32 heads of 128. That is 16% of a forward pass at
-400 TFLOP/s over ShareGPT-like lengths (mean 1,500), 3% at 8,192 tokens each, 2% at mean 1,500 with 8 key heads for 64. It is
-saved in place of k, so it costs no memory, and the backward pass rotates q once in the same way. Counted, not yet measured.
+Where to rotate. A query row is loaded by one forward program, which rotates it in registers: no
+bytes but cos and sin. A key row is loaded by every later block of queries. Rotating it there would
+take about 3.5 instructions per element of a key tile, on an H100 224 cycles of the vector units
+beside 1,024 of the tensor cores for 128 x 64 x 128; the tile could no longer go straight from
+memory to the tensor cores; and its cos and sin in fp32 are twice the bytes of the tile itself. So
+k' is written once, ahead: 2 T G E elements of traffic, 268 MB or 0.09 ms at 3 TB/s for 16,384
+tokens and 32 heads of 128. That is 16% of a forward pass at 400 TFLOP/s over ShareGPT-like lengths
+(mean 1,500), 3% at 8,192 tokens each, 2% at mean 1,500 with 8 key heads for 64. It is saved in
+place of k, so it costs no memory, and the backward pass rotates q once in the same way.
 
-Schedule. A block's work grows with its place in its conversation, from one tile to length / BN. _plan_kernel lists the blocks
-of all conversations, most work first, from cu_seqlens on the device: programs start in that order, so the last ones to end are
-short, and no program is spent on padding a short conversation to the longest. One small launch a pass.
+Schedule. A block's work grows with its place in its conversation, from one tile to length / BN.
+_plan_kernel lists the blocks of all conversations, most work first, from cu_seqlens on the device:
+programs start in that order, so the last ones to end are short, and no program is spent on padding
+a short conversation to the longest. One small launch a pass.
 
-Conversation n holds rows cu_seqlens[n] to cu_seqlens[n + 1]; rows after the last one are padding: zeros, in gradients too.
-Shapes: q and o [T, H, E], k and v [T, G, E] of one dtype, cos and sin [T, C] in fp32, cu_seqlens int32 [N + 1], lse and delta
-[H, T] in fp32. T packed tokens, N conversations, H query heads in groups that share one of G key-value heads, E head size,
-C = E / 2 rotation pairs. FLOPs: 2 H E sum(length^2) forward, 5 H E sum(length^2) backward (7 executed).
+Conversation n holds rows cu_seqlens[n] to cu_seqlens[n + 1]; rows after the last one are padding:
+zeros, in gradients too. Shapes: q and o [T, H, E], k and v [T, G, E] of one dtype, cos and sin
+[T, C] in fp32, cu_seqlens int32 [N + 1], lse and delta [H, T] in fp32. T packed tokens, N
+conversations, H query heads in groups that share one of G key-value heads, A heads of either kind,
+E head size, C = E / 2 rotation pairs, L tokens of one conversation. FLOPs: 2 H E sum(length^2)
+forward, 5 H E sum(length^2) backward (7 executed).
 """
 
 import math
@@ -52,25 +58,38 @@ LAUNCH = {
     # small: conversations cross many borders
     "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
 }
-LAUNCH_FP32 = ((16, 16, 4, 1),) * 3  # for correctness: IEEE products, which no tensor core makes
+# For correctness only: IEEE products of fp32, which no tensor core makes.
+LAUNCH_FP32 = ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))
 
 
-def rotate(x_TAE, cos_TC, sin_TC):
+def rotate(x_TAE: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> torch.Tensor:
     """R_t x_t for every head A of x: LLaMA's "half" rotation, in fp32, back in the dtype of x."""
     lo_TAC, hi_TAC = x_TAE.float().chunk(2, -1)
-    cos_T1C, sin_T1C = cos_TC[:, None], sin_TC[:, None]
-    return torch.cat(
-        [lo_TAC * cos_T1C - hi_TAC * sin_T1C, hi_TAC * cos_T1C + lo_TAC * sin_T1C], -1
-    ).to(x_TAE.dtype)
+    cos_T1C = cos_TC[:, None]
+    sin_T1C = sin_TC[:, None]
+    turned_lo_TAC = lo_TAC * cos_T1C - hi_TAC * sin_T1C
+    turned_hi_TAC = hi_TAC * cos_T1C + lo_TAC * sin_T1C
+    return torch.cat([turned_lo_TAC, turned_hi_TAC], -1).to(x_TAE.dtype)
 
 
-# its loop over conversations would be compiled anew for each number of them
+# The compiler would compile its loop over conversations once for each number of them.
 @torch.compiler.disable
-def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
-    q_THE, k_TGE = rotate(q_THE, cos_TC, sin_TC), rotate(k_TGE, cos_TC, sin_TC)
+def rotary_attention_ref(
+    q_THE: torch.Tensor,
+    k_TGE: torch.Tensor,
+    v_TGE: torch.Tensor,
+    cos_TC: torch.Tensor,
+    sin_TC: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """The definition in plain PyTorch: o_THE."""
+    q_THE = rotate(q_THE, cos_TC, sin_TC)
+    k_TGE = rotate(k_TGE, cos_TC, sin_TC)
     ends = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(ends, ends[1:])]
-    lengths.append(len(q_THE) - ends[-1])  # the padding
+    padding = len(q_THE) - ends[-1]
+    lengths.append(padding)
+
     # One small attention per conversation, never a T x T mask; split, because slices would each get
     # a T-row gradient.
     pieces = list(zip(q_THE.split(lengths), k_TGE.split(lengths), v_TGE.split(lengths)))
@@ -91,14 +110,18 @@ def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
 
 @triton.jit
 def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
-    """plan[rank] = (conversation, first row in it) of every block of BM rows, the blocks with the most rows before them first.
+    """plan[rank] = (conversation, first row in it) of every block of BM rows, the blocks with the
+    most rows before them first.
 
-    Program i takes slot i. Conversation n, with ceil(length / BM) blocks, begins at slot cu_seqlens[n] // BM + n: always
-    room enough, and no sum over the conversations before it. Slots left over rank last, as (-1, 0). Padding is conversation N.
+    Program i takes slot i. Conversation n, with ceil(length / BM) blocks, begins at slot
+    cu_seqlens[n] // BM + n: always room enough, and no sum over the conversations before it. Slots
+    left over rank last, as (-1, 0). Padding is conversation N.
     """
     i = tl.program_id(0)
     # this slot's conversation; blocks in all; blocks of the conversations up to it
-    n, total, before = -1, 0, 0
+    n = -1
+    total = 0
+    before = 0
     for i_c in range(0, N + 1, BC):
         o_c = i_c + tl.arange(0, BC)
         b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)  # [BC]
@@ -123,10 +146,9 @@ def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
             b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)
             b_end = tl.load(cu_seqlens + o_c + 1, mask=o_c < N, other=T)
             b_blocks = tl.where(o_c <= N, tl.cdiv(b_end - b_start, BM), 0)
-            b_longer = tl.maximum(b_blocks - block - 1, 0) + ((o_c < n) & (b_blocks > block)).to(
-                tl.int32
-            )
-            rank += tl.sum(b_longer, 0)
+            b_longer = tl.maximum(b_blocks - block - 1, 0)
+            b_earlier = ((o_c < n) & (b_blocks > block)).to(tl.int32)
+            rank += tl.sum(b_longer + b_earlier, 0)
         at = plan + 2 * rank.to(tl.int64)
         tl.store(at, n)
         tl.store(at + 1, block * BM)
@@ -134,9 +156,11 @@ def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _planned(plan, cu_seqlens, T, N):
-    """Of program (i, head): conversation, the block's first row in it, the conversation's first row and its length."""
+    """Of program (i, head): conversation, the block's first row in it, the conversation's first row
+    and its length."""
     at = plan + 2 * tl.program_id(0).to(tl.int64)
-    n, first = tl.load(at), tl.load(at + 1)
+    n = tl.load(at)
+    first = tl.load(at + 1)
     start = tl.load(cu_seqlens + n, mask=n >= 0, other=0)
     end = tl.load(cu_seqlens + n + 1, mask=n < N, other=T)
     return n, first, start.to(tl.int64), end - start
@@ -144,7 +168,8 @@ def _planned(plan, cu_seqlens, T, N):
 
 @triton.jit
 def _turn(b_lo, b_hi, cos, sin, o_t, m_t, way, C: tl.constexpr):
-    """Both halves of rows o_t, fp32 [BT, C], turned by their angles (way = 1: R) or back (way = -1: R^T)."""
+    """Both halves of rows o_t, fp32 [BT, C], turned by their angles (way = 1: R) or back
+    (way = -1: R^T)."""
     o_c = o_t[:, None] * C + tl.arange(0, C)
     b_cos = tl.load(cos + o_c, mask=m_t[:, None], other=0.0)
     b_sin = tl.load(sin + o_c, mask=m_t[:, None], other=0.0) * way
@@ -185,31 +210,21 @@ def _load_tile(k, v, o_n, length, MASK: tl.constexpr, stride: tl.constexpr, E: t
     o_kv = o_n.to(tl.int64)[:, None] * stride + tl.arange(0, E)
     if MASK:
         m_n = (o_n < length)[:, None]
-        b_k, b_v = tl.load(k + o_kv, mask=m_n, other=0.0), tl.load(v + o_kv, mask=m_n, other=0.0)
+        b_k = tl.load(k + o_kv, mask=m_n, other=0.0)
+        b_v = tl.load(v + o_kv, mask=m_n, other=0.0)
     else:
-        b_k, b_v = tl.load(k + o_kv), tl.load(v + o_kv)
+        b_k = tl.load(k + o_kv)
+        b_v = tl.load(v + o_kv)
     return b_k, b_v
 
 
 @triton.jit
 def _fwd_tiles(
-    b_o,
-    b_m,
-    b_l,
-    b_q,
-    k,
-    v,
-    o_m,
-    length,
-    begin,
-    end,
-    scale,
-    MASK: tl.constexpr,
-    stride: tl.constexpr,
-    E: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Take the keys begin to end of a conversation into the running output, maximum and sum. MASK: some lie after their query."""
+    b_o, b_m, b_l, b_q, k, v, o_m, length, begin, end, scale,
+    MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Take the keys begin to end of a conversation into the running output, maximum and sum.
+    MASK: some of them come after their query."""
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
         b_k, b_v = _load_tile(k, v, o_n, length, MASK, stride, E)
@@ -227,24 +242,9 @@ def _fwd_tiles(
 
 @triton.jit
 def _fwd_kernel(
-    q,
-    k,
-    v,
-    cos,
-    sin,
-    cu_seqlens,
-    plan,
-    o,
-    lse,
-    scale,
-    T,
-    N,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    E: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
         return
@@ -292,23 +292,9 @@ def _delta_kernel(o, do, delta, T, H: tl.constexpr, E: tl.constexpr, BT: tl.cons
 
 @triton.jit
 def _dq_tiles(
-    b_dq,
-    b_q,
-    b_do,
-    b_lse,
-    b_delta,
-    k,
-    v,
-    o_m,
-    length,
-    begin,
-    end,
-    scale,
-    MASK: tl.constexpr,
-    stride: tl.constexpr,
-    E: tl.constexpr,
-    BN: tl.constexpr,
-):
+    b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, scale,
+    MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
         b_k, b_v = _load_tile(k, v, o_n, length, MASK, stride, E)
@@ -324,27 +310,9 @@ def _dq_tiles(
 
 @triton.jit
 def _dq_kernel(
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    cos,
-    sin,
-    cu_seqlens,
-    plan,
-    dq,
-    scale,
-    norm,
-    T,
-    N,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    E: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, norm, T, N,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """q and k are rotated. norm = 1 / sqrt(E), scale = norm * log2(e)."""
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
@@ -376,29 +344,11 @@ def _dq_kernel(
 
 @triton.jit
 def _dkv_kernel(
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    cos,
-    sin,
-    cu_seqlens,
-    plan,
-    dk,
-    dv,
-    scale,
-    norm,
-    T,
-    N,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    E: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """q and k are rotated. The plan goes by the rows before a block; a block of keys works for the rows after it: read backwards."""
+    q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, scale, norm, T, N,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """q and k are rotated. The plan goes by the rows before a block; a block of keys works for the
+    rows after it, so a conversation's blocks are taken from its end."""
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
         return
@@ -415,7 +365,8 @@ def _dkv_kernel(
         return
     b_k = tl.load(k + o_te, mask=m_n[:, None], other=0.0)  # [BN, E]
     b_v = tl.load(v + o_te, mask=m_n[:, None], other=0.0)
-    b_dk, b_dv = tl.zeros([BN, E], dtype=tl.float32), tl.zeros([BN, E], dtype=tl.float32)
+    b_dk = tl.zeros([BN, E], dtype=tl.float32)
+    b_dv = tl.zeros([BN, E], dtype=tl.float32)
     o_e = tl.arange(0, E)
     tiles = tl.cdiv(length - first, BM)
     # the tiles of all the query heads that share these keys: two nested loops would spill
@@ -441,16 +392,21 @@ def _dkv_kernel(
 
 
 def _launch(x, which):
+    """(rows that a program owns, what the kernel is launched with) of forward 0, dq 1, dk and dv 2
+    on the GPU that holds x."""
     name = arch(x)
-    BM, BN, warps, stages = (
-        LAUNCH_FP32 if x.dtype == torch.float32 and name != "interpreter" else LAUNCH[name]
-    )[which]
+    table = LAUNCH[name]
+    if x.dtype == torch.float32 and name != "interpreter":
+        table = LAUNCH_FP32
+    BM, BN, warps, stages = table[which]
     if x.shape[-1] == 32:
-        BN = min(BN, 32)  # as little work a tile as the head is small; at 64 columns sm_100 spills
-    return BM, dict(BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+        # as little work a tile as the head is small; at 64 columns sm_100 spills
+        BN = min(BN, 32)
+    return BM, {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
 
 
 def _plan(cu_seqlens, T, BM):
+    """int32 [blocks, 2], see _plan_kernel."""
     N = len(cu_seqlens) - 1
     # at most floor(T / BM) full blocks, and a last one of each conversation
     plan = cu_seqlens.new_empty(T // BM + N + 1, 2)
@@ -459,6 +415,7 @@ def _plan(cu_seqlens, T, BM):
 
 
 def _rotate(x, cos, sin):
+    """R x, a copy."""
     T, A, E = x.shape
     y = torch.empty_like(x)
     _rotate_kernel[(triton.cdiv(T, 32), A)](x, y, cos, sin, T, A, E, 32)
@@ -475,36 +432,28 @@ def rotary_attention_op(
     cu_seqlens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(o, k', lse)."""
-    (T, H, E), G = q.shape, k.shape[1]
+    T, H, E = q.shape
+    G = k.shape[1]
+    N = len(cu_seqlens) - 1
     q, k, v, cos, sin, cu_seqlens = (x.contiguous() for x in (q, k, v, cos, sin, cu_seqlens))
     BM, tiles = _launch(q, 0)
-    plan, k = _plan(cu_seqlens, T, BM), _rotate(k, cos, sin)
-    o, lse = torch.empty_like(q), q.new_empty(H, T, dtype=torch.float32)
+    plan = _plan(cu_seqlens, T, BM)
+    k = _rotate(k, cos, sin)
+    o = torch.empty_like(q)
+    lse = q.new_empty(H, T, dtype=torch.float32)
+    scale = E**-0.5 * LOG2E
     _fwd_kernel[(len(plan), H)](
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        cu_seqlens,
-        plan,
-        o,
-        lse,
-        E**-0.5 * LOG2E,
-        T,
-        len(cu_seqlens) - 1,
-        H,
-        G,
-        E,
-        **tiles,
+        q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H, G, E, **tiles
     )
     return o, k, lse
 
 
 @rotary_attention_op.register_fake
 def _(q, k, v, cos, sin, cu_seqlens):
-    o, k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    return o, k, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    T, H, _E = q.shape
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    rotated_k = torch.empty_like(k, memory_format=torch.contiguous_format)
+    return o, rotated_k, q.new_empty(H, T, dtype=torch.float32)
 
 
 @torch.library.custom_op("crlft::rotary_attention_bwd", mutates_args=())
@@ -520,61 +469,32 @@ def rotary_attention_bwd_op(
     do: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) from q as it came and k rotated."""
-    (T, H, E), G = q.shape, k.shape[1]
+    T, H, E = q.shape
+    G = k.shape[1]
+    N = len(cu_seqlens) - 1
+    norm = E**-0.5
+    scale = norm * LOG2E
     q, v, cos, sin, cu_seqlens, do = (x.contiguous() for x in (q, v, cos, sin, cu_seqlens, do))
-    q, N = _rotate(q, cos, sin), len(cu_seqlens) - 1
+
+    q = _rotate(q, cos, sin)
     delta = torch.empty_like(lse)
     _delta_kernel[(triton.cdiv(T, 32), H)](o, do, delta, T, H, E, 32)
-    norm = E**-0.5
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    inputs = (q, k, v, do, lse, delta, cos, sin, cu_seqlens)
+    sizes = (scale, norm, T, N, H, G, E)
+
     BM, tiles = _launch(q, 1)
     plan = _plan(cu_seqlens, T, BM)
-    _dq_kernel[(len(plan), H)](
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        cos,
-        sin,
-        cu_seqlens,
-        plan,
-        dq,
-        norm * LOG2E,
-        norm,
-        T,
-        N,
-        H,
-        G,
-        E,
-        **tiles,
-    )
+    dq = torch.empty_like(q)
+    _dq_kernel[(len(plan), H)](*inputs, plan, dq, *sizes, **tiles)
+
+    # here the rows that a program owns are keys
     BN, tiles = _launch(q, 2)
-    plan = plan if BN == BM else _plan(cu_seqlens, T, BN)
-    tiles |= dict(BN=tiles["BM"], BM=tiles["BN"])  # here the rows that a program owns are keys
-    _dkv_kernel[(len(plan), G)](
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        cos,
-        sin,
-        cu_seqlens,
-        plan,
-        dk,
-        dv,
-        norm * LOG2E,
-        norm,
-        T,
-        N,
-        H,
-        G,
-        E,
-        **tiles,
-    )
+    tiles["BM"], tiles["BN"] = tiles["BN"], tiles["BM"]
+    if BN != BM:
+        plan = _plan(cu_seqlens, T, BN)
+    dk = torch.empty_like(k)
+    dv = torch.empty_like(v)
+    _dkv_kernel[(len(plan), G)](*inputs, plan, dk, dv, *sizes, **tiles)
     return dq, dk, dv
 
 
@@ -592,43 +512,57 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, do, _dk, _dlse):
-    return *rotary_attention_bwd_op(*ctx.saved_tensors, do), None, None, None
+    dq, dk, dv = rotary_attention_bwd_op(*ctx.saved_tensors, do)
+    return dq, dk, dv, None, None, None
 
 
 rotary_attention_op.register_autograd(_backward, setup_context=_save)
 
 
-def rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
-    """o_THE. Triton on CUDA tensors with a head size of 32, 64 or 128, rotary_attention_ref elsewhere.
+def rotary_attention(
+    q_THE: torch.Tensor,
+    k_TGE: torch.Tensor,
+    v_TGE: torch.Tensor,
+    cos_TC: torch.Tensor,
+    sin_TC: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """o_THE. Triton on CUDA tensors with a head size of 32, 64 or 128, rotary_attention_ref
+    elsewhere.
 
-    ValueError: shapes or dtypes that do not belong together. cu_seqlens itself is not read here (on a GPU that is a sync):
-    it begins with 0, does not fall, and ends at most at T.
+    ValueError: shapes or dtypes that do not belong together. cu_seqlens itself is not read here (on
+    a GPU that is a sync): it begins with 0, does not fall, and ends at most at T.
     """
-    (T, H, E), G = q_THE.shape, k_TGE.shape[1]
-    shapes = f"q {tuple(q_THE.shape)}, k {tuple(k_TGE.shape)}, v {tuple(v_TGE.shape)}, cos {tuple(cos_TC.shape)}"
-    check(
-        "rotary_attention",
-        k_TGE.shape == v_TGE.shape == (T, G, E) and H % G == 0,
-        f"{shapes}; want [T, H, E] and twice [T, G, E], G dividing H",
-    )
-    check(
-        "rotary_attention",
-        cos_TC.shape == sin_TC.shape == (T, E // 2),
-        f"{shapes}; want cos and sin [T, E / 2]",
-    )
+    _check_shapes(q_THE, k_TGE, v_TGE, cos_TC, sin_TC)
+    E = q_THE.shape[-1]
     if on_gpu(q_THE) and E not in HEAD_SIZES:
         warn_once(
-            f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; the PyTorch reference runs instead"
+            f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; "
+            "the PyTorch reference runs instead"
         )
     if not on_gpu(q_THE) or E not in HEAD_SIZES:
         return rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)
-    check(
-        "rotary_attention", q_THE.dtype == k_TGE.dtype == v_TGE.dtype, "q, k and v differ in dtype"
+
+    name = "rotary_attention"
+    same_dtype = q_THE.dtype == k_TGE.dtype == v_TGE.dtype
+    check(name, same_dtype, "q, k and v differ in dtype")
+    fp32_tables = cos_TC.dtype == sin_TC.dtype == torch.float32
+    check(name, fp32_tables, "cos and sin are fp32")
+    not_int32 = f"cu_seqlens is {cu_seqlens.dtype}, not int32"
+    check(name, cu_seqlens.dtype == torch.int32, not_int32)
+    o_THE, _, _ = rotary_attention_op(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)
+    return o_THE
+
+
+def _check_shapes(q_THE, k_TGE, v_TGE, cos_TC, sin_TC):
+    name = "rotary_attention"
+    shapes = (
+        f"q {tuple(q_THE.shape)}, k {tuple(k_TGE.shape)}, v {tuple(v_TGE.shape)}, "
+        f"cos {tuple(cos_TC.shape)}"
     )
-    check("rotary_attention", cos_TC.dtype == sin_TC.dtype == torch.float32, "cos and sin are fp32")
-    check(
-        "rotary_attention",
-        cu_seqlens.dtype == torch.int32,
-        f"cu_seqlens is {cu_seqlens.dtype}, not int32",
-    )
-    return rotary_attention_op(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)[0]
+    T, H, E = q_THE.shape
+    G = k_TGE.shape[1]
+    heads_fit = k_TGE.shape == v_TGE.shape == (T, G, E) and H % G == 0
+    check(name, heads_fit, f"{shapes}; want [T, H, E] and twice [T, G, E], G dividing H")
+    tables_fit = cos_TC.shape == sin_TC.shape == (T, E // 2)
+    check(name, tables_fit, f"{shapes}; want cos and sin [T, E / 2]")

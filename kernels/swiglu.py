@@ -3,12 +3,15 @@
     y = silu(gate) * up, silu(g) = g s, s = 1 / (1 + exp(-g))
 
     dgate = dy * up * s (1 + g (1 - s))
-    dup = dy * silu(g)                   s is computed again from gate: nothing is saved but the two inputs
+    dup = dy * silu(g)                   s is computed again from gate: nothing is saved but the
+                                         two inputs
 
-Plain PyTorch saves silu(gate) too: T x F elements a layer, 0.45 GB at 16,384 tokens of LLaMA-2 13B in bf16.
+Plain PyTorch saves silu(gate) too: T x U elements a layer, 0.45 GB at 16,384 tokens of
+LLaMA-2 13B in bf16.
 
-Shapes: gate, up and y are [T, F] of one dtype, T tokens, F ffn width. Arithmetic in fp32.
-Bytes, in units of T x F elements: forward 3 (read gate, up, write y), backward 5 (read gate, up, dy, write dgate, dup).
+Shapes: gate, up and y are [T, U] of one dtype, T tokens, U ffn width. Arithmetic in fp32.
+Bytes, in units of T x U elements: forward 3 (read gate, up, write y), backward 5 (read gate, up,
+dy, write dgate, dup).
 """
 
 import torch
@@ -20,8 +23,9 @@ from kernels import check, on_gpu, tl, triton
 BLOCK = 2048
 
 
-def swiglu_ref(gate_TF, up_TF):
-    return F.silu(gate_TF) * up_TF
+def swiglu_ref(gate_TU: torch.Tensor, up_TU: torch.Tensor) -> torch.Tensor:
+    """The definition in plain PyTorch."""
+    return F.silu(gate_TU) * up_TU
 
 
 # i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers.
@@ -29,7 +33,7 @@ def swiglu_ref(gate_TF, up_TF):
 
 @triton.jit
 def _fwd_kernel(gate, up, y, n, B: tl.constexpr):
-    # int64: T * F passes 2^31 at long contexts
+    # int64: T * U passes 2^31 at long contexts
     o_n = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     m_n = o_n < n
     b_g = tl.load(gate + o_n, mask=m_n, other=0.0).to(tl.float32)  # [B]
@@ -53,9 +57,11 @@ def _bwd_kernel(gate, up, dy, dgate, dup, n, B: tl.constexpr):
 
 @torch.library.custom_op("crlft::swiglu", mutates_args=())
 def swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate.contiguous(), up.contiguous()
+    gate = gate.contiguous()
+    up = up.contiguous()
     y = torch.empty_like(gate)
-    _fwd_kernel[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, y.numel(), BLOCK)
+    n = y.numel()
+    _fwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, y, n, BLOCK)
     return y
 
 
@@ -68,15 +74,22 @@ def _(gate, up):
 def swiglu_bwd_op(
     gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    _bwd_kernel[(triton.cdiv(dy.numel(), BLOCK),)](gate, up, dy, dgate, dup, dy.numel(), BLOCK)
+    """(dgate, dup)."""
+    gate = gate.contiguous()
+    up = up.contiguous()
+    dy = dy.contiguous()
+    dgate = torch.empty_like(gate)
+    dup = torch.empty_like(up)
+    n = dy.numel()
+    _bwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, dy, dgate, dup, n, BLOCK)
     return dgate, dup
 
 
 @swiglu_bwd_op.register_fake
 def _(gate, up, dy):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    dup = torch.empty_like(up, memory_format=torch.contiguous_format)
+    return dgate, dup
 
 
 def _save(ctx, inputs, output):
@@ -90,14 +103,14 @@ def _backward(ctx, dy):
 swiglu_op.register_autograd(_backward, setup_context=_save)
 
 
-def swiglu(gate_TF, up_TF):
-    """y_TF = silu(gate_TF) * up_TF. Triton on CUDA tensors, swiglu_ref elsewhere. ValueError: shapes or dtypes that differ."""
-    check(
-        "swiglu",
-        gate_TF.shape == up_TF.shape,
-        f"gate is {tuple(gate_TF.shape)}, up {tuple(up_TF.shape)}",
-    )
-    if not on_gpu(gate_TF):
-        return swiglu_ref(gate_TF, up_TF)
-    check("swiglu", gate_TF.dtype == up_TF.dtype, "gate and up differ in dtype")
-    return swiglu_op(gate_TF, up_TF)
+def swiglu(gate_TU: torch.Tensor, up_TU: torch.Tensor) -> torch.Tensor:
+    """y_TU = silu(gate_TU) * up_TU. Triton on CUDA tensors, swiglu_ref elsewhere.
+
+    ValueError: shapes or dtypes that differ.
+    """
+    shapes = f"gate is {tuple(gate_TU.shape)}, up {tuple(up_TU.shape)}"
+    check("swiglu", gate_TU.shape == up_TU.shape, shapes)
+    if not on_gpu(gate_TU):
+        return swiglu_ref(gate_TU, up_TU)
+    check("swiglu", gate_TU.dtype == up_TU.dtype, "gate and up differ in dtype")
+    return swiglu_op(gate_TU, up_TU)
