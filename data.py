@@ -27,6 +27,7 @@ from conversations import tokenize as tokenize  # handed on, as are read, Classe
 from packing import COST_7B, flat, pack, plan
 from recipe import finetune_lr
 from support.cli import parse_args, run
+from support.files import written_whole
 from tokenizer import Tokenizer
 
 
@@ -145,12 +146,8 @@ def prepare(config):
     }
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(out) as partial:
         save_file(arrays, partial, metadata={"crlft": json.dumps(meta)})
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return meta
 
 

@@ -1,21 +1,25 @@
-"""Talk to a C-RLFT model: in the terminal, one prompt, or a file of them. At inference only the expert's template is used.
+"""Talk to a trained model: in the terminal, one prompt, or a file of them.
 
-    python sample.py out/demo/hf                                    chat
+    python sample.py out/demo/hf                                             chat
     python sample.py out/demo/hf --prompt "reverse a c b d"
     python sample.py out/demo/hf --input prompts.jsonl --output answers.jsonl
-    python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT3       the other class's prompt (Fig. 5)
+    python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT3     Fig. 5
 
-prompts.jsonl has a {"prompt": ..} or {"messages": [{"role", "content"}, ..]} per line; answers.jsonl the same rows with
-"response" and "finish" ("stop" or "length").
+C-RLFT trains on good and mixed answers, each under its own condition; at inference only the
+expert's condition is used (Sec. 3.2), and that is the default here. --condition asks as if
+another source were to answer: Fig. 5 shows how much worse it then is.
+
+prompts.jsonl has a {"prompt": ..} or {"messages": [{"role", "content"}, ..]} per line;
+answers.jsonl has the same rows with "response" and "finish" ("stop" or "length").
 
 Shapes: B prompts, V vocab.
 """
 
 import json
 import math
-import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,197 +32,325 @@ from model import KVCache
 from packing import pack
 from prompts import BASELINES, PROMPTS, tokenize_prompt
 from support.cli import parse_args, run
-from support.files import read_json
+from support.files import read_json, written_whole
 from support.hf import load_model, read_config
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
+    """What to ask, and how to draw the answer's tokens: the flags of sample.py."""
+
+    # the model's directory: a list of one
     folder: tuple = ()
     prompt: str | None = None
     input: str | None = None
     output: str | None = None
-    condition: str | None = None  # default: the expert's, from crlft.json
-    # default: the one trained with; another model's, or `base`, the raw text: prompts.py
+    # default: the expert's, from crlft.json
+    condition: str | None = None
+    # default: the one trained with; another model's, or `base`, the raw text: see prompts.py
     template: str | None = None
     system: str | None = None
-    temperature: float = 0.7  # 0: always the likeliest token
+    # 0: always the likeliest token
+    temperature: float = 0.7
     top_k: int | None = None
     top_p: float = 1.0
+    # tokens of an answer, at most
     max_new: int = 512
     seed: int = 0
+    # prompts that are answered side by side
     batch: int = 16
     # cut a prompt that leaves no room for max_new tokens, instead of stopping where it leaves none
     truncate_left: bool = False
 
 
+def check_sampling(config: SampleConfig) -> SampleConfig:
+    """The same config. ValueError when its numbers make no sense."""
+    # Below 0.001 logits / temperature may overflow. 0 itself means greedy and divides nothing.
+    greedy = config.temperature == 0
+    warm = 1e-3 <= config.temperature < math.inf
+    if not (greedy or warm) or not 0 < config.top_p <= 1:
+        raise ValueError(
+            "--temperature is 0 (the likeliest token) or at least 0.001, "
+            "--top_p above 0 and at most 1"
+        )
+    counts = [config.max_new, config.batch]
+    # without a top_k, or with 0, every token can be drawn
+    if config.top_k:
+        counts.append(config.top_k)
+    if min(counts) < 1 or not 0 <= config.seed < 2**63:
+        raise ValueError(
+            "--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1"
+        )
+    return config
+
+
+# ---- what a directory says of its model
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The folder with config.json: the one given, or its hf/ when it is the --out of train.py."""
+    folder = Path(folder)
+    inside = folder / "hf"
+    if not (folder / "config.json").is_file() and (inside / "config.json").is_file():
+        return inside
+    return folder
+
+
+def read_training(folder: Path) -> dict | None:
+    """crlft.json: the template and the classes trained with; None in another model's directory."""
+    path = folder / "crlft.json"
+    return read_json(path) if path.is_file() else None
+
+
+def choose_template(wanted: str | None, training: dict | None) -> str:
+    """The template asked for; else the one trained with; else the paper's. ValueError: no such."""
+    trained_with = training["template"] if training else "before_speaker"
+    template = wanted or trained_with
+    if template not in PROMPTS:
+        raise ValueError(f"--template {template!r} is not one of {', '.join(PROMPTS)}")
+    return template
+
+
+def choose_condition(wanted: str | None, training: dict | None) -> str:
+    """What the prompt says of who answers. ValueError: a class that was not trained with."""
+    if training is None:
+        return wanted or "GPT4"
+    # a class can be asked for by its condition or by its name; the name goes first
+    classes = training["classes"]
+    conditions = {c["condition"]: c["condition"] for c in classes}
+    conditions |= {c["name"]: c["condition"] for c in classes}
+    if wanted and wanted not in conditions:
+        names = ", ".join(c["name"] for c in classes)
+        raise ValueError(f"--condition {wanted!r} is none of the classes trained with: {names}")
+    return conditions[wanted or training["expert"]]
+
+
+def store_by_columns(model: torch.nn.Module) -> None:
+    """The same matrices, stored by columns: on a CPU a product with one row then streams a matrix
+    twice as fast, and generating is nothing but such products."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
+
+
+# ---- the model and how it is spoken to
+
+
 class Speaker:
     """A model with the tokenizer, template and condition it is spoken to with."""
 
-    def __init__(self, folder, condition=None, template=None, device=None, seed=0):
-        folder = Path(folder)
-        if not (folder / "config.json").is_file() and (folder / "hf" / "config.json").is_file():
-            folder = folder / "hf"  # the --out of train.py
+    def __init__(
+        self,
+        folder: str | Path,
+        condition: str | None = None,
+        template: str | None = None,
+        device: str | None = None,
+        seed: int = 0,
+    ):
+        folder = model_folder(folder)
         config = read_config(folder)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        crlft = folder / "crlft.json"
-        meta = read_json(crlft) if crlft.is_file() else None
-        if meta is None and not (condition or template):
+        training = read_training(folder)
+        if training is None and not (condition or template):
             raise ValueError(
-                f"{folder}: no crlft.json, so no default prompt; say --condition NAME or --template NAME"
+                f"{folder}: no crlft.json, so no default prompt; "
+                "say --condition NAME or --template NAME"
             )
-        self.template = template or (meta["template"] if meta else "before_speaker")
-        if self.template not in PROMPTS:
-            raise ValueError(f"--template {self.template!r} is not one of {', '.join(PROMPTS)}")
-        names = [c["name"] for c in meta["classes"]] if meta else []
-        conditions = (
-            {c[key]: c["condition"] for key in ("condition", "name") for c in meta["classes"]}
-            if meta
-            else {}
-        )
-        if condition and meta and condition not in conditions:
-            raise ValueError(
-                f"--condition {condition!r} is none of the classes trained with: {', '.join(names)}"
-            )
-        self.condition = (
-            conditions.get(condition, condition)
-            if condition
-            else conditions[meta["expert"]]
-            if meta
-            else "GPT4"
-        )
+        self.template = choose_template(template, training)
+        self.condition = choose_condition(condition, training)
+
         self.tokenizer = Tokenizer(folder / "tokenizer.model")
+        # either id ends an answer: the turn's end of our training, and the base model's </s>
         self.stops = self.tokenizer.eot, self.tokenizer.eos
         if config.vocab_size < self.tokenizer.eot:
             raise ValueError(
-                f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model"
+                f"{folder}: vocab_size {config.vocab_size} is below "
+                f"the {self.tokenizer.eot} tokens of tokenizer.model"
             )
-        self.model = load_model(
-            folder, device, torch.bfloat16 if device == "cuda" else torch.float32
-        )
-        # the same matrices stored by columns: a product with one row then streams them twice as
-        # fast
-        if device == "cpu":
-            for linear in self.model.modules():
-                if isinstance(linear, torch.nn.Linear):
-                    linear.weight.data = linear.weight.data.t().contiguous().t()
-        # cut: prompts that lost their beginning
-        self.context, self.cut = config.max_position_embeddings, 0
-        # one stream for all that this speaker says
-        self.generator = torch.Generator(device).manual_seed(seed)
 
-    def ids(self, messages, system=None, truncate_left=False, max_new=1):
-        """The prompt's token ids. ValueError when they fill the context, unless the oldest may go (the <s> stays)."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.model = load_model(folder, device, dtype)
+        if device == "cpu":
+            store_by_columns(self.model)
+        self.context = config.max_position_embeddings
+
+        # one stream of random numbers for all that this speaker says
+        self.generator = torch.Generator(device).manual_seed(seed)
+        # how many prompts have lost their beginning
+        self.cut = 0
+
+    def ids(
+        self,
+        messages: list[Message],
+        system: str | None = None,
+        truncate_left: bool = False,
+        max_new: int = 1,
+    ) -> list[int]:
+        """The prompt's token ids, made by the function that makes the training data's.
+
+        ValueError when they fill the context; with truncate_left the oldest go instead, but for
+        the `<s>`.
+        """
         ids = tokenize_prompt(messages, self.tokenizer, self.template, self.condition, system)
-        # half of the context is the prompt's at least
+
+        # An answer of max_new tokens needs its room, but half of the context is the prompt's.
         room = max(self.context // 2, self.context - max_new)
-        if len(ids) < self.context and not truncate_left or len(ids) <= room:
+        if len(ids) <= room:
             return ids
         if not truncate_left:
+            # an answer that ends where the context does is still an answer
+            if len(ids) < self.context:
+                return ids
             raise ValueError(
-                f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it, or --truncate_left"
+                f"the prompt has {len(ids)} tokens, the context {self.context}; "
+                "shorten it, or --truncate_left"
             )
         self.cut += 1
-        return [ids[0], *ids[1 - room :]]
+        newest = ids[1 - room :]
+        return [ids[0], *newest]
 
-    def text(self, ids):
-        text, stop = (
-            self.tokenizer.decode(ids),
-            self.template in BASELINES and BASELINES[self.template].stop,
-        )
-        return text.split(stop)[0].rstrip() if stop else text
+    def text(self, ids: list[int]) -> str:
+        """An answer's text, up to where another model's template says that it ends."""
+        text = self.tokenizer.decode(ids)
+        stop = BASELINES[self.template].stop if self.template in BASELINES else None
+        if stop:
+            return text.split(stop)[0].rstrip()
+        return text
 
-    def generate(self, prompts, config):
-        """Yield, a step at a time, the next token id of each of B prompts (lists of ids), None once its answer has ended.
+    def generate(self, prompts: list[list[int]], config: SampleConfig) -> Iterator[list]:
+        """Yield, a step at a time, the next token id of each of B prompts; None once one has ended.
 
-        An answer ends with `<|end_of_turn|>` or `</s>`, its last id then, or after max_new ids, or where the context does.
+        An answer ends with `<|end_of_turn|>` or `</s>`, which is then its last id, or after max_new
+        ids, or where the context ends.
         """
-        device, tokenizer = self.model.lm_head.weight.device, self.tokenizer
         room = [min(config.max_new, self.context - len(ids)) for ids in prompts]
-        batch = pack([(np.array(ids), np.zeros(len(ids))) for ids in prompts]).to(device)
-        # a row that has ended runs on with the others, unseen
-        slots = max(map(len, prompts)) + max(room)
-        cache = KVCache(
-            self.model.config, len(prompts), slots, device, self.model.lm_head.weight.dtype
-        )
-        logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
+
+        # All prompts go through the model once, packed as in training; the cache keeps their keys
+        # and values, so that from then on a step costs one token of each.
+        logits_BV, cache = self.read_prompts(prompts, steps=max(room))
+
         ended = [False] * len(prompts)
         for step in range(1, max(room) + 1):
-            logits_BV[:, tokenizer.eot + 1 :] = -torch.inf  # rows of a padded vocabulary
+            # a padded vocabulary has rows that no token of the tokenizer stands for
+            logits_BV[:, self.tokenizer.eot + 1 :] = -torch.inf
             tokens_B = choose(logits_BV, config, self.generator)
-            ids = tokens_B.tolist()
-            yield [None if end else i for end, i in zip(ended, ids)]
-            ended = [end or i in self.stops or step >= n for end, i, n in zip(ended, ids, room)]
+
+            # an answer that has ended runs on with the others, unseen
+            seen = []
+            for b, token in enumerate(tokens_B.tolist()):
+                seen.append(None if ended[b] else token)
+                if token in self.stops or step >= room[b]:
+                    ended[b] = True
+            yield seen
+
             if all(ended):
                 return
             logits_BV = self.model.decode(tokens_B, cache)
 
-    def answer(self, prompts, config):
+    def read_prompts(self, prompts: list[list[int]], steps: int) -> tuple[torch.Tensor, KVCache]:
+        """(logits_BV after each prompt, a cache with all of them and room for `steps` more)."""
+        weight = self.model.lm_head.weight
+        # pack wants tokens and loss weights; nothing is learned here, so these are 0
+        rows = [(np.array(ids), np.zeros(len(ids))) for ids in prompts]
+        batch = pack(rows).to(weight.device)
+
+        longest = max(len(ids) for ids in prompts)
+        slots = longest + steps
+        cache = KVCache(self.model.config, len(prompts), slots, weight.device, weight.dtype)
+        logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
+        return logits_BV, cache
+
+    def answer(self, prompts: list[list[int]], config: SampleConfig) -> list[tuple]:
         """[(ids, finish)] of a list of prompts' ids, finish "stop" or "length"."""
         steps = list(self.generate(prompts, config))
-        answers = [[ids[b] for ids in steps if ids[b] is not None] for b in range(len(prompts))]
-        return [(ids[:-1], "stop") if ids[-1] in self.stops else (ids, "length") for ids in answers]
+        answers = []
+        for b in range(len(prompts)):
+            ids = [step[b] for step in steps if step[b] is not None]
+            if ids[-1] in self.stops:
+                answers.append((ids[:-1], "stop"))
+            else:
+                answers.append((ids, "length"))
+        return answers
 
-    def answer_each(self, prompts, config):
-        """Yield (index, (ids, finish)) for any number of prompts, in batches of like length, with a progress bar and tokens/s."""
-        order, tokens, began = (
-            sorted(range(len(prompts)), key=lambda i: len(prompts[i])),
-            0,
-            time.monotonic(),
-        )
+    def answer_each(self, prompts: list[list[int]], config: SampleConfig) -> Iterator[tuple]:
+        """Yield (index, (ids, finish)) for any number of prompts, with a progress bar."""
+        # prompts of like length share a batch, so that the cache has few empty slots
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        tokens = 0
+        began = time.monotonic()
         with tqdm(total=len(prompts), unit=" prompts", disable=None) as bar:
             for start in range(0, len(order), config.batch):
-                rows = order[start : start + config.batch]
-                answers = self.answer([prompts[i] for i in rows], config)
+                indices = order[start : start + config.batch]
+                answers = self.answer([prompts[i] for i in indices], config)
                 tokens += sum(len(ids) for ids, _ in answers)
-                bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
-                bar.update(len(rows))
-                yield from zip(rows, answers)
+                seconds = time.monotonic() - began
+                bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
+                bar.update(len(indices))
+                yield from zip(indices, answers)
 
-    def answer_all(self, prompts, config):
+    def answer_all(self, prompts: list[list[int]], config: SampleConfig) -> list[tuple]:
         """[(ids, finish)] of any number of prompts, in their order."""
         answers = dict(self.answer_each(prompts, config))
         return [answers[i] for i in range(len(prompts))]
 
 
-def choose(logits_BV, config, generator):
-    """tokens_B drawn from softmax(logits / temperature), cut to the top_k likeliest and to the smallest set of mass top_p."""
+def choose(logits_BV: torch.Tensor, config: SampleConfig, generator) -> torch.Tensor:
+    """tokens_B int64, drawn from softmax(logits / temperature).
+
+    Only the top_k likeliest tokens, and of these the smallest set of mass top_p, can be drawn.
+    """
     if config.temperature == 0:
         return logits_BV.argmax(-1)
-    probs_BV, order_BV = (logits_BV / config.temperature).softmax(-1).sort(dim=-1, descending=True)
-    probs_BV[:, config.top_k or logits_BV.shape[1] :] = 0
-    # mass of the likelier tokens; the likeliest itself always stays
+    probs_BV = (logits_BV / config.temperature).softmax(-1)
+
+    # Sorted, both limits are a cut on the right. multinomial divides by the sum of what is left.
+    probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
+    if config.top_k:
+        probs_BV[:, config.top_k :] = 0
+    # mass of the likelier tokens: 0 for the likeliest, which therefore always stays
     before_BV = probs_BV.cumsum(-1) - probs_BV
     probs_BV[before_BV >= config.top_p] = 0
+
     pick_B1 = torch.multinomial(probs_BV, 1, generator=generator)
-    return order_BV.gather(1, pick_B1)[:, 0]
+    tokens_B1 = order_BV.gather(1, pick_B1)
+    return tokens_B1[:, 0]
 
 
-def say(speaker, ids, config):
+# ---- the terminal
+
+
+def say(speaker: Speaker, ids: list[int], config: SampleConfig) -> str:
     """Stream one answer to the terminal; returns its text."""
-    answer, shown = [], ""
-    for (i,) in speaker.generate([ids], config):
-        if i is not None:
-            answer.append(i)
+    answer = []
+    shown = ""
+    for (token,) in speaker.generate([ids], config):
+        if token is not None:
+            answer.append(token)
+        # A character may be several tokens, a byte each: until the last is there, the text ends
+        # in the replacement character, and we wait.
         text = speaker.text(answer)
-        if not text.endswith("\ufffd"):  # half of a character in bytes: wait for the rest
+        if not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print(speaker.text(answer)[len(shown) :])
-    return speaker.text(answer)
+    text = speaker.text(answer)
+    print(text[len(shown) :])
+    return text
 
 
-def chat(speaker, config):
+def chat(speaker: Speaker, config: SampleConfig) -> None:
+    """Turns read from the terminal, each answered with all turns before it in the prompt."""
     print(
-        f"condition {speaker.condition or '-'}, template {speaker.template}; an empty line or Ctrl-D ends the chat"
+        f"condition {speaker.condition or '-'}, template {speaker.template}; "
+        "an empty line or Ctrl-D ends the chat"
     )
     messages = []
     while True:
         try:
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
-            return print()
+            print()
+            return
         if not line:
             return
         messages.append(Message("user", line))
@@ -226,23 +358,27 @@ def chat(speaker, config):
         messages.append(Message("assistant", say(speaker, ids, config)))
 
 
-def read_prompts(path, system):
-    """(rows, [(messages, system)]) of an --input file."""
-    rows, prompts = [], []
+# ---- files
+
+
+def read_prompts(path: str, system: str | None) -> tuple[list[dict], list[tuple]]:
+    """(rows, [(messages, system)]) of an --input file. A row's own system text goes first."""
+    rows = []
+    prompts = []
     for where, row in read_rows(path):
-        prompt = isinstance(row, dict) and "messages" not in row and row.get("prompt")
-        conversation = parse(
-            {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else row,
-            where,
-        )
+        # {"prompt": ..} is short for a conversation of one message
+        conversation = row
+        if isinstance(row, dict) and "messages" not in row and isinstance(row.get("prompt"), str):
+            conversation = {"messages": [{"role": "user", "content": row["prompt"]}]}
+        conversation = parse(conversation, where)
         if conversation.messages[-1].role != "user":
             raise ValueError(
-                f"{where}: the last message is not the user's, so there is nothing to answer; remove it"
+                f"{where}: the last message is not the user's, so there is nothing to answer; "
+                "remove it"
             )
+        own = conversation.system
         rows.append(row)
-        prompts.append(
-            (conversation.messages, system if conversation.system is None else conversation.system)
-        )
+        prompts.append((conversation.messages, system if own is None else own))
     if not rows:
         raise ValueError(
             f'{path}: no prompts; each line is a {{"prompt": ..}} or {{"messages": [..]}}'
@@ -250,75 +386,43 @@ def read_prompts(path, system):
     return rows, prompts
 
 
-def answer_file(speaker, config):
+def answer_file(speaker: Speaker, config: SampleConfig) -> None:
     """--input to --output: the same rows in the same order, with response and finish."""
+    # every prompt is checked before the first answer is made
     rows, prompts = read_prompts(config.input, config.system)
     ids = []
-    for row, (messages, system) in enumerate(prompts, 1):
+    for number, (messages, system) in enumerate(prompts, 1):
         try:
             ids.append(speaker.ids(messages, system, config.truncate_left, config.max_new))
         except ValueError as error:
-            raise ValueError(f"{config.input}: row {row}: {error}") from None
-    partial = Path(f"{config.output}.{os.getpid()}.partial")
-    try:
-        # opened first: a folder that can't be written costs no answers
-        with open(partial, "w", encoding="utf-8") as file:
-            for row, (answer, finish) in zip(rows, speaker.answer_all(ids, config)):
-                file.write(
-                    json.dumps(
-                        row | {"response": speaker.text(answer), "finish": finish},
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
-        partial.replace(config.output)
-    finally:
-        partial.unlink(missing_ok=True)
+            raise ValueError(f"{config.input}: row {number}: {error}") from None
+
+    # Opened before the work: a folder that cannot be written costs no answers.
+    with written_whole(config.output) as partial, open(partial, "w", encoding="utf-8") as file:
+        answers = speaker.answer_all(ids, config)
+        for row, (answer, finish) in zip(rows, answers):
+            answered = row | {"response": speaker.text(answer), "finish": finish}
+            file.write(json.dumps(answered, ensure_ascii=False) + "\n")
     print(f"{len(rows)} answers in {config.output}", file=sys.stderr)
 
 
-def check_sampling(config):
-    if (
-        not 0 <= config.temperature < math.inf
-        or 0 < config.temperature < 1e-3
-        or not 0 < config.top_p <= 1
-    ):
-        raise ValueError(
-            "--temperature is 0 (the likeliest token) or at least 0.001, --top_p above 0 and at most 1"
-        )
-    if (
-        config.max_new < 1
-        or config.batch < 1
-        or (config.top_k or 1) < 1
-        or not 0 <= config.seed < 2**63
-    ):
-        raise ValueError(
-            "--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1"
-        )
-    return config
-
-
-def main(argv):
+def main(argv: list[str]) -> None:
+    """One prompt, a file of prompts, or a chat."""
     config = parse_args(SampleConfig, argv, positional="folder")
     if len(config.folder) != 1:
         raise ValueError(
-            "give one model directory: python sample.py DIR [--prompt TEXT | --input FILE --output FILE]"
+            "give one model directory: "
+            "python sample.py DIR [--prompt TEXT | --input FILE --output FILE]"
         )
     if bool(config.input) != bool(config.output):
         raise ValueError("--input and --output go together")
     check_sampling(config)
+
     speaker = Speaker(config.folder[0], config.condition, config.template, seed=config.seed)
     if config.prompt is not None:
-        say(
-            speaker,
-            speaker.ids(
-                [Message("user", config.prompt)],
-                config.system,
-                config.truncate_left,
-                config.max_new,
-            ),
-            config,
-        )
+        question = [Message("user", config.prompt)]
+        ids = speaker.ids(question, config.system, config.truncate_left, config.max_new)
+        say(speaker, ids, config)
     elif config.input:
         answer_file(speaker, config)
     else:

@@ -43,16 +43,16 @@ from recipe import (
 from support.budget import (
     FitConfig,
     check_fit,
-    fit,
     gauges,
     memory_by_rank,
     out_of_memory,
+    print_budget,
     train_flops,
 )
 from support.checkpoint import Checkpoints
 from support.cli import one_line, parse_args, run
 from support.export import export
-from support.files import sha256
+from support.files import file_sha256
 from support.hf import RandomWeights, SafetensorsWeights, check_manifest, load_weights, read_config
 from support.metrics import Log, ledger, log, log_line, plot
 from support.ranks import (
@@ -173,11 +173,11 @@ def base_sha256(model):
     check_manifest(model)
     manifest = Path(model) / "manifest.json"
     if manifest.is_file():
-        return sha256(manifest)
+        return file_sha256(manifest)
     files = sorted(
         p for p in Path(model).iterdir() if p.name == "config.json" or p.suffix == ".safetensors"
     )
-    return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()
+    return hashlib.sha256(" ".join(map(file_sha256, files)).encode()).hexdigest()
 
 
 def build(config, model_config, device):
@@ -381,7 +381,7 @@ def train(config, signals, store):
             f"{config.data}: every prompt falls into --val_fraction {config.val_fraction}; lower it"
         )
     flops = train_flops(model_config)
-    cost = flops[0] + flops[1], flops[2]
+    cost = flops.plan_cost
     steps, epoch_ends = all_steps(data, train_on, config, cost)
     val_steps = epoch_steps(data, held_out, config, 0, cost) if len(held_out) else []
     reason = f"lr {config.lr}"
@@ -396,7 +396,7 @@ def train(config, signals, store):
     settings = dataclasses.asdict(config) | {
         "steps": last,
         "model_config": dataclasses.asdict(model_config),
-        "data_sha256": on_first_rank(lambda: sha256(config.data)),
+        "data_sha256": on_first_rank(lambda: file_sha256(config.data)),
         "model_sha256": on_first_rank(lambda: base_sha256(config.model)),
     }
     identity = {key: value for key, value in settings.items() if key not in RESUME_MAY_CHANGE}
@@ -495,12 +495,11 @@ def dry_run(config):
         dataclasses.replace(config, dtype=config.dtype or "bfloat16"), data
     )
     if data is None:
-        return fit(config, model_config)
-    linear, head, quadratic = train_flops(model_config)
+        return print_budget(config, model_config)
     rows = data.split(config.val_fraction)[0]
-    steps = all_steps(data, rows, config, (linear + head, quadratic))[0]
+    steps = all_steps(data, rows, config, train_flops(model_config).plan_cost)[0]
     used = flat(steps)
-    fit(config, model_config, len(steps), data.lengths[used], data.supervised[used].sum())
+    print_budget(config, model_config, len(steps), data.lengths[used], data.supervised[used].sum())
 
 
 def main(argv):

@@ -13,6 +13,7 @@ import numpy as np
 from conversations import Conversation, Message, group_of
 from evaluation.rows import check_out, field, rows_of, turns_of, write_lines
 from sample import SampleConfig, Speaker, check_sampling
+from support.files import written_whole
 
 TEMPERATURE = {  # FastChat's, by category; 0.7 for any other
     "writing": 0.7,
@@ -121,9 +122,8 @@ def answers(config):
             }
             for (_, row), turns in zip(rows, said)
         ]
-        partial = Path(f"{config.out}.partial")
-        partial.write_text(json.dumps(outputs, indent=2, ensure_ascii=False), encoding="utf-8")
-        partial.replace(config.out)
+        with written_whole(config.out) as partial:
+            partial.write_text(json.dumps(outputs, indent=2, ensure_ascii=False), encoding="utf-8")
     else:
         write_lines(
             config.out,

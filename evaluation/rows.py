@@ -1,53 +1,46 @@
-"""The files of an evaluation: rows in, rows out."""
+"""The files of an evaluation: rows in, rows out.
+
+Most are made by other people's tools, and a wrong one costs a judge's money or a night of answers.
+So each is checked before any work, and each error says where the fault stands.
+"""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from conversations import read_rows
+from support.files import written_whole
 
 
-def write_lines(path, rows):
-    """One JSON object a line, whole or not at all."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    partial.replace(path)
-
-
-def field(row, where, *names):
-    """row[name] for each name; ValueError says where one is missing."""
-    for name in names:
-        if not isinstance(row, dict) or name not in row:
-            raise ValueError(
-                f"{where}: no {name!r}; give the official file, or one that this program wrote"
-            )
-    return [row[name] for name in names]
-
-
-def rows_of(path):
-    """[(where, row)] of a JSON or JSONL file; ValueError when there are none."""
+def rows_of(path: str | Path) -> list[tuple[str, object]]:
+    """[(file:line, row)] of a JSON or JSONL file; ValueError when there are none."""
     rows = list(read_rows(path))
     if not rows:
         raise ValueError(f"{path}: empty; give the official file, or one that this program wrote")
     return rows
 
 
-def turns_of(turns, where):
-    """One or two texts."""
-    if (
-        not isinstance(turns, list)
-        or not 1 <= len(turns) <= 2
-        or not all(isinstance(t, str) for t in turns)
-    ):
+def require(row: object, where: str, *names: str) -> None:
+    """ValueError when the row is no JSON object with fields of these names."""
+    for name in names:
+        if not isinstance(row, dict) or name not in row:
+            raise ValueError(
+                f"{where}: no {name!r}; give the official file, or one that this program wrote"
+            )
+
+
+def require_turns(turns: object, where: str) -> list[str]:
+    """The same turns, known to be one or two texts; else ValueError."""
+    is_pair = isinstance(turns, list) and 1 <= len(turns) <= 2
+    if not is_pair or not all(isinstance(text, str) for text in turns):
         raise ValueError(
             f"{where}: turns are one or two texts, not {str(turns)[:60]}; mend the line"
         )
     return turns
 
 
-def check_out(out, *inputs):
-    """ValueError when the result can't be written, or would overwrite what it is made from: before any work."""
+def check_out(out: str, *inputs: str) -> None:
+    """ValueError when the result cannot be written, or would replace what it is made from."""
     for path in inputs:
         if path and Path(path).resolve() == Path(out).resolve():
             raise ValueError(f"--out {out} is an input; give another name")
@@ -55,3 +48,10 @@ def check_out(out, *inputs):
         raise ValueError(
             f"--out {out}: no such folder, or a folder itself; make it first, or give another name"
         )
+
+
+def write_lines(path: str | Path, rows: Iterable[dict]) -> None:
+    """One JSON object a line, whole or not at all."""
+    with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

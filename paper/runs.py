@@ -44,6 +44,7 @@ from paper.toy import (
 )
 from sample import SampleConfig, Speaker
 from support.cli import parse_args
+from support.files import written_whole
 from support.metrics import read_metrics
 from train import main as train
 
@@ -341,9 +342,8 @@ def do(run, folder):
         "cpu_seconds": sum(map(float, (folder / "cpu_seconds.txt").read_text().split())),
         "run": dataclasses.asdict(run),
     }
-    partial = folder / "result.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(folder / "result.json")
+    with written_whole(folder / "result.json") as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 

@@ -16,7 +16,7 @@ from conversations import group_of, parse, read_rows
 from paper.runs import BATCH_TOKENS, Job, cell, command, figure, fine_tune, markdown, prepared
 from sample import Speaker
 from support.cli import run
-from support.files import sha256
+from support.files import file_sha256
 
 SEEDS, NEEDS_ASSETS, BATCH, HELD_OUT = 3, True, 2048, 0.05
 CONVERSATIONS = "conversations/mixed_quality.jsonl"
@@ -38,7 +38,7 @@ TABLE = ",".join(
 class Seven(Job):
     @property
     def key(self):
-        return f"{super().key}-{sha256(f'{self.assets}/{CONVERSATIONS}')[:8]}"
+        return f"{super().key}-{file_sha256(f'{self.assets}/{CONVERSATIONS}')[:8]}"
 
     @property
     def cost(self):

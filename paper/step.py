@@ -99,7 +99,6 @@ def our_steps(config, model_config, conversations, row, rows, device):
         np.array([len(t) for t, _ in conversations]),
         np.array([w.sum() for _, w in conversations]),
     )
-    linear, head, quadratic = train_flops(model_config)
     planned = plan(
         lengths,
         np.zeros(len(lengths), int),
@@ -108,7 +107,7 @@ def our_steps(config, model_config, conversations, row, rows, device):
         0,
         row * rows,
         row * rows,
-        (linear + head, quadratic),
+        train_flops(model_config).plan_cost,
     )
 
     def step(rows):
@@ -244,11 +243,9 @@ def contest(config):
         torch.cuda.synchronize()
     seconds = clock() - began
     lengths = np.array([len(t) for t, _ in conversations])
-    linear, head, quadratic = train_flops(model_config)
     supervised = sum(int(w[1:].sum()) for _, w in conversations)
-    flops = (
-        linear * lengths.sum() + head * supervised + quadratic * (lengths.astype(float) ** 2).sum()
-    )
+    squares = (lengths.astype(float) ** 2).sum()
+    flops = train_flops(model_config).total(lengths.sum(), supervised, squares)
     line = {
         "contestant": config.contestant,
         "supervised": config.supervised,

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,18 +19,44 @@ from support.hf import parameter_shapes
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
-def train_flops(config):
-    """(per token, per supervised token, per squared length of a conversation): FLOPs of a forward and backward pass.
+class TrainFlops(NamedTuple):
+    """FLOPs of a forward and a backward pass, split by what they grow with. Shapes: see train_flops.
 
-    6 for each weight of a matmul, the head's only where a label counts; causal attention computes half of
-    length^2 scores and of their products with v, 2 * 2 * D * length^2 / 2, three times over (forward, and twice backward).
+    per_token       FLOPs a token: 6 * L * (weights of one block). A weight costs 2 forward (a
+                    product and a sum), and 4 backward (for its input's gradient and its own).
+    per_supervised  FLOPs a supervised token: 6 * D * V. Only such rows reach the head.
+    per_square      FLOPs for each unit of a conversation's length^2: 6 * L * H * E. Scores and
+                    their products with v take 2 * 2 * H * E * length^2 a block; causal attention
+                    computes half of them; the backward pass costs twice the forward pass.
     """
-    D, E, L = config.hidden_size, config.head_dim, config.num_hidden_layers
-    projections = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
-    return (
-        6 * L * (projections + 3 * D * config.intermediate_size),
-        6 * D * config.vocab_size,
-        6 * L * config.num_attention_heads * E,
+
+    per_token: int
+    per_supervised: int
+    per_square: int
+
+    def total(self, tokens, supervised, squares):
+        """FLOPs of so many tokens and supervised tokens; squares: the sum of length^2."""
+        return (
+            self.per_token * tokens + self.per_supervised * supervised + self.per_square * squares
+        )
+
+    @property
+    def plan_cost(self):
+        """(linear, quadratic): a conversation's cost to the planner, which takes every token as supervised."""
+        return self.per_token + self.per_supervised, self.per_square
+
+
+def train_flops(config):
+    """TrainFlops of a model. L layers, D width, H query heads, G kv heads, E head size, U ffn width, V vocab."""
+    L, D, E = config.num_hidden_layers, config.hidden_size, config.head_dim
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    U, V = config.intermediate_size, config.vocab_size
+    attention = 2 * D * H * E + 2 * D * G * E  # q and o; k and v
+    mlp = 3 * D * U  # gate, up, down
+    return TrainFlops(
+        per_token=6 * L * (attention + mlp),
+        per_supervised=6 * D * V,
+        per_square=6 * L * H * E,
     )
 
 
@@ -111,13 +138,12 @@ def check_fit(config):
             )
 
 
-def fit(config, model_config, count=None, lengths=None, supervised=None):
+def print_budget(config, model_config, count=None, lengths=None, supervised=None):
     """Print what a run needs; nothing is loaded.
 
     config and model_config as `resolve` gives them. With --data: the steps of the whole run, the
     lengths of its conversations and how many of their tokens are supervised.
     """
-    linear, head, quadratic = train_flops(model_config)
     if lengths is not None:
         tokens, squares = lengths.sum(), (lengths.astype(float) ** 2).sum()
         about = f"{config.data}: {supervised / tokens:.0%} supervised"
@@ -147,7 +173,7 @@ def fit(config, model_config, count=None, lengths=None, supervised=None):
         f"{f'within 92% of {config.gb:g} GB':40}"
         + "".join(f"{'yes' if fits[how] else 'no':>8}" for how in RECOMPUTE)
     )
-    flops = linear * tokens + head * supervised + quadratic * squares
+    flops = train_flops(model_config).total(tokens, supervised, squares)
     micro = max(1, config.batch_tokens // config.micro_tokens)
     turns = -(-micro // config.ranks)  # of the ranks through a step's micro-batches
     seconds = (
@@ -195,11 +221,8 @@ def gauges(device, line, lengths, flops, world):
     _, host, on_device = memory(device)
     text = f" {(on_device or host) / 2**30:.1f} GiB"
     if device.type == "cuda" and (peak := peak_flops()):
-        done = (
-            flops[0] * line["tokens"]
-            + flops[1] * line["supervised_tokens"]
-            + flops[2] * float((lengths.astype(np.float64) ** 2).sum())
-        )
+        squares = float((lengths.astype(np.float64) ** 2).sum())
+        done = flops.total(line["tokens"], line["supervised_tokens"], squares)
         text = f" MFU {done / line['seconds'] / world / peak:.0%}" + text
     return text
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils._pytree import tree_map
 
-from support.files import fsync, sha256
+from support.files import file_sha256, fsync, written_whole
 from support.ranks import cause, rank
 
 # a single process is no accident
@@ -104,7 +104,7 @@ def fault(path, share=slice(None)):
         if (
             not file.is_file()
             or file.stat().st_size != files[name][0]
-            or sha256(file) != files[name][1]
+            or file_sha256(file) != files[name][1]
         ):
             return f"{name} missing or changed"
     return None
@@ -173,7 +173,7 @@ class Checkpoints:
         first = rank() == 0
 
         def begin():
-            for left in root.glob("*.partial"):  # of a save that was killed
+            for left in root.glob("step-*.partial"):  # of a save that was killed
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
 
@@ -191,8 +191,8 @@ class Checkpoints:
                 fsync(path)
             partial.rename(final)
             fsync(root)
-            (root / ".latest").write_text(final.name)
-            (root / ".latest").replace(root / "latest")
+            with written_whole(root / "latest") as name:
+                name.write_text(final.name)
             for old in [root / f"step-{s}" for s in steps(root)[self.keep :]] + list(
                 root.glob("*.broken")
             ):

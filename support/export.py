@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from conversations import role_texts
-from support.files import sha256
+from support.files import file_sha256
 from support.hf import SafetensorsWeights, check_manifest, parameter_shapes
 from support.ranks import barrier, local_rows, rank
 from tokenizer import EOT
@@ -69,7 +69,7 @@ def write_weights(folder, config, tensors, dtype, write=True, shard_bytes=5 * 2*
 def write_manifest(folder):
     """manifest.json: {file: {bytes, sha256}} of all that stands in the folder."""
     files = sorted(p for p in Path(folder).iterdir() if p.name != "manifest.json")
-    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
     (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 

@@ -1,17 +1,20 @@
-"""Files: hashes, JSON, and what reaches the disk."""
+"""Files: hashes, JSON, and what reaches the disk whole."""
 
 import hashlib
 import json
 import os
+from contextlib import contextmanager
+from pathlib import Path
 
 
-def sha256(path):
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path):
-    """The object in a JSON file of such a directory; ValueError names the file that is not one."""
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError names a file that holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -21,7 +24,26 @@ def read_json(path):
     return content
 
 
-def fsync(path):
+@contextmanager
+def written_whole(path: str | Path):
+    """For `with`: the path of a file to write instead, which takes this path's name at the end.
+
+    Readers find the old file or the new one, never half of one. When the block fails, the old
+    file stays, and what was written is deleted.
+    """
+    path = Path(path)
+    # In the same folder, or the rename would be a copy. With the process's number, so that two
+    # programs that write the same file do not write into each other's.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Wait until the disk holds a file, or the names in a folder: a power cut cannot undo it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

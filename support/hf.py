@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Config, Model
-from support.files import read_json, sha256
+from support.files import file_sha256, read_json
 
 UNSUPPORTED = {  # field of config.json: the values under which this file computes the same thing
     "model_type": ("llama",),
@@ -192,7 +192,7 @@ def check_manifest(folder):
         if (
             not file.is_file()
             or os.path.getsize(file) != entry.get("bytes")
-            or sha256(file) != entry.get("sha256")
+            or file_sha256(file) != entry.get("sha256")
         ):
             raise ValueError(
                 f"{file}: missing or not as manifest.json has it; fetch or export the directory again"

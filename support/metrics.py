@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from support.files import written_whole
 from support.ranks import rank
 
 
@@ -43,11 +44,10 @@ class Log:
         )
         if self.first:
             path = Path(out) / "metrics.jsonl"
-            unfinished = path.with_name("metrics.partial")
             kept = read_metrics(path, until=start)  # steps after the checkpoint are taken again
             self.skipped = sum("skipped" in line for line in kept)
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            unfinished.replace(path)
+            with written_whole(path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self.file = open(path, "a", buffering=1)
             self.bar = tqdm(
                 total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True

@@ -25,7 +25,8 @@ MAY = {
     "prompts.py": {"conversations"},
     # the prepared file: no process group, no model
     "data.py": {
-        *("conversations", "packing", "recipe", "tokenizer", "support.cli"),
+        *("conversations", "packing", "recipe", "tokenizer"),
+        *("support.cli", "support.files"),
         *("numpy", "safetensors", "tqdm", "matplotlib"),
     },
     # directories, ranks, devices, the clock: not those who call it

@@ -308,7 +308,7 @@ def test_what_cannot_be_read_is_not_called_broken(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, {"a": 1}, 2)
     checkpoints.save(1, model, torch.optim.AdamW(model.parameters()))
     monkeypatch.setattr(
-        "support.checkpoint.sha256",
+        "support.checkpoint.file_sha256",
         lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error", str(path))),
     )
     with pytest.raises(OSError, match="Input/output error"):
@@ -404,7 +404,7 @@ def test_the_log_says_what_was_computed(toy, tmp_path, train):
         0,
         1536,
         1536,
-        train_flops_cost(config),
+        train_flops(config).plan_cost,
     )[0]
     loss, nll, accuracy = look(train_on[first[0]])
     loss.backward()
@@ -427,11 +427,6 @@ def test_the_log_says_what_was_computed(toy, tmp_path, train):
     assert val["val_loss"] == pytest.approx(val_loss.item(), rel=1e-5) and val[
         "val_loss_by_class"
     ] == pytest.approx(val_nll, rel=1e-5)
-
-
-def train_flops_cost(config):
-    linear, head, quadratic = train_flops(config)
-    return linear + head, quadratic
 
 
 def test_what_a_run_leaves(toy_run):
