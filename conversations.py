@@ -1,14 +1,26 @@
-"""What C-RLFT does to data: conversations of mixed quality -> class-conditioned tokens and loss weights -> packed batches.
+"""One conversation: who wrote it becomes a text in the prompt and a weight in the loss.
 
-Every conversation has a source, and the source is its class c, with a condition ("GPT4") and a coarse reward r_c (Eq. 3).
-The condition goes into the prompt (`GPT4 User: ..`), so that the model learns one policy per class, pi(y|x,c); the reward
-becomes the weight exp(r_c / beta) of each assistant token's loss (Eq. 6). That is all of C-RLFT that touches data:
+Four words, used in this sense everywhere:
 
-    read(file)                    -> Conversation      one of three formats, told apart by content
-    Classes(table).assign(..)     -> Conversation      its class's condition and weights
-    tokenize(conversation, ..)    -> tokens, weights   weight of a token = weight of predicting it
-    plan(lengths, ..)             -> steps             which conversations form a step, whatever the number of GPUs
+    label      who wrote the answers, as the file says it: "Model: GPT-4"
+    class      a source of data, c in the paper; a table says which labels belong to it
+    condition  what the prompt says of the class: "GPT4", as in `GPT4 User: ..`
+    weight     how much the prediction of a token counts in the loss; 0 outside answers
+
+The data is of mixed quality: few conversations of an expert, many of weaker sources, and nothing
+but the label says which is which. C-RLFT uses the class twice. Its condition goes into the prompt,
+so that the model learns one policy per class, pi(y|x,c). Its coarse reward r_c (Eq. 3) becomes the
+weight exp(r_c / beta) of every token of an answer (Eq. 6). That is all that it does to data; from a
+file to what the model takes, the whole way is five functions:
+
+    read(file)                    -> Conversations     one of three formats, recognized by content
+    Classes(table).assign(..)     -> Conversation      with its class's condition and weights
+    tokenize(conversation, ..)    -> tokens, weights   one weight a token: that of predicting it
+    plan(lengths, ..)             -> steps             which conversations form a step
     pack([(tokens, weights), ..]) -> Batch             what model.py takes
+
+The first three are in this file, the last two in packing.py. A prompt for sampling is made by the
+same `encode` as the training data (prompts.py), so the two cannot drift apart.
 """
 
 import collections
@@ -20,27 +32,44 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Message:
+    """What one side says in one turn. weight None: the class decides (`Classes.assign`)."""
+
     role: str  # user or assistant
     text: str
-    weight: float | None = None  # loss weight of the text; None: its class's
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
 class Conversation:
+    """What one row of a file says. `Classes.assign` fills in the class and all weights.
+
+    The system text stands before the first message. `where` is file:line, for error messages.
+    """
+
     messages: tuple[Message, ...]
-    label: str = ""  # the source, as the file has it: "Model: GPT-4"
+    label: str = ""
     system: str | None = None
-    condition: str | None = None  # what the prompt says: "GPT4"
+    condition: str | None = None
     class_id: int | None = None
-    where: str = "?"  # file:line, for errors
+    where: str = "?"
 
 
+# ---- formats: a file -> conversations
+
+# The names that the formats have for the same things: those of OpenAI and of OpenChat's later
+# files, and those of ShareGPT. The first that a row has counts, so they may be mixed.
+TURN_KEYS = ("conversations", "items", "messages")
+ROLE_KEYS = ("role", "from")
+TEXT_KEYS = ("content", "value")
 ROLES = {
     "human": "user",
     "user": "user",
@@ -48,313 +77,437 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+
 MAX_WEIGHT = 1e6  # sums of weights stay far inside fp32
 
 
-def read_rows(path):
-    """[(file:line, JSON value)] of a .jsonl file or a .json array."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if text[:1024].lstrip().startswith(b"["):
-        try:
-            return [(f"{path}: conversation {i}", row) for i, row in enumerate(json.loads(text))]
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}:{getattr(error, 'lineno', '?')}: not JSON ({error}); fix the file"
-            ) from None
-    rows = []
-    # by bytes: str.splitlines would cut at characters that JSON allows
-    for number, line in enumerate(io.BytesIO(text), 1):
-        if line.strip():
-            try:
-                rows.append((f"{path}:{number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not JSON ({error}); fix or remove the line"
-                ) from None
-    return rows
-
-
-def read(path):
-    """All conversations of a .json array or .jsonl file: ShareGPT, OpenAI `messages` or OpenChat rows, in any mixture."""
+def read(path: str | Path) -> list[Conversation]:
+    """All conversations of a .json array or a .jsonl file, in any mixture of the formats."""
     return [parse(row, where) for where, row in read_rows(path)]
 
 
-def parse(row, where):
-    """One JSON object -> Conversation, without a class yet unless the row names its own condition."""
+def read_rows(path: str | Path) -> list[tuple[str, Any]]:
+    """[(file:line, JSON value)] of a .jsonl file or a .json array, whatever the file is called."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
 
-    def need(condition, problem):
-        if not condition:
-            raise ValueError(f"{where}: {problem}")
+    # editors on Windows put a byte order mark before the text
+    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip().startswith(b"["):
+        return read_array(content, path)
+    return read_lines(content, path)
 
-    def need_text(value, name):
-        need(isinstance(value, str), f"{name} {value!r} is not a text; fix the line")
-        need(
-            value.isascii() or value == value.encode("utf-8", "replace").decode(),
-            f"{name} has half of a surrogate pair (\\ud800..); fix the line",
-        )
 
-    need(
-        isinstance(row, dict),
-        f'a {type(row).__name__} where a conversation object belongs; see README, "Your own data"',
-    )
-    turns = next((row[key] for key in ("conversations", "items", "messages") if key in row), None)
-    need(
-        isinstance(turns, list) and turns,
-        "no messages in `conversations`, `items` or `messages`; fill or remove it",
-    )
-    for key in ("system", "model", "condition"):
-        if row.get(key) is not None:
-            need_text(row[key], key)
-    system, messages = row.get("system") or None, []
-    for turn in turns:
-        need(
-            isinstance(turn, dict),
-            "a message is not an object with role and content (or from and value)",
-        )
-        name, text, weight = (
-            turn.get("role", turn.get("from")),
-            turn.get("content", turn.get("value")),
-            turn.get("weight"),
-        )
-        need(
-            isinstance(name, str) and name in ROLES,
-            f"role {name!r} is not one of {', '.join(ROLES)}; fix the line or map it",
-        )
-        need(text is not None, f"the {name} message has no text (content or value); fix the line")
-        need_text(text, f"the {name} message's text")
-        ok = weight is None or (
-            isinstance(weight, (int, float))
-            and not isinstance(weight, bool)
-            and 0 <= weight <= MAX_WEIGHT
-        )
-        need(
-            ok, f"message weight {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line"
-        )
-        need(
-            ROLES[name] == "assistant" or not weight,
-            f"weight {weight} on a {name} message; only assistant text is trained on",
-        )
-        if ROLES[name] == "system":
-            need(
-                not messages and system is None,
-                "a system message that does not stand first, or a second one; join or move it",
-            )
-            system = text
+def read_array(content: bytes, path: str | Path) -> list[tuple[str, Any]]:
+    """The rows of a .json array. ValueError: not JSON."""
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        # only JSON's own errors know a line; bytes that are not UTF-8 are a ValueError, too
+        line = getattr(error, "lineno", "?")
+        raise ValueError(f"{path}:{line}: not JSON ({error}); fix the file") from None
+    return [(f"{path}: conversation {i}", row) for i, row in enumerate(rows)]
+
+
+def read_lines(content: bytes, path: str | Path) -> list[tuple[str, Any]]:
+    """The rows of a .jsonl file; empty lines are passed over. ValueError: a line is not JSON."""
+    rows = []
+    # lines of bytes: str.splitlines also cuts at characters that JSON allows inside a text
+    for number, line in enumerate(io.BytesIO(content), 1):
+        if not line.strip():
             continue
-        messages.append(Message(ROLES[name], text, weight))
-    need(messages, "only a system message; add turns or remove it")
-    return Conversation(
-        tuple(messages), row.get("model") or "", system, row.get("condition"), where=where
-    )
+        where = f"{path}:{number}"
+        try:
+            rows.append((where, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error}); fix or remove the line") from None
+    return rows
+
+
+def parse(row: Any, where: str) -> Conversation:
+    """One JSON value -> Conversation, with a condition only where the row brings its own.
+
+    ValueError names the place (`where`), the value and the remedy. A format with rows of another
+    build needs a case in `turns_of`; one with other names for the same needs a key above.
+    """
+    try:
+        turns = turns_of(row)
+        for key in ("system", "model", "condition"):
+            if row.get(key) is not None:
+                check_text(row[key], key)
+
+        # the system text is a field of the row (OpenChat; "" is none) or its first message
+        system = row.get("system") or None
+        messages = []
+        for turn in turns:
+            message = message_of(turn)
+            if message.role != "system":
+                messages.append(message)
+                continue
+            if messages or system is not None:
+                raise ValueError(
+                    "a system message that does not stand first, or a second one; join or move it"
+                )
+            system = message.text
+        if not messages:
+            raise ValueError("only a system message; add turns or remove it")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+    label = row.get("model") or ""
+    return Conversation(tuple(messages), label, system, row.get("condition"), where=where)
+
+
+def turns_of(row: Any) -> list:
+    """The turns of a row, unchecked, under whatever name its format has for them."""
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise ValueError(
+            f'a {kind} where a conversation object belongs; see README, "Your own data"'
+        )
+    turns = first_of(row, TURN_KEYS)
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("no messages in `conversations`, `items` or `messages`; fill or remove it")
+    return turns
+
+
+def message_of(turn: Any) -> Message:
+    """One turn -> Message, whose role may here be system, too."""
+    if not isinstance(turn, dict):
+        raise ValueError("a message is not an object with role and content (or from and value)")
+
+    name = first_of(turn, ROLE_KEYS)
+    if not isinstance(name, str) or name not in ROLES:
+        raise ValueError(f"role {name!r} is not one of {', '.join(ROLES)}; fix the line or map it")
+
+    text = first_of(turn, TEXT_KEYS)
+    if text is None:
+        raise ValueError(f"the {name} message has no text (content or value); fix the line")
+    check_text(text, f"the {name} message's text")
+
+    weight = turn.get("weight")
+    check_weight(weight, name)
+    return Message(ROLES[name], text, weight)
+
+
+def first_of(row: dict, keys: tuple[str, ...]) -> Any:
+    """The value of the first of these keys that the row has; None without any."""
+    for key in keys:
+        if key in row:
+            return row[key]
+    return None
+
+
+def check_text(value: Any, name: str) -> None:
+    """ValueError unless the value is a text that can be tokenized."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} {value!r} is not a text; fix the line")
+    # JSON writes some characters as two escapes. Half of such a pair is valid JSON, but no text.
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has half of a surrogate pair (\\ud800..); fix the line") from None
+
+
+def check_weight(weight: Any, name: str) -> None:
+    """ValueError unless the weight is None or fits a message of this role."""
+    if weight is None:
+        return
+    # to Python, True is the number 1
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight <= MAX_WEIGHT:
+        raise ValueError(
+            f"message weight {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line"
+        )
+    if weight and ROLES[name] != "assistant":
+        raise ValueError(f"weight {weight} on a {name} message; only assistant text is trained on")
+
+
+# ---- classes: label -> class -> condition and weight
+
+# math.exp overflows above 709. exp(700) is as good: it is far above MAX_WEIGHT, and refused.
+MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
 class Class:
+    """One source of data. Eq. 4 keeps the model near the source's own policy pi_c.
+
+    The weight is exp(r_c / beta) up to a factor that all classes share. It is None for a class that
+    only the rows themselves name; they carry weights of their own.
+    """
+
     name: str
     condition: str
-    # exp(r_c / beta) up to a common factor; None until the rows that carry their own have said it
     weight: float | None
 
 
-def parse_classes(text, beta=None):
-    """[(label glob, Class)] of "Model: GPT-4=GPT4:1.0,*=GPT3:0.1". With beta the numbers are rewards r_c and the weight is
-    exp((r_c - 1) / beta): the factor between pi* and pi_c of Eq. 5, which Eq. 6 makes a loss weight, up to the common
-    exp(1 / beta), which the division by the weight sum cancels."""
+def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class]]:
+    """[(label glob, Class)] of a table such as "Model: GPT-4=GPT4:1.0,*=GPT3:0.1".
+
+    The number is the class's weight; with beta it is the reward r_c (`weight_of_reward`).
+    ValueError: no such table.
+    """
     if beta is not None and not beta > 0:
         raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 is above 0")
-    table = []
-    for entry in text.split(",") if text else ():
-        glob, equals, right = entry.rpartition("=")
-        condition, colon, number = right.rpartition(":")
-        try:
-            number = float(number)
-        except ValueError:
-            number = math.nan
-        if not (equals and colon and condition.strip() and math.isfinite(number)):
-            raise ValueError(
-                f'--classes: {entry!r} is not `label glob=condition:number`, such as "Model: GPT-4=GPT4:1.0"'
-            )
-        weight = math.exp(min((number - 1) / beta, 700)) if beta else number
-        if not 0 <= weight <= MAX_WEIGHT:
-            raise ValueError(
-                f"--classes: {entry!r} gives the weight {weight:g}; weights are from 0 to {MAX_WEIGHT:g}"
-            )
-        table.append((glob.strip(), condition.strip(), weight))
+    entries = []
     weights_of = collections.defaultdict(set)
-    for _, condition, weight in table:
+    for entry in text.split(",") if text else ():
+        glob, condition, weight = parse_entry(entry, beta)
+        entries.append((glob, condition, weight))
         weights_of[condition].add(weight)
-    name = lambda condition, weight: (
-        condition if len(weights_of[condition]) == 1 else f"{condition}:{weight}"
-    )
-    return [
-        (glob, Class(name(condition, weight), condition, weight))
-        for glob, condition, weight in table
-    ]
+
+    # A class is called by its condition. Two that share it are told from each other by weight.
+    table = []
+    for glob, condition, weight in entries:
+        name = condition
+        if len(weights_of[condition]) > 1:
+            name = f"{condition}:{weight}"
+        table.append((glob, Class(name, condition, weight)))
+    return table
 
 
-def glob_match(glob, label):
-    """Case-sensitive; * is any text, ? any character, nothing else is special."""
-    return (
-        re.fullmatch(re.escape(glob).replace(r"\*", ".*").replace(r"\?", "."), label, re.DOTALL)
-        is not None
-    )
+def parse_entry(entry: str, beta: float | None) -> tuple[str, str, float]:
+    """(label glob, condition, weight) of one entry of the table."""
+    # from the right: a label may hold = and :, as "Model: GPT-4" does
+    glob, equals, right = entry.rpartition("=")
+    condition, _, number = right.rpartition(":")
+    try:
+        number = float(number)
+    except ValueError:
+        number = math.nan
+    if not (equals and condition.strip() and math.isfinite(number)):
+        raise ValueError(
+            f"--classes: {entry!r} is not `label glob=condition:number`, "
+            'such as "Model: GPT-4=GPT4:1.0"'
+        )
+
+    weight = weight_of_reward(number, beta) if beta else number
+    if not 0 <= weight <= MAX_WEIGHT:
+        raise ValueError(
+            f"--classes: {entry!r} gives the weight {weight:g}; "
+            f"weights are from 0 to {MAX_WEIGHT:g}"
+        )
+    return glob.strip(), condition.strip(), weight
+
+
+def weight_of_reward(reward: float, beta: float) -> float:
+    """exp((r_c - 1) / beta), which is 1 for the expert's r_c = 1.
+
+    exp(r_c / beta) is the factor between pi* and pi_c of Eq. 5, and Eq. 6 makes it a weight. The
+    factor exp(1 / beta) that is missing here is common to all classes, and the division of the loss
+    by the sum of weights cancels it.
+    """
+    return math.exp(min((reward - 1) / beta, MAX_EXPONENT))
 
 
 class Classes:
-    """The classes of one prepared file, in the order of their ids: the table's first, then the rows' own conditions.
+    """The classes of a data set: first those of the table, then those that only the rows name.
 
-    A class is a source of data. Eq. 4 keeps the model near the source's own policy pi_c, not near the base model's.
+    A class's id is its place in `all`.
     """
 
-    def __init__(self, table=()):
-        self.table, self.all = list(table), list(dict.fromkeys(c for _, c in table))
+    def __init__(self, table: list[tuple[str, Class]] = ()):
+        self.table = list(table)
+        # several globs may lead to one class
+        self.all = list(dict.fromkeys(class_ for _, class_ in table))
 
-    def assign(self, conversation):
+    def assign(self, conversation: Conversation) -> Conversation:
         """The conversation with class, condition and every message's weight filled in.
 
-        A row's own condition goes before the table's globs, a message's own weight before its class's. OpenChat's empty
-        condition names no class: the table decides, and without a table the class is `none`, its prompt `User:`.
+        A row's own condition goes before the table, a message's own weight before its class's.
+        ValueError: the table has no class for the label, or an answer has no weight.
         """
-        if conversation.condition is None or (conversation.condition == "" and self.table):
-            label = conversation.label
-            found = next((c for glob, c in self.table if glob_match(glob, label)), None)
-            if found is None:
-                raise ValueError(
-                    f"{conversation.where}: label {label!r} matches no class; add it (or *=..) to --classes"
-                )
-        else:
-            found = next((c for c in self.all if c.condition == conversation.condition), None)
-            if found is None:
-                name = conversation.condition or "none"
-                while name in {c.name for c in self.all}:
-                    name += "_"
-                found = Class(name, conversation.condition, None)
-                self.all.append(found)
-        class_id, messages = self.all.index(found), []
-        for m in conversation.messages:
-            weight = 0.0 if m.role == "user" else found.weight if m.weight is None else m.weight
-            if weight is None or (
-                found.weight is None and m.role == "assistant" and m.weight is None
-            ):
-                raise ValueError(
-                    f"{conversation.where}: an answer without weight in class {found.name!r}; give one, or --classes"
-                )
-            messages.append(dataclasses.replace(m, weight=float(weight)))
+        class_ = self.class_of(conversation)
+        messages = []
+        for message in conversation.messages:
+            messages.append(self.weighted(message, class_, conversation.where))
         return dataclasses.replace(
-            conversation, messages=tuple(messages), condition=found.condition, class_id=class_id
+            conversation,
+            messages=tuple(messages),
+            condition=class_.condition,
+            class_id=self.all.index(class_),
         )
 
+    def class_of(self, conversation: Conversation) -> Class:
+        """By the row's own condition, else by the first glob that matches the label."""
+        condition = conversation.condition
+        # OpenChat writes "" where it means no class. Without a table it is one: its prompt `User:`.
+        if condition == "" and self.table:
+            condition = None
+        if condition is not None:
+            return self.class_with_condition(condition)
 
-def expert_of(classes):
-    """The class of the highest weight, the first named where weights tie; its template is the one used at inference."""
-    return max(classes, key=lambda c: c.weight)
+        for glob, class_ in self.table:
+            if glob_match(glob, conversation.label):
+                return class_
+        raise ValueError(
+            f"{conversation.where}: label {conversation.label!r} matches no class; "
+            "add it (or *=..) to --classes"
+        )
+
+    def class_with_condition(self, condition: str) -> Class:
+        """The first class with this condition, which may be a new one."""
+        for class_ in self.all:
+            if class_.condition == condition:
+                return class_
+
+        # names are kept apart: the counts of a prepared file are kept by name
+        name = condition or "none"
+        names = {class_.name for class_ in self.all}
+        while name in names:
+            name += "_"
+        new = Class(name, condition, weight=None)
+        self.all.append(new)
+        return new
+
+    def weighted(self, message: Message, class_: Class, where: str) -> Message:
+        """The message with a weight: its own, or its class's; 0 for the user's."""
+        if message.role == "user":
+            return dataclasses.replace(message, weight=0.0)
+        weight = class_.weight if message.weight is None else message.weight
+        if weight is None:
+            raise ValueError(
+                f"{where}: an answer without weight in class {class_.name!r}; "
+                "give one, or --classes"
+            )
+        return dataclasses.replace(message, weight=float(weight))
+
+
+def glob_match(glob: str, label: str) -> bool:
+    """Case-sensitive; * is any text, ? any character, nothing else is special."""
+    # not fnmatch: to it the brackets of a label such as "[v2] model" are special, too
+    pattern = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
+    return re.fullmatch(pattern, label, re.DOTALL) is not None
+
+
+def expert_of(classes: list[Class]) -> Class:
+    """The class of the highest weight, the first named on ties. Sampling uses its condition."""
+    return max(classes, key=lambda class_: class_.weight)
+
+
+# ---- templates: class -> what stands before each text
 
 
 @dataclass(frozen=True)
 class Template:
+    """What stands before a message of either role; {c} is the condition."""
+
     user: str
     assistant: str
-    opening: str | None = None  # an utterance before the first turn
+    # an utterance of its own before the first turn
+    opening: str | None = None
 
 
-TEMPLATES = {  # Table 3; {c} is the condition
+# Where the condition can stand: Table 3. "none" is ours, for the arms without a condition, whose
+# prompts the paper does not give; with one class and weight 1 it is plain SFT (Eq. 1).
+TEMPLATES = {
     "before_speaker": Template("{c} User:", "{c} Assistant:"),
     "before_assistant": Template("User:", "{c} Assistant:"),
     "beginning": Template("User:", "Assistant:", opening="Assistant is {c}"),
-    # with one class plain SFT (Eq. 1); ours, the paper does not give its arms' without a condition
     "none": Template("User:", "Assistant:"),
 }
 
 
-def role_texts(template, condition):
-    """(user prefix, assistant prefix, opening or None) of a template for a class."""
-    t = TEMPLATES[template]
-    return tuple(
-        text and text.format(c=condition).strip() for text in (t.user, t.assistant, t.opening)
-    )
+def role_texts(template: str, condition: str | None) -> tuple[str, str, str | None]:
+    """(user's prefix, assistant's prefix, opening or None) of a template for a condition."""
+    chosen = TEMPLATES[template]
+    # stripped: an empty condition leaves `User:`, not ` User:`
+    user = chosen.user.format(c=condition).strip()
+    assistant = chosen.assistant.format(c=condition).strip()
+    opening = chosen.opening
+    if opening is not None:
+        opening = opening.format(c=condition).strip()
+    return user, assistant, opening
 
 
-def encode(conversation, tokenizer, template):
-    """(head, turns): ids before the first turn, and per message (ids of the role prefix, ids of the text).
+# ---- tokens and weights
 
-    Pieces are tokenized one by one and joined, as the public trainer does: `<s>` [system EOT] [opening EOT] then per message
-    prefix text EOT. `GPT4 User:` is the same ids whatever follows.
+
+def encode(
+    conversation: Conversation, tokenizer: Tokenizer, template: str
+) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """(preamble, turns): the ids before the first turn; per message those of prefix and of text.
+
+        <s> [system EOT] [opening EOT]  prefix text EOT  prefix text EOT ..
+
+    EOT is <|end_of_turn|>, the one token that C-RLFT adds to a tokenizer (tokenizer.py). Each piece
+    is tokenized by itself, as in the public trainer: `GPT4 User:` is the same ids whatever follows.
     """
     user, assistant, opening = role_texts(template, conversation.condition)
-    head = [tokenizer.bos]
+    preamble = [tokenizer.bos]
     for text in (conversation.system, opening):
         if text is not None:
-            head += [*tokenizer.encode(text), tokenizer.eot]
-    prefix = {"user": tokenizer.encode(user), "assistant": tokenizer.encode(assistant)}
-    return head, [
-        (prefix[m.role], [*tokenizer.encode(m.text), tokenizer.eot]) for m in conversation.messages
-    ]
+            preamble += [*tokenizer.encode(text), tokenizer.eot]
+
+    prefix_of = {"user": tokenizer.encode(user), "assistant": tokenizer.encode(assistant)}
+    turns = []
+    for message in conversation.messages:
+        text_ids = [*tokenizer.encode(message.text), tokenizer.eot]
+        turns.append((prefix_of[message.role], text_ids))
+    return preamble, turns
 
 
-def tokenize(conversation, tokenizer, template="before_speaker"):
-    """tokens int32, weights fp32, of one length: a token's weight is the weight of predicting it.
+def tokenize(
+    conversation: Conversation, tokenizer: Tokenizer, template: str = "before_speaker"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [T], weights fp32 [T]): a token's weight is the weight of predicting it.
 
-    Only what the assistant says is learned: its text and the EOT after it carry the message's weight, all else has 0.
+    Only what the assistant says is learned: its text and the EOT after it carry the message's
+    weight, everything else has 0.
     """
-    head, turns = encode(conversation, tokenizer, template)
-    tokens, weights = list(head), [0.0] * len(head)
+    preamble, turns = encode(conversation, tokenizer, template)
+    tokens = list(preamble)
+    weights = [0.0] * len(preamble)
     for message, (prefix, text) in zip(conversation.messages, turns):
         weight = message.weight if message.role == "assistant" else 0.0
         assert weight is not None, "Classes.assign gives every answer its weight"
         tokens += prefix + text
+        # the prefix is given in every prompt: nobody has to predict it
         weights += [0.0] * len(prefix) + [weight] * len(text)
     return np.array(tokens, np.int32), np.array(weights, np.float32)
 
 
-def split_turns(conversation, head, turns, max_len):
-    """Conversations of whole exchanges, each with the same head, none above max_len unless one exchange alone is."""
-    parts, used = [[]], len(head)
-    starts = [
-        i
-        for i, m in enumerate(conversation.messages)
-        if i and m.role == "user" and conversation.messages[i - 1].role != "user"
-    ]
-    for start, stop in zip([0, *starts], [*starts, len(turns)]):
-        size = sum(len(prefix) + len(text) for prefix, text in turns[start:stop])
-        if parts[-1] and used + size > max_len:
-            parts, used = [*parts, []], len(head)
-        parts[-1] += conversation.messages[start:stop]
-        used += size
-    return [dataclasses.replace(conversation, messages=tuple(part)) for part in parts]
+# ---- what does not fit, and what teaches nothing
 
 
-def fit(conversation, tokenizer, template, max_len, too_long):
-    """([(tokens, weights)], ledger) of one conversation: at most max_len tokens each, trailing tokens without weight cut.
+def cut_to_length(
+    conversation: Conversation, tokenizer: Tokenizer, template: str, max_len: int, too_long: str
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], collections.Counter]:
+    """([(tokens, weights)], ledger): what is trained on of a conversation, max_len tokens at most.
 
-    The ledger is a Counter of tokens, with tokens_read + added_by_split = trained + prompt + truncated + dropped +
-    trailing_cut, and of conversations and turns.
+    too_long says what becomes of a longer one: "truncate", "split" at turns, or "drop". The ledger
+    counts conversations and turns, and every token:
+
+        tokens_read + added_by_split = trained + prompt + truncated + dropped + trailing_cut
     """
-    tokens, weights = tokenize(conversation, tokenizer, template)
+    whole = tokenize(conversation, tokenizer, template)
+    length = len(whole[0])
     ledger = collections.Counter(
-        conversations=1, turns=len(conversation.messages), tokens_read=len(tokens)
+        conversations=1, turns=len(conversation.messages), tokens_read=length
     )
-    empty_answer = any(m.role == "assistant" and not m.text.strip() for m in conversation.messages)
-    parts = [(tokens, weights)]
-    if len(tokens) > max_len and not empty_answer:
-        if too_long == "split":
-            head, turns = encode(conversation, tokenizer, template)
-            parts = [
-                tokenize(c, tokenizer, template)
-                for c in split_turns(conversation, head, turns, max_len)
-            ]
-            ledger["added_by_split"] += sum(len(t) for t, _ in parts) - len(tokens)
-            ledger["split_conversations"] += len(parts) > 1
-        ledger["truncated_conversations"] += (
-            any(len(t) > max_len for t, _ in parts) and too_long != "drop"
-        )
+    # one would teach the model to say nothing
+    if has_empty_answer(conversation):
+        ledger.update(dropped=length, dropped_conversations=1)
+        return [], ledger
+
+    parts = [whole]
+    if length > max_len and too_long == "split":
+        shorter = split_turns(conversation, tokenizer, template, max_len)
+        parts = [tokenize(part, tokenizer, template) for part in shorter]
+        # every part repeats the preamble
+        ledger["added_by_split"] += sum(len(tokens) for tokens, _ in parts) - length
+        ledger["split_conversations"] += len(parts) > 1
+    if too_long != "drop":
+        ledger["truncated_conversations"] += any(len(tokens) > max_len for tokens, _ in parts)
+
     kept = []
     for tokens, weights in parts:
         supervised = np.flatnonzero(weights[:max_len])
-        if empty_answer or len(supervised) == 0 or (too_long == "drop" and len(tokens) > max_len):
+        if len(supervised) == 0 or (too_long == "drop" and len(tokens) > max_len):
             ledger["dropped"] += len(tokens)
             continue
+        # behind the last token with a weight nothing is learned: an unanswered question, often
         end = supervised[-1] + 1
         ledger["truncated"] += max(0, len(tokens) - max_len)
         ledger["trailing_cut"] += min(len(tokens), max_len) - end
@@ -365,11 +518,48 @@ def fit(conversation, tokenizer, template, max_len, too_long):
     return kept, ledger
 
 
-def group_of(conversation):
-    """Hash of the first user message. The validation split goes by it, so that no prompt stands on both sides."""
-    text = next((m.text for m in conversation.messages if m.role == "user"), "")
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
-        "big",
-        signed=True,
-    )
+def has_empty_answer(conversation: Conversation) -> bool:
+    answers = [m.text for m in conversation.messages if m.role == "assistant"]
+    return any(not text.strip() for text in answers)
+
+
+def split_turns(
+    conversation: Conversation, tokenizer: Tokenizer, template: str, max_len: int
+) -> list[Conversation]:
+    """Conversations of whole exchanges with the same system text, of max_len tokens at most.
+
+    An exchange that is longer by itself stands alone, for `cut_to_length` to truncate.
+    """
+    messages = conversation.messages
+    preamble, turns = encode(conversation, tokenizer, template)
+    sizes = [len(prefix) + len(text) for prefix, text in turns]
+
+    # an exchange starts where the user speaks after the assistant
+    starts = [0]
+    for i in range(1, len(messages)):
+        if messages[i].role == "user" and messages[i - 1].role == "assistant":
+            starts.append(i)
+
+    parts = [[]]
+    used = len(preamble)
+    for start, stop in zip(starts, [*starts[1:], len(messages)]):
+        size = sum(sizes[start:stop])
+        if parts[-1] and used + size > max_len:
+            parts.append([])
+            used = len(preamble)
+        parts[-1] += messages[start:stop]
+        used += size
+    return [dataclasses.replace(conversation, messages=tuple(part)) for part in parts]
+
+
+def group_of(conversation: Conversation) -> int:
+    """A hash of the first user message, as int64.
+
+    Conversations of the same prompt have the same. The validation split goes by it, so that no
+    prompt stands on both sides.
+    """
+    asked = [message.text for message in conversation.messages if message.role == "user"]
+    prompt = asked[0] if asked else ""
+    # Python's own hash is another in every process
+    hashed = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(hashed.digest(), "big", signed=True)

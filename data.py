@@ -22,7 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from conversations import TEMPLATES, Class, Classes, expert_of, fit, group_of, parse_classes, read
+from conversations import (
+    TEMPLATES,
+    Class,
+    Classes,
+    cut_to_length,
+    expert_of,
+    group_of,
+    parse_classes,
+    read,
+)
 from conversations import tokenize as tokenize  # handed on, as are read, Classes, plan and pack
 from packing import COST_7B, flat, pack, plan
 from recipe import finetune_lr
@@ -62,7 +71,7 @@ LEDGER = (
 
 def fit_many(args):
     conversations, tokenizer, *how = args
-    return [(fit(c, tokenizer, *how), c.class_id, group_of(c)) for c in conversations]
+    return [(cut_to_length(c, tokenizer, *how), c.class_id, group_of(c)) for c in conversations]
 
 
 def check_how(config):
@@ -309,7 +318,9 @@ def show(config):
         fitted = [
             (c.class_id, part)
             for c in conversations
-            for part in fit(c, tokenizer, config.template, config.max_len, config.too_long)[0]
+            for part in cut_to_length(
+                c, tokenizer, config.template, config.max_len, config.too_long
+            )[0]
         ]
         rows = [(class_id, *part) for class_id, part in fitted[: config.n]]
         lengths, meta = (

@@ -1,96 +1,134 @@
 """How models are spoken to: ours in the template of their training, others in their own."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conversations import TEMPLATES, Conversation, Message, encode
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """How another model of the paper's comparisons is spoken to. `<s>` and `</s>` are those tokens, {text} and {system} slots.
+    """How another model of the paper's comparisons is spoken to.
 
-    first: the first user turn where there is a system text; user: any other, up to where the assistant speaks; answer: one of its.
+    `<s>` and `</s>` are those tokens, {text} and {system} are slots. A user's turn goes up to where
+    the assistant speaks.
     """
 
     user: str
     answer: str
+    # the first user turn where there is a system text
     first: str | None = None
-    system: str | None = None  # what the model was trained with
-    stop: str | None = None  # text, not a token, that ends an answer
-    strip: bool = False  # spaces around a text
+    # the system text that the model was trained with
+    system: str | None = None
+    # text, not a token, that ends an answer
+    stop: str | None = None
+    # whether spaces around a message are removed
+    strip: bool = False
 
 
-_ASSISTANT = "The assistant gives helpful, detailed, and polite answers to the user's questions."
+_CHAT_BETWEEN = (
+    "A chat between a curious {} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 BASELINES = {
     # v1.1, v1.5; wizardlm v1.2 too
     "vicuna": Baseline(
-        "USER: {text} ASSISTANT:",
-        " {text}</s>",
-        "{system} USER: {text} ASSISTANT:",
-        f"A chat between a curious user and an artificial intelligence assistant. {_ASSISTANT}",
+        user="USER: {text} ASSISTANT:",
+        answer=" {text}</s>",
+        first="{system} USER: {text} ASSISTANT:",
+        system=_CHAT_BETWEEN.format("user"),
     ),
     "llama-2-chat": Baseline(
-        "[INST] {text} [/INST]",
-        " {text} </s><s>",
-        "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
+        user="[INST] {text} [/INST]",
+        answer=" {text} </s><s>",
+        first="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
         strip=True,
     ),
     "guanaco": Baseline(
-        "### Human: {text}\n### Assistant:",
-        " {text}\n",
-        "{system}\n### Human: {text}\n### Assistant:",
-        f"A chat between a curious human and an artificial intelligence assistant. {_ASSISTANT}",
+        user="### Human: {text}\n### Assistant:",
+        answer=" {text}\n",
+        first="{system}\n### Human: {text}\n### Assistant:",
+        system=_CHAT_BETWEEN.format("human"),
         stop="### Human:",
     ),
-    "ultralm": Baseline("User: {text}</s>\nAssistant:", " {text}</s>\n"),
+    "ultralm": Baseline(user="User: {text}</s>\nAssistant:", answer=" {text}</s>\n"),
 }
-# openchat: v3.2, the GPT4 prompt; base: the raw text
+
+# every name that --template takes; openchat: v3.2 with the expert's prompt; base: the text alone
 PROMPTS = (*TEMPLATES, *BASELINES, "openchat", "base")
 
 
-def tokenize_baseline(messages, tokenizer, template, system=None):
-    """Ids of a conversation in another model's template. ValueError: a system text where the template has no place for one."""
+def tokenize_prompt(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    template: str,
+    condition: str | None,
+    system: str | None = None,
+) -> list[int]:
+    """Ids up to the point where the assistant speaks. template: one of PROMPTS.
+
+    With a template of ours by the same `encode` as in training: the two cannot drift apart.
+    """
+    if template in BASELINES:
+        return tokenize_baseline(messages, tokenizer, template, system)
+    # a model that has not been fine-tuned goes on with a text
+    if template == "base":
+        text = "\n".join(message.text for message in messages)
+        return [tokenizer.bos, *tokenizer.encode(text)]
+    if template == "openchat":
+        template = "before_speaker"
+        condition = "GPT4"
+
+    answer = Message("assistant", "")
+    conversation = Conversation((*messages, answer), system=system, condition=condition)
+    preamble, turns = encode(conversation, tokenizer, template)
+    ids = list(preamble)
+    for prefix, text in turns[:-1]:
+        ids += prefix + text
+    # the prompt ends where the text of the answer would begin
+    prefix, _ = turns[-1]
+    return ids + prefix
+
+
+def tokenize_baseline(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: str, system: str | None = None
+) -> list[int]:
+    """Ids of a conversation in another model's template.
+
+    ValueError: a system text where the template has no place for one.
+    """
     style = BASELINES[template]
-    system = style.system if system is None else system
+    if system is None:
+        system = style.system
     if system is not None and style.first is None:
         raise ValueError(
             f"template {template} has no place for a system text; put it into the first message"
         )
-    # ids, and texts that are tokenized each by itself; only our templates' `<s>` and `</s>` become
-    # ids
-    parts = [tokenizer.bos, ""]
+
+    special = {"<s>": tokenizer.bos, "</s>": tokenizer.eos}
+    ids = [tokenizer.bos]
+    # All text between two special tokens is tokenized at once, whichever turns it is from. The
+    # template's own `<s>` and `</s>` become ids; in the text of a message they stay text.
+    text = ""
     for i, message in enumerate(messages):
-        text = message.text.strip() if style.strip else message.text
-        turn = (
-            style.answer
-            if message.role == "assistant"
-            else style.first
-            if i == 0 and system is not None
-            else style.user
-        )
+        turn = turn_of(style, message, with_system=i == 0 and system is not None)
+        said = message.text.strip() if style.strip else message.text
+        slots = {"{text}": said, "{system}": system}
         for piece in re.split(r"(<s>|</s>|\{system\}|\{text\})", turn):
-            if piece in ("<s>", "</s>"):
-                parts += [tokenizer.bos if piece == "<s>" else tokenizer.eos, ""]
+            if piece in special:
+                ids += [*tokenizer.encode(text), special[piece]]
+                text = ""
             else:
-                parts[-1] += {"{text}": text, "{system}": system}.get(piece, piece)
-    return [
-        i
-        for part in parts
-        for i in ([part] if isinstance(part, int) else tokenizer.encode(part) if part else [])
-    ]
+                text += slots.get(piece, piece)
+    return ids + tokenizer.encode(text)
 
 
-def tokenize_prompt(messages, tokenizer, template, condition, system=None):
-    """Ids up to the point where the assistant speaks. The same `encode` as in training: a prompt can't drift from it."""
-    if template in BASELINES:
-        return tokenize_baseline(messages, tokenizer, template, system)
-    if template == "openchat":
-        template, condition = "before_speaker", "GPT4"
-    if template == "base":  # a model that has not been fine-tuned: the text itself
-        return [tokenizer.bos, *tokenizer.encode("\n".join(m.text for m in messages))]
-    conversation = Conversation(
-        (*messages, Message("assistant", "")), system=system, condition=condition
-    )
-    head, turns = encode(conversation, tokenizer, template)
-    return [*head, *(i for prefix, text in turns[:-1] for i in prefix + text), *turns[-1][0]]
+def turn_of(style: Baseline, message: Message, with_system: bool) -> str:
+    """The template of one turn."""
+    if message.role == "assistant":
+        return style.answer
+    if with_system:
+        return style.first
+    return style.user

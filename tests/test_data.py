@@ -17,7 +17,7 @@ from conversations import (
     Classes,
     Conversation,
     Message,
-    fit,
+    cut_to_length,
     glob_match,
     parse_classes,
     read,
@@ -307,7 +307,7 @@ def test_the_ledger_balances_to_the_token(toy_tokenizer, draw):
         draw.draw(st.integers(2, 80)),
     )
     template = draw.draw(st.sampled_from(sorted(TEMPLATES)))
-    kept, ledger = fit(conversation, toy_tokenizer, template, max_len, how)
+    kept, ledger = cut_to_length(conversation, toy_tokenizer, template, max_len, how)
     assert balanced(ledger)
     assert ledger["trained"] == sum(np.count_nonzero(w) for _, w in kept) and ledger[
         "prompt"
@@ -333,10 +333,10 @@ def test_split_cuts_at_turns_and_repeats_the_head(toy_tokenizer):
     long = talk("copy a b", "a b", "sort c a", "a c", "copy d", "d", system="a b c")
     exchange = lambda *m: tokenize(talk(*m, system="a b c"), toy_tokenizer)[0].tolist()
     first_two = exchange("copy a b", "a b", "sort c a", "a c")
-    kept, ledger = fit(long, toy_tokenizer, "before_speaker", len(first_two), "split")
+    kept, ledger = cut_to_length(long, toy_tokenizer, "before_speaker", len(first_two), "split")
     assert [tokens.tolist() for tokens, _ in kept] == [first_two, exchange("copy d", "d")]
     assert ledger["added_by_split"] == 5 and ledger["truncated"] == 0  # <s> a b c EOT
-    kept, ledger = fit(long, toy_tokenizer, "before_speaker", len(first_two), "truncate")
+    kept, ledger = cut_to_length(long, toy_tokenizer, "before_speaker", len(first_two), "truncate")
     assert [tokens.tolist() for tokens, _ in kept] == [first_two] and ledger["truncated"] + ledger[
         "trailing_cut"
     ] > 0
@@ -351,7 +351,7 @@ def test_turns_that_do_not_alternate_are_taken_as_they_come(toy_tokenizer):
         Message("assistant", "b", 1.0),
         Message("assistant", "c", 0.5),
     )
-    ((tokens, weights),) = fit(
+    ((tokens, weights),) = cut_to_length(
         Conversation(messages, condition="GPT4"), toy_tokenizer, "before_speaker", 99, "split"
     )[0]
     text = "".join(map(toy_tokenizer.piece, tokens.tolist())).replace("\u2581", " ")
@@ -384,12 +384,12 @@ def test_emoji_mixed_languages_and_a_very_long_message(llama_tokenizer, tmp_path
     long = dataclasses.replace(
         read(path)[1], condition="GPT4", messages=(user("q"), Message("assistant", texts[1], 1.0))
     )
-    ((tokens, _),), ledger = fit(long, llama_tokenizer, "before_speaker", 4096, "truncate")
+    ((tokens, _),), ledger = cut_to_length(long, llama_tokenizer, "before_speaker", 4096, "truncate")
     assert len(tokens) == 4096 and ledger["truncated"] == ledger["tokens_read"] - 4096
 
 
 def test_an_unanswered_turn_is_cut_and_a_conversation_without_answer_is_dropped(toy_tokenizer):
-    kept, ledger = fit(
+    kept, ledger = cut_to_length(
         talk("copy a", "a", "copy b"), toy_tokenizer, "before_speaker", 99, "truncate"
     )
     assert (
@@ -397,14 +397,14 @@ def test_an_unanswered_turn_is_cut_and_a_conversation_without_answer_is_dropped(
         and ledger["trailing_cut"] == 7
     )
     for c in (talk("copy a"), talk("copy a", "")):
-        kept, ledger = fit(c, toy_tokenizer, "before_speaker", 99, "truncate")
+        kept, ledger = cut_to_length(c, toy_tokenizer, "before_speaker", 99, "truncate")
         assert (
             not kept
             and ledger["dropped"] == ledger["tokens_read"]
             and ledger["dropped_conversations"] == 1
         )
     # an empty question stays
-    assert len(fit(talk("", "a"), toy_tokenizer, "before_speaker", 99, "truncate")[0]) == 1
+    assert len(cut_to_length(talk("", "a"), toy_tokenizer, "before_speaker", 99, "truncate")[0]) == 1
 
 
 def test_real_files_are_prepared_and_counted(assets, tmp_path):

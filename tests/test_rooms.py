@@ -22,7 +22,7 @@ MAY = {
     # its arguments: no tokenizer, no template, no rank, no optimizer, no file
     "model.py": {"torch", "kernels"},
     # how others are spoken to: no model
-    "prompts.py": {"conversations"},
+    "prompts.py": {"conversations", "tokenizer"},
     # the prepared file: no process group, no model
     "data.py": {
         *("conversations", "packing", "recipe", "tokenizer"),
