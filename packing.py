@@ -1,335 +1,674 @@
-"""Many conversations: the plan of the steps, the packed batch, batches made ahead.
+"""Many conversations: which of them form a training step (`plan`), and how they lie in one row of
+tokens (`pack`).
 
-Shapes: T packed tokens, N conversations, R supervised rows.
+What a step must be. Its loss is divided by the weights of the step itself:
+
+    loss = sum(weight * nll) / sum(weight)        both over all tokens of the step
+
+Take experts of weight 1 and others of weight 0.1. A step without any expert divides 0.1 * nll by
+0.1: here the others count in full, as if they were experts, and the reward is cancelled. So every
+step must hold the classes in the proportion that they have in all data. Besides this,
+
+- each conversation is used once in an epoch, and none is cut;
+- the micro-batches of a step cost nearly the same, since the GPUs that compute them wait for one
+  another, and they are nearly full, so that there are few steps;
+- the steps do not depend on the number of GPUs. Step k has the same conversations on 1 GPU and on
+  64, so a run can stop on the one and resume on the other.
+
+Words, from the largest to the smallest:
+
+    step          M micro-batches, then one update. The ranks take its micro-batches in turn.
+    group         a few steps that get their conversations together; most often one step
+    micro-batch   what one GPU computes at once: at most `capacity` tokens
+    bin           a micro-batch of a group, before it is known to which step of the group it goes
+    slot          a conversation's place in a micro-batch; some slots are empty
+
+`step_of[i]`, `group_of[i]`, .. is where conversation i goes. Shapes: N conversations, S steps, M
+micro-batches of a step, G groups, P steps of a group, B bins of a group, Q slots, C classes; T
+packed tokens, R of them supervised.
 """
 
 import bisect
 import collections
 import dataclasses
 import heapq
+import itertools
 import math
 import queue
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+# [step][micro-batch]: int64 array of the conversations in it
+Steps = list[list[np.ndarray]]
 
-def flat(steps):
-    """All conversations of these steps, int64."""
-    return np.concatenate([micro for step in steps for micro in step])
-
-
-def deal(lengths, class_ids, weight_sums, groups, rng):
-    """[N] the group of each conversation: class by class, the heaviest first, to the group that has least of the class.
-
-    The largest class comes last and goes by tokens of all classes, so that the groups end equally long.
-    """
-    home, load = np.empty(len(lengths), np.int64), np.zeros(groups)
-    classes = np.argsort(np.bincount(class_ids), kind="stable")
-    for c in classes:
-        mine = np.flatnonzero(class_ids == c)
-        size, start = (lengths, load) if c == classes[-1] else (weight_sums, np.zeros(groups))
-        # sizes within 2% count as equal, so that each epoch deals anew
-        bucket = np.floor(np.log(np.maximum(size[mine], 1e-9)) * 50)
-        mine = mine[np.lexsort((rng.random(len(mine)), -bucket))]
-        heap = list(zip(start.tolist(), rng.permutation(groups).tolist(), range(groups)))
-        heapq.heapify(heap)
-        for i, x in zip(mine.tolist(), size[mine].tolist()):
-            filled, tie, g = heap[0]
-            heapq.heapreplace(heap, (filled + x, tie, g))
-            home[i] = g
-        load += np.bincount(home[mine], lengths[mine], groups)
-    return home
-
-
-def by_group(lengths, home, groups):
-    """[groups, K] the conversations of each group, longest first, -1 behind them."""
-    order, count = np.lexsort((-lengths, home)), np.bincount(home, minlength=groups)
-    table = np.full((groups, count.max()), -1)
-    table[home[order], np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)] = order
-    return table
-
-
-def emptiest_first(lengths, home, groups, bins):
-    """[N] a bin for each conversation, the longest first, each to its group's emptiest; may overfill. All groups at once."""
-    i_GK = by_group(lengths, home, groups)
-    length_GK, load_GB, bin_GK = (
-        np.where(i_GK >= 0, lengths[i_GK], 0),
-        np.zeros((groups, bins)),
-        np.empty_like(i_GK),
-    )
-    for k in range(i_GK.shape[1]):
-        bin_GK[:, k] = load_GB.argmin(1)
-        load_GB[np.arange(groups), bin_GK[:, k]] += length_GK[:, k]
-    result = np.empty(len(lengths), np.int64)
-    result[i_GK[i_GK >= 0]] = bin_GK[i_GK >= 0]
-    return result
-
-
-def best_fit(lengths, home, groups, bins, capacity):
-    """[N] a bin for each conversation, the longest first, each to its group's fullest with room; None where one has none."""
-    result = np.empty(len(lengths), np.int64)
-    for members in by_group(lengths, home, groups).tolist():
-        rooms = [(capacity, b) for b in range(bins)]  # ascending
-        for i in members:
-            if i >= 0:
-                at = bisect.bisect_left(rooms, (lengths[i], -1))
-                if at == len(rooms):
-                    return None
-                room, result[i] = rooms.pop(at)
-                bisect.insort(rooms, (room - lengths[i], result[i]))
-    return result
-
-
-def spread(home, bins, class_ids, weight_sums, groups, group, M):
-    """(step, micro-batch) of each conversation: a group's bins dealt to its steps, M each, so that classes end in proportion."""
-    classes = class_ids.max() + 1
-    weight_GBC = np.zeros((groups, group * M, classes))
-    np.add.at(weight_GBC, (home, bins, class_ids), weight_sums)
-    # shares of the group's class, so that rare ones count
-    weight_GBC /= np.maximum(weight_GBC.sum(1, keepdims=True), 1e-30)
-    order_GB, rows = np.argsort(-weight_GBC.max(2), axis=1), np.arange(groups)
-    load_GSC, count_GS = np.zeros((groups, group, classes)), np.zeros((groups, group), np.int64)
-    step_GB, micro_GB = np.empty_like(order_GB), np.empty_like(order_GB)
-    for b in order_GB.T:
-        uneven_GS = ((load_GSC + weight_GBC[rows, b][:, None]) ** 2 - load_GSC**2).sum(2)
-        s = np.where(count_GS < M, uneven_GS, np.inf).argmin(1)
-        step_GB[rows, b], micro_GB[rows, b] = s, count_GS[rows, s]
-        load_GSC[rows, s] += weight_GBC[rows, b]
-        count_GS[rows, s] += 1
-    return home * group + step_GB[home, bins], micro_GB[home, bins]
-
-
-def balance(lengths, step, micro, steps, M, capacity, cost):
-    """[N] the micro-batches after swaps within each step that even out their cost and their sum(length^2).
-
-    A round looks, in every step at once, at one micro-batch that is off and one that is off the other way, and makes the best
-    of all swaps of a conversation (or an empty slot) of one with one of the other. Overfull micro-batches are mended first.
-    """
-    if M == 1:
-        return micro
-    i_SMQ = by_group(lengths, step * M + micro, steps * M).reshape(steps, M, -1)
-    i_SMQ = np.concatenate([i_SMQ, np.full((steps, M, 1), -1)], 2)
-    Q, rows = i_SMQ.shape[2], np.arange(steps)
-    length_SMQ = np.where(i_SMQ >= 0, lengths[i_SMQ], 0).astype(np.float64)
-    tokens_SM, square_SM = length_SMQ.sum(2), (length_SMQ**2).sum(2)
-    mean_tokens, mean_square = np.maximum(tokens_SM.mean(1), 1), np.maximum(square_SM.mean(1), 1)
-    mean_cost = cost[0] * mean_tokens + cost[1] * mean_square
-
-    def badness(tokens, square):
-        shape = (-1,) + (1,) * (tokens.ndim - 1)
-        over = np.maximum(tokens / capacity - 1, 0)
-        off_cost = (cost[0] * tokens + cost[1] * square) / mean_cost.reshape(shape) - 1
-        off_square = square / mean_square.reshape(shape) - 1
-        return 400 * off_cost**2 + off_square**2 + 1e6 * over
-
-    for r in range(min(5 * M + 10, 400)):
-        bad_SM = badness(tokens_SM, square_SM)
-        tokens_off, square_off = (
-            tokens_SM / mean_tokens[:, None] - 1,
-            square_SM / mean_square[:, None] - 1,
-        )
-        a = bad_SM.argmax(1) if r % 3 else np.abs(tokens_off).argmax(1)
-        opposite = (20 * tokens_off + square_off) * np.sign(tokens_off[rows, a])[:, None]
-        b = opposite.argmin(1) if r % 2 else (a + 1 + r // 2 % (M - 1)) % M
-        b = np.where(a == b, (b + 1) % M, b)
-        # of many, some, by turns
-        take = (
-            np.unique(np.append((np.arange(48) * Q // 48 + r) % Q, Q - 1))
-            if Q > 48
-            else np.arange(Q)
-        )
-        l_a, l_b = length_SMQ[rows, a][:, take, None], length_SMQ[rows, b][:, None, take]
-        give, give2 = l_a - l_b, l_a**2 - l_b**2  # [S, Q, Q]: what a loses to b by each swap
-        at = lambda x_SM, m: x_SM[rows, m][:, None, None]
-        after = badness(at(tokens_SM, a) - give, at(square_SM, a) - give2) + badness(
-            at(tokens_SM, b) + give, at(square_SM, b) + give2
-        )
-        best = after.reshape(steps, -1).argmin(1)
-        better = after.reshape(steps, -1)[rows, best] < bad_SM[rows, a] + bad_SM[rows, b] - 1e-12
-        s, a, b, qa, qb = (
-            rows[better],
-            a[better],
-            b[better],
-            best[better] // len(take),
-            best[better] % len(take),
-        )
-        for x_SM, g in ((tokens_SM, give), (square_SM, give2)):
-            x_SM[s, a] -= g[s, qa, qb]
-            x_SM[s, b] += g[s, qa, qb]
-        qa, qb = take[qa], take[qb]
-        for x in (i_SMQ, length_SMQ):
-            x[s, a, qa], x[s, b, qb] = x[s, b, qb], x[s, a, qa]
-    result, place = np.empty(len(lengths), np.int64), np.broadcast_to(np.arange(M)[:, None], (M, Q))
-    result[i_SMQ[i_SMQ >= 0]] = np.broadcast_to(place, i_SMQ.shape)[i_SMQ >= 0]
-    return result
-
-
-def try_plan(lengths, class_ids, weight_sums, seed, epoch, groups, group, tight, M, capacity, cost):
-    """The plan in `groups` groups of `group` steps, filled best fit if tight; None where the conversations do not fit."""
-    home = deal(lengths, class_ids, weight_sums, groups, np.random.default_rng([seed, epoch]))
-    if not tight:
-        step, micro = home, emptiest_first(lengths, home, groups, M)
-    else:
-        micro = best_fit(lengths, home, groups, group * M, capacity)
-        if micro is None:
-            return None
-        step, micro = spread(home, micro, class_ids, weight_sums, groups, group, M)
-    micro = balance(lengths, step, micro, groups * group, M, capacity, cost)
-    key = step * M + micro
-    if np.bincount(key, lengths).max() > capacity:
-        return None
-    order, result = np.argsort(key, kind="stable"), collections.defaultdict(list)
-    for m in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
-        result[step[m[0]]].append(m)
-    if any(weight_sums[np.concatenate(r)].sum() == 0 for r in result.values()):
-        raise ValueError(
-            "a step whose weights are all 0 has no loss; give some answers a weight above 0"
-        )
-    return list(result.values())
-
-
-# training FLOPs of LLaMA-2-7B: per token, and per squared length of a conversation
+# What training on a conversation costs, in FLOPs: (for each token, for length^2). These are
+# LLaMA-2-7B's: 6 for each of its 6.607e9 weights in matmuls, and causal attention in its 32 layers
+# of width 4,096. Only the ratio of the two matters.
 COST_7B = 6 * 6.607e9, 6 * 32 * 4096
 
+# How full the steps are to be: `plan` tries to fill all room, then a little less, down to 98%.
+# Where even that fails, fuller steps are worth a little unevenness of the classes.
+FILLS = (1.0, 0.999, 0.9975, 0.99, 0.98)
 
-def plan(lengths, class_ids, weight_sums, seed, epoch, batch_tokens, micro_tokens, cost=COST_7B):
-    """[step], step = [micro-batch], micro-batch = int64 array of conversations: each conversation once, none cut.
+# In more steps than this the first try, at 100%, is left out. It hardly ever succeeds, costs as
+# much time as any other, and could save one step at most of many.
+MANY_STEPS = 200
 
-    A step is M = max(1, batch_tokens // micro_tokens) micro-batches of at most micro_tokens tokens and nearly equal cost,
-    linear * tokens + quadratic * sum(length^2). It does not know the number of ranks: they take a step's micro-batches in
-    turn, so the same conversations form step k on 1 GPU or 64.
 
-    Every step holds the classes in proportion. Its loss is divided by its own weight sum, a ratio: a step poor in experts
-    would scale its few rewards up and cancel them. So classes are dealt to the steps first (`deal`), and the micro-batches
-    of a step are balanced second (`balance`). Where micro-batches are hardly longer than the longest conversations, a
-    step's own conversations do not fill its micro-batches well. If that would cost 2% more steps, conversations are dealt
-    to groups of 2, 4, .. steps instead, a group's micro-batches are filled best fit and then dealt to its steps (`spread`):
-    fuller, for classes that are a little less even.
+def plan(
+    lengths: np.ndarray,
+    class_ids: np.ndarray,
+    weight_sums: np.ndarray,
+    seed: int,
+    epoch: int,
+    batch_tokens: int,
+    micro_tokens: int,
+    cost: tuple[float, float] = COST_7B,
+) -> Steps:
+    """The steps of an epoch: [step][micro-batch], an int64 array of conversations each.
+
+    lengths [N] tokens, class_ids [N], weight_sums [N]: the sum of a conversation's loss weights.
+    A step is M = max(1, batch_tokens // micro_tokens) micro-batches, of micro_tokens tokens at
+    most; a small step may have fewer. Their cost, cost[0] * tokens + cost[1] * sum(length^2), is
+    nearly equal. The same arguments give the same steps.
+
+    Classes are dealt to the steps first, and the micro-batches of each step are evened out second.
+    The other way round, filling micro-batches and making steps of them, leaves it to chance how
+    many experts a step has.
+
+    ValueError: no conversation, one longer than a micro-batch, or a step whose weights are all 0.
     """
-    lengths, class_ids, weight_sums = (
-        np.asarray(lengths, np.int64),
-        np.asarray(class_ids, np.int64),
-        np.asarray(weight_sums, np.float64),
+    problem = Problem(
+        lengths=np.asarray(lengths, np.int64),
+        class_ids=np.asarray(class_ids, np.int64),
+        weight_sums=np.asarray(weight_sums, np.float64),
+        seed=seed,
+        epoch=epoch,
+        M=max(1, batch_tokens // micro_tokens),
+        capacity=min(micro_tokens, batch_tokens),
+        cost=cost,
     )
-    capacity, M = min(micro_tokens, batch_tokens), max(1, batch_tokens // micro_tokens)
-    if len(lengths) == 0:
-        raise ValueError("no conversation to plan")
-    if lengths.max() > capacity:
-        raise ValueError(
-            f"a conversation of {lengths.max()} tokens does not fit a micro-batch of {capacity}; raise --micro_tokens and --batch_tokens"
-        )
-    full, group = lengths.sum() / (M * capacity), 1  # full: steps, if nothing stayed empty
-    fills = (1.0, 0.999, 0.9975, 0.99, 0.98)
-    if full > 200:
-        fills = fills[1:]  # one step more is nothing to many, and a try costs time
-    while group == 1 or group < full:
-        for steps in sorted({math.ceil(full / fill) for fill in fills}):
-            groups = -(-steps // group)
-            if groups * group <= math.ceil(full / fills[-1]):
-                found = try_plan(
-                    lengths,
-                    class_ids,
-                    weight_sums,
-                    seed,
-                    epoch,
-                    groups,
-                    group,
-                    group > 1,
-                    M,
-                    capacity,
-                    cost,
-                )
-                if found:
+    problem.check()
+
+    # As many steps as it takes if no place stays empty, and then a few more.
+    full_steps = problem.lengths.sum() / (problem.M * problem.capacity)
+    counts = step_counts(full_steps)
+
+    # The usual case: classes are dealt to single steps, which is as even as it gets.
+    for steps in counts:
+        found = plan_steps(problem, steps)
+        if found is not None:
+            return found
+
+    # Where a micro-batch is hardly longer than the longest conversations, a step's own do not fill
+    # its micro-batches well. The more steps share their conversations, the better these fill.
+    steps_per_group = 2
+    while steps_per_group < full_steps:
+        for steps in counts:
+            groups = math.ceil(steps / steps_per_group)
+            # whole groups may be more steps than asked for, but not more than the most allowed
+            if groups * steps_per_group <= counts[-1]:
+                found = plan_groups(problem, groups, steps_per_group)
+                if found is not None:
                     return found
-        group *= 2
-    # Conversations that leave gaps wherever they go (all just above half a micro-batch, say): one
-    # group, of what best fit takes.
-    bins = best_fit(lengths, np.zeros(len(lengths), np.int64), 1, len(lengths), capacity)
-    return try_plan(
-        lengths,
-        class_ids,
-        weight_sums,
-        seed,
-        epoch,
-        1,
-        -(-(int(bins.max()) + 1) // M),
-        True,
-        M,
-        capacity,
-        cost,
+        steps_per_group *= 2
+
+    # What is left are conversations that leave gaps wherever they go: all just above half a
+    # micro-batch, say. They take as many steps as best fit needs for all of them at once.
+    one_group = np.zeros(len(problem.lengths), np.int64)
+    bin_of = best_fit(problem.lengths, one_group, 1, len(problem.lengths), problem.capacity)
+    bins = int(bin_of.max()) + 1
+    return plan_groups(problem, 1, math.ceil(bins / problem.M))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What `plan` was asked for; it explains the fields."""
+
+    lengths: np.ndarray  # int64 [N]
+    class_ids: np.ndarray  # int64 [N]
+    weight_sums: np.ndarray  # fp64 [N]
+    seed: int
+    epoch: int
+    M: int  # micro-batches of a step
+    capacity: int  # tokens of a micro-batch, at most
+    cost: tuple[float, float]
+
+    def check(self) -> None:
+        """ValueError where no plan exists."""
+        if len(self.lengths) == 0:
+            raise ValueError("no conversation to plan")
+        longest = self.lengths.max()
+        if longest > self.capacity:
+            raise ValueError(
+                f"a conversation of {longest} tokens does not fit a micro-batch of "
+                f"{self.capacity}; raise --micro_tokens and --batch_tokens"
+            )
+
+
+def step_counts(full_steps: float) -> list[int]:
+    """The numbers of steps that `plan` tries, fewest first."""
+    fills = FILLS[1:] if full_steps > MANY_STEPS else FILLS
+    return sorted({math.ceil(full_steps / fill) for fill in fills})
+
+
+# ---- the usual case: each step gets conversations of its own
+
+
+def plan_steps(problem: Problem, steps: int) -> Steps | None:
+    """The plan in so many steps; None where a micro-batch would be too full."""
+    step_of = deal(problem, steps)
+    micro_of = emptiest_first(problem.lengths, step_of, steps, problem.M)
+    return finish(problem, step_of, micro_of, steps)
+
+
+# A factor e in size is 50 buckets: sizes within 2% of one another count as equal.
+BUCKETS = 50
+
+
+def deal(problem: Problem, groups: int) -> np.ndarray:
+    """int64 [N], the group of each conversation, so that all groups hold the classes in proportion.
+
+    Class by class, the heaviest conversation first, to the group that has least of this class. A
+    group may be a single step.
+    """
+    rng = np.random.default_rng([problem.seed, problem.epoch])
+    group_of = np.empty(len(problem.lengths), np.int64)
+    tokens = np.zeros(groups)
+
+    smallest_class_first = np.argsort(np.bincount(problem.class_ids), kind="stable")
+    for class_id in smallest_class_first:
+        members = np.flatnonzero(problem.class_ids == class_id)
+        if class_id != smallest_class_first[-1]:
+            size = problem.weight_sums
+            load = np.zeros(groups)
+        else:
+            # The largest class is like water poured in last: it goes by tokens, those of the other
+            # classes included, so that all groups end equally long.
+            size = problem.lengths
+            load = tokens
+
+        # Equal sizes are shuffled: each epoch deals differently, though the heaviest come first.
+        # (No logarithm of a weight sum of 0, hence the 1e-9.)
+        bucket = np.floor(np.log(np.maximum(size[members], 1e-9)) * BUCKETS)
+        shuffle = rng.random(len(members))
+        members = members[np.lexsort((shuffle, -bucket))]
+
+        ties = rng.permutation(groups)
+        group_of[members] = to_the_emptiest(size[members], load, ties)
+        tokens += np.bincount(group_of[members], problem.lengths[members], groups)
+    return group_of
+
+
+def to_the_emptiest(sizes: np.ndarray, load: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    """int64 [len(sizes)]: each size, in this order, goes where the load is least by then.
+
+    load [groups] is what they start with. Equal loads go by ties, a permutation of the groups.
+    """
+    # A heap, whose first entry is always the emptiest group, makes this n * log(groups).
+    emptiest = list(zip(load.tolist(), ties.tolist(), range(len(load))))
+    heapq.heapify(emptiest)
+    chosen = []
+    for size in sizes.tolist():
+        filled, tie, group = emptiest[0]
+        heapq.heapreplace(emptiest, (filled + size, tie, group))
+        chosen.append(group)
+    return np.array(chosen, np.int64)
+
+
+def emptiest_first(lengths: np.ndarray, group_of: np.ndarray, groups: int, bins: int) -> np.ndarray:
+    """int64 [N], the bin of each conversation: the longest first, each to its group's emptiest.
+
+    A bin may get too full: `balance` can mend that. Here each group is a single step, and its bins
+    are its micro-batches.
+    """
+    i_GQ = members_of(lengths, group_of, groups)
+    used_GQ = i_GQ != EMPTY
+    length_GQ = np.where(used_GQ, lengths[i_GQ], 0)
+    load_GB = np.zeros((groups, bins))
+    bin_GQ = np.empty_like(i_GQ)
+
+    # One conversation of every group at a time: a loop over the slots, not over all conversations.
+    all_groups = np.arange(groups)
+    for q in range(i_GQ.shape[1]):
+        emptiest_G = load_GB.argmin(1)
+        bin_GQ[:, q] = emptiest_G
+        load_GB[all_groups, emptiest_G] += length_GQ[:, q]
+
+    bin_of = np.empty(len(lengths), np.int64)
+    bin_of[i_GQ[used_GQ]] = bin_GQ[used_GQ]
+    return bin_of
+
+
+# Stands in a table where a conversation could stand.
+EMPTY = -1
+
+
+def members_of(lengths: np.ndarray, group_of: np.ndarray, groups: int) -> np.ndarray:
+    """int64 [groups, Q], a row for each group: its conversations, longest first, then EMPTY."""
+    # all conversations: those of group 0, then of group 1, ..; in each group the longest first
+    order = np.lexsort((-lengths, group_of))
+    count = np.bincount(group_of, minlength=groups)
+    # a conversation's column is its place in that order, less the place where its group starts
+    start = np.cumsum(count) - count
+    column = np.arange(len(order)) - np.repeat(start, count)
+
+    i_GQ = np.full((groups, count.max()), EMPTY)
+    i_GQ[group_of[order], column] = order
+    return i_GQ
+
+
+# ---- tight micro-batches: some steps share their conversations
+
+
+def plan_groups(problem: Problem, groups: int, steps_per_group: int) -> Steps | None:
+    """The plan in so many groups; None where a group's conversations do not fit its bins.
+
+    Classes are dealt to the groups. In each group the bins are filled as full as can be, and then
+    given to the group's steps so that classes come out even; a little less even than if each step
+    had its own conversations.
+    """
+    group_of = deal(problem, groups)
+    bins = steps_per_group * problem.M
+    bin_of = best_fit(problem.lengths, group_of, groups, bins, problem.capacity)
+    if bin_of is None:
+        return None
+    step_of, micro_of = spread(problem, group_of, bin_of, groups, steps_per_group)
+    return finish(problem, step_of, micro_of, groups * steps_per_group)
+
+
+def best_fit(
+    lengths: np.ndarray, group_of: np.ndarray, groups: int, bins: int, capacity: int
+) -> np.ndarray | None:
+    """int64 [N], the bin of each conversation: the longest first, each to its group's fullest bin
+    that has room for it. None where there is no such bin.
+    """
+    bin_of = np.empty(len(lengths), np.int64)
+    for members in members_of(lengths, group_of, groups).tolist():
+        # (room, bin), least room first
+        rooms = [(capacity, b) for b in range(bins)]
+        for i in members:
+            if i == EMPTY:
+                break
+            # the first with room enough has the least room of those that have enough
+            at = bisect.bisect_left(rooms, (lengths[i], -1))
+            if at == len(rooms):
+                return None
+            room, b = rooms.pop(at)
+            bin_of[i] = b
+            bisect.insort(rooms, (room - lengths[i], b))
+    return bin_of
+
+
+def spread(
+    problem: Problem,
+    group_of: np.ndarray,
+    bin_of: np.ndarray,
+    groups: int,
+    steps_per_group: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(step_of, micro_of), int64 [N]: each group's bins given to its steps, M bins to a step, so
+    that the classes come out in proportion.
+    """
+    all_groups = np.arange(groups)
+    bins = steps_per_group * problem.M
+    classes = problem.class_ids.max() + 1
+
+    # What a bin brings: of each class, the share of the group's weight that lies in this bin. In
+    # shares a rare class counts as much as a common one. (1e-30: a group without this class.)
+    share_GBC = np.zeros((groups, bins, classes))
+    np.add.at(share_GBC, (group_of, bin_of, problem.class_ids), problem.weight_sums)
+    share_GBC /= np.maximum(share_GBC.sum(1, keepdims=True), 1e-30)
+
+    # The bins that bring most of a class go first: what is small can even them out later.
+    order_GB = np.argsort(-share_GBC.max(2), axis=1)
+    step_GB = np.empty_like(order_GB)
+    micro_GB = np.empty_like(order_GB)
+    load_GPC = np.zeros((groups, steps_per_group, classes))
+    filled_GP = np.zeros((groups, steps_per_group), np.int64)
+    for bin_G in order_GB.T:
+        # A sum of squares is least where all are equal. So the bin goes to the step, of those that
+        # want a bin, where the sum of squares grows least.
+        share_GC = share_GBC[all_groups, bin_G]
+        load_after_GPC = load_GPC + share_GC[:, None]
+        growth_GP = (load_after_GPC**2 - load_GPC**2).sum(2)
+        step_G = np.where(filled_GP < problem.M, growth_GP, np.inf).argmin(1)
+
+        step_GB[all_groups, bin_G] = step_G
+        micro_GB[all_groups, bin_G] = filled_GP[all_groups, step_G]
+        load_GPC[all_groups, step_G] += share_GC
+        filled_GP[all_groups, step_G] += 1
+
+    step_of = group_of * steps_per_group + step_GB[group_of, bin_of]
+    micro_of = micro_GB[group_of, bin_of]
+    return step_of, micro_of
+
+
+# ---- both ways end here: even micro-batches, as lists
+
+
+def finish(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: int) -> Steps | None:
+    """The plan as lists, its micro-batches balanced; None where one of them is too full."""
+    micro_of = balance(problem, step_of, micro_of, steps)
+
+    # one number for each micro-batch of the epoch
+    number_of = step_of * problem.M + micro_of
+    tokens = np.bincount(number_of, problem.lengths)
+    if tokens.max() > problem.capacity:
+        return None
+
+    # Sorted by that number, a micro-batch ends where the number changes.
+    order = np.argsort(number_of, kind="stable")
+    ends = np.flatnonzero(np.diff(number_of[order])) + 1
+    planned = collections.defaultdict(list)
+    for micro in np.split(order, ends):
+        planned[step_of[micro[0]]].append(micro)
+
+    for step in planned.values():
+        if problem.weight_sums[np.concatenate(step)].sum() == 0:
+            raise ValueError(
+                "a step whose weights are all 0 has no loss; give some answers a weight above 0"
+            )
+    return list(planned.values())
+
+
+# The constants of `balance`. They were found by trial on 70,000 ShareGPT-like lengths.
+
+# Cost is what ranks wait for, so it counts most: 1% off in cost is as bad as 20% in sum(length^2).
+COST_COUNTS = 20
+
+# Too full is worse than any unevenness, so it is mended first: one token above 16,384 is 61 here,
+# as bad as a cost that is off by 39%.
+OVERFULL = 1e6
+
+# Less than this is no gain but a rounding error.
+LEAST_GAIN = 1e-12
+
+# Rounds: a few for each micro-batch of a step, but not above 400, so that the time stays bounded.
+ROUNDS = 10
+ROUNDS_PER_MICRO_BATCH = 5
+MOST_ROUNDS = 400
+
+# Slots of a micro-batch whose swaps a round tries, so that 48^2 swaps are tried at most. Many more
+# would take time and memory, and among so many there is nearly always a good one.
+MOST_SLOTS = 48
+
+
+def balance(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: int) -> np.ndarray:
+    """int64 [N], better micro-batches: within each step conversations are swapped, until all of its
+    micro-batches cost nearly the same and have nearly the same sum(length^2).
+
+    A round looks at two micro-batches of every step, tries the swaps of a slot of one with a slot
+    of the other, and makes the best, if it helps. A slot may be empty: then the swap is a move.
+    All steps are worked on at once.
+    """
+    if problem.M == 1:
+        return micro_of
+    layout = Layout(problem, step_of, micro_of, steps)
+    all_steps = np.arange(steps)
+
+    rounds = ROUNDS + ROUNDS_PER_MICRO_BATCH * problem.M
+    for r in range(min(rounds, MOST_ROUNDS)):
+        badness_SM = layout.badness(layout.tokens_SM, layout.square_SM)
+        one, other = pick_two(r, badness_SM, layout)
+        slots = slots_to_try(r, layout.slots)
+
+        # [S, slots of `one`, slots of `other`]: what `one` would lose to `other` by each swap
+        length_one = layout.length_SMQ[all_steps, one][:, slots, None]
+        length_other = layout.length_SMQ[all_steps, other][:, None, slots]
+        lost_tokens = length_one - length_other
+        lost_square = length_one**2 - length_other**2
+
+        # the same shape: how bad the two would be after it
+        badness_one = layout.badness(
+            layout.tokens_SM[all_steps, one][:, None, None] - lost_tokens,
+            layout.square_SM[all_steps, one][:, None, None] - lost_square,
+        )
+        badness_other = layout.badness(
+            layout.tokens_SM[all_steps, other][:, None, None] + lost_tokens,
+            layout.square_SM[all_steps, other][:, None, None] + lost_square,
+        )
+
+        # each step's best swap, where it is better than none
+        after = (badness_one + badness_other).reshape(steps, -1)
+        before = badness_SM[all_steps, one] + badness_SM[all_steps, other]
+        best = after.argmin(1)
+        helps = np.flatnonzero(after[all_steps, best] < before - LEAST_GAIN)
+        slot_of_one = slots[best[helps] // len(slots)]
+        slot_of_other = slots[best[helps] % len(slots)]
+        layout.swap(helps, one[helps], slot_of_one, other[helps], slot_of_other)
+    return layout.micro_of()
+
+
+class Layout:
+    """Which conversation lies in which slot of its step's micro-batches, and what follows from it.
+
+    i_SMQ int64, conversations or EMPTY; length_SMQ fp64, their lengths or 0. tokens_SM and
+    square_SM fp64: the sum of the lengths of a micro-batch, and of length^2. mean_tokens,
+    mean_square, mean_cost [S]: what each micro-batch of a step should have.
+    """
+
+    def __init__(
+        self, problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: int
+    ) -> None:
+        M = problem.M
+        self.cost = problem.cost
+        self.capacity = problem.capacity
+        i_SMQ = members_of(problem.lengths, step_of * M + micro_of, steps * M)
+        i_SMQ = i_SMQ.reshape(steps, M, -1)
+        # an empty slot at the end of each, so that a conversation can be moved there
+        self.i_SMQ = np.concatenate([i_SMQ, np.full((steps, M, 1), EMPTY)], 2)
+        self.slots = self.i_SMQ.shape[2]
+
+        lengths_SMQ = np.where(self.i_SMQ != EMPTY, problem.lengths[self.i_SMQ], 0)
+        self.length_SMQ = lengths_SMQ.astype(np.float64)
+        self.tokens_SM = self.length_SMQ.sum(2)
+        self.square_SM = (self.length_SMQ**2).sum(2)
+
+        # swaps within a step do not change its means; at least 1: a step may be empty
+        self.mean_tokens = np.maximum(self.tokens_SM.mean(1), 1)
+        self.mean_square = np.maximum(self.square_SM.mean(1), 1)
+        linear, quadratic = self.cost
+        self.mean_cost = linear * self.mean_tokens + quadratic * self.mean_square
+
+    def badness(self, tokens: np.ndarray, square: np.ndarray) -> np.ndarray:
+        """How far micro-batches with so many tokens and such a sum(length^2) are from what they
+        should be: fp64 [S, ..], the shape of both arguments.
+        """
+        # the step is the first axis; all others are alike
+        shape = [-1] + [1] * (tokens.ndim - 1)
+        linear, quadratic = self.cost
+        cost = linear * tokens + quadratic * square
+        off_cost = cost / self.mean_cost.reshape(shape) - 1
+        off_square = square / self.mean_square.reshape(shape) - 1
+        overfull = np.maximum(tokens / self.capacity - 1, 0)
+        return COST_COUNTS**2 * off_cost**2 + off_square**2 + OVERFULL * overfull
+
+    def swap(
+        self,
+        step: np.ndarray,
+        one: np.ndarray,
+        slot_of_one: np.ndarray,
+        other: np.ndarray,
+        slot_of_other: np.ndarray,
+    ) -> None:
+        """In each of these steps, swap a slot of micro-batch `one` with a slot of `other`."""
+        length_one = self.length_SMQ[step, one, slot_of_one]
+        length_other = self.length_SMQ[step, other, slot_of_other]
+        self.tokens_SM[step, one] -= length_one - length_other
+        self.tokens_SM[step, other] += length_one - length_other
+        self.square_SM[step, one] -= length_one**2 - length_other**2
+        self.square_SM[step, other] += length_one**2 - length_other**2
+
+        self.length_SMQ[step, one, slot_of_one] = length_other
+        self.length_SMQ[step, other, slot_of_other] = length_one
+        i_one = self.i_SMQ[step, one, slot_of_one]
+        self.i_SMQ[step, one, slot_of_one] = self.i_SMQ[step, other, slot_of_other]
+        self.i_SMQ[step, other, slot_of_other] = i_one
+
+    def micro_of(self) -> np.ndarray:
+        """int64 [N]: the micro-batch in which each conversation lies now."""
+        used_SMQ = self.i_SMQ != EMPTY
+        _, micro, _ = np.nonzero(used_SMQ)
+        found = np.empty(len(micro), np.int64)
+        found[self.i_SMQ[used_SMQ]] = micro
+        return found
+
+
+def pick_two(r: int, badness_SM: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """(one, other), int64 [S]: the two micro-batches of each step that round r looks at."""
+    steps, M = badness_SM.shape
+    all_steps = np.arange(steps)
+    tokens_off_SM = layout.tokens_SM / layout.mean_tokens[:, None] - 1
+    square_off_SM = layout.square_SM / layout.mean_square[:, None] - 1
+
+    # `one` is the worst. In every third round it is the one that is most off in tokens: the worst
+    # may have no swap that helps, and would be looked at in vain for ever.
+    if r % 3 == 0:
+        one = np.abs(tokens_off_SM).argmax(1)
+    else:
+        one = badness_SM.argmax(1)
+
+    # `other` is by turns the one that is most off in the other direction, which has what `one`
+    # wants, and simply another one, so that no pair is always passed over.
+    if r % 2 == 1:
+        direction = np.sign(tokens_off_SM[all_steps, one])[:, None]
+        off_SM = COST_COUNTS * tokens_off_SM + square_off_SM
+        other = (off_SM * direction).argmin(1)
+    else:
+        other = (one + 1 + r // 2 % (M - 1)) % M
+    other = np.where(other == one, (other + 1) % M, other)
+    return one, other
+
+
+def slots_to_try(r: int, slots: int) -> np.ndarray:
+    """int64, rising: the slots of a micro-batch whose swaps round r tries."""
+    if slots <= MOST_SLOTS:
+        return np.arange(slots)
+    # Of many, some: evenly spread, since they are sorted by length, and others in each round.
+    evenly = np.arange(MOST_SLOTS) * slots // MOST_SLOTS
+    shifted = (evenly + r) % slots
+    # always the last one, which is empty
+    return np.unique(np.append(shifted, slots - 1))
+
+
+def flat(steps: Steps) -> np.ndarray:
+    """int64: all conversations of these steps, in their order."""
+    micro_batches = itertools.chain.from_iterable(steps)
+    return np.concatenate(list(micro_batches))
+
+
+# ---- from conversations to a batch
+
+
+def pack(
+    conversations: list[tuple[np.ndarray, np.ndarray]], class_ids: np.ndarray | None = None
+) -> "Batch":
+    """One micro-batch: conversations, (tokens [n], weights [n]) each, end to end in one flat row.
+
+    class_ids [N], or None where classes do not matter: then all are of class 0.
+
+    `tokenize` gives a token the weight of predicting it. Row t of the model's output predicts token
+    t + 1, so here labels and weights move one row up; it is the only shift of the whole method:
+
+        row t       0       1       2       3       4       5     | 6       7
+        token       <s>     User:   hi      Asst:   hello   END   | <s>     User:
+        its weight  0       0       0       0       w       w     | 0       0
+                                                  /       /
+        label       User:   hi      Asst:   hello   END     -     | User:   ..
+        weight      0       0       0       w       w       0     | 0       ..
+
+    The last row of a conversation predicts nothing: label 0 and weight 0.
+    """
+    lengths = np.array([len(tokens) for tokens, _ in conversations])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    if class_ids is None:
+        class_ids = np.zeros(len(lengths))
+    class_ids = np.asarray(class_ids, np.int64)
+
+    tokens_T = np.concatenate([tokens for tokens, _ in conversations]).astype(np.int64)
+    token_weights_T = np.concatenate([weights for _, weights in conversations]).astype(np.float32)
+
+    # The shift. What it carries from one conversation into another (roll: from the first into the
+    # last) arrives in a last row, and is overwritten.
+    labels_T = np.roll(tokens_T, -1)
+    weights_T = np.roll(token_weights_T, -1)
+    labels_T[ends - 1] = 0
+    weights_T[ends - 1] = 0.0
+
+    rows_R = np.flatnonzero(weights_T)
+    return Batch(
+        tokens_T=torch.from_numpy(tokens_T),
+        positions_T=torch.from_numpy(np.arange(len(tokens_T)) - np.repeat(starts, lengths)),
+        labels_T=torch.from_numpy(labels_T),
+        weights_T=torch.from_numpy(weights_T),
+        cu_seqlens=torch.from_numpy(np.append(0, ends).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        rows_R=torch.from_numpy(rows_R),
+        class_R=torch.from_numpy(np.repeat(class_ids, lengths)[rows_R]),
     )
 
 
 @dataclass
 class Batch:
-    """One micro-batch, flat: row t holds token t of the packed row and learns to predict labels_T[t], counting weights_T[t]."""
+    """One micro-batch, flat: row t holds token t of the packed row, and learns to predict
+    labels_T[t], which counts weights_T[t] in the loss.
+    """
 
     tokens_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64, from 0 in each conversation
-    # int64: the next token of the same conversation (0 at its end, where the weight is 0)
-    labels_T: torch.Tensor
+    labels_T: torch.Tensor  # int64
     weights_T: torch.Tensor  # fp32
-    cu_seqlens: torch.Tensor  # int32 [N + 1]
+    # int32 [N + 1]: where each conversation starts, and the end of the last. Tokens attend only
+    # within their own conversation.
+    cu_seqlens: torch.Tensor
     max_seqlen: int
-    rows_R: torch.Tensor  # int64, the rows with a weight
-    class_R: torch.Tensor  # int64, their classes
+    # int64, the rows with a weight: no other row goes through the vocabulary projection
+    rows_R: torch.Tensor
+    class_R: torch.Tensor  # int64, their classes, for the log
 
-    def map(self, f):
-        """The batch with f applied to its tensors."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Batch(*(f(x) if torch.is_tensor(x) else x for x in values))
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch with the function applied to each of its tensors."""
+        values = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if torch.is_tensor(value):
+                value = function(value)
+            values[field.name] = value
+        return Batch(**values)
 
-    def to(self, device):
-        """On the device; from pinned memory (`ahead`) the copy does not wait."""
-        return self.map(lambda x: x.to(device, non_blocking=True))
-
-
-def pack(conversations, class_ids=None):
-    """[(tokens, weights)] -> Batch. Weights move one row up: row t is judged by what it says about token t + 1."""
-    lengths = np.array([len(tokens) for tokens, _ in conversations])
-    class_ids = (
-        np.zeros(len(lengths), np.int64) if class_ids is None else np.asarray(class_ids, np.int64)
-    )
-    ends = np.cumsum(lengths)
-    tokens_T = np.concatenate([tokens for tokens, _ in conversations]).astype(np.int64)
-    weights_T = np.concatenate([*(weights for _, weights in conversations), [0.0]]).astype(
-        np.float32
-    )[1:]
-    labels_T = np.append(tokens_T[1:], 0)
-    # the last token of a conversation predicts nothing
-    labels_T[ends - 1], weights_T[ends - 1] = 0, 0.0
-    rows_R = np.flatnonzero(weights_T)
-    arrays = dict(
-        tokens_T=tokens_T,
-        positions_T=np.arange(len(tokens_T)) - np.repeat(ends - lengths, lengths),
-        labels_T=labels_T,
-        weights_T=weights_T,
-        cu_seqlens=np.append(0, ends).astype(np.int32),
-        rows_R=rows_R,
-        class_R=np.repeat(class_ids, lengths)[rows_R],
-    )
-    return Batch(
-        max_seqlen=int(lengths.max()), **{key: torch.from_numpy(x) for key, x in arrays.items()}
-    )
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on the device. From pinned memory (`ahead`) the copy does not wait."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def ahead(batches, pin):
-    """The same batches, the next two assembled (and pinned for a GPU's copy) by a thread while the caller computes."""
-    ready, done = queue.Queue(2), object()
+def ahead(batches: Iterable[Batch], pin: bool) -> Iterator[Batch]:
+    """The same batches, but a thread makes the next two while the caller computes.
 
-    def assemble():
+    pin: put them into pinned memory, from which a GPU can copy while it computes.
+    """
+    ready = queue.Queue(maxsize=2)
+    end = object()
+
+    def make() -> None:
         try:
             for batch in batches:
                 ready.put(batch.map(torch.Tensor.pin_memory) if pin else batch)
-            ready.put(done)
-        except BaseException as error:  # handed over, to be raised where the batch is missed
+            ready.put(end)
+        # whatever happens here: the caller waits for a batch, and gets the error in its place
+        except BaseException as error:
             ready.put(error)
 
-    threading.Thread(target=assemble, daemon=True).start()
-    while (batch := ready.get()) is not done:
-        if isinstance(batch, BaseException):
-            raise batch
-        yield batch
+    threading.Thread(target=make, daemon=True).start()
+    while True:
+        item = ready.get()
+        if item is end:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        yield item
