@@ -1,23 +1,52 @@
-"""A linear layer by oneDNN, for fp32 on a CPU."""
+"""The product of a linear layer, x W^T: by oneDNN where that is faster, and by PyTorch elsewhere.
+
+For fp32 on a CPU F.linear calls MKL. On the AMD CPU of README.md oneDNN takes half its time, but
+PyTorch reaches it only through its own tensor layout, which autograd does not follow. So the two
+products of the backward pass are written out:
+
+    y = x W^T        dx = dy W        dW = dy^T x
+
+No Triton here: this is a CPU's lesson.
+
+Shapes: T rows, K inputs, N outputs; in one product M rows and N columns over K.
+"""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 HAVE_ONEDNN = torch.backends.mkldnn.is_available()
 
+# With fewer rows, copying W into oneDNN's layout takes longer than is won.
+LEAST_ROWS = 64
 
-def onednn(a_MK, b_NK):
-    """a @ b.T, fp32 on a CPU, by oneDNN: on the AMD CPU of README.md twice as fast as F.linear's MKL. No autograd of its own works here."""
+
+def onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """a b^T, fp32 on a CPU, without a gradient."""
     return F.linear(a_MK.contiguous().to_mkldnn(), b_NK.contiguous().to_mkldnn()).to_dense()
 
 
 class OneDNNLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK):
+    def forward(ctx, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
         return onednn(x_TK, weight_NK)
 
     @staticmethod
-    def backward(ctx, dy_TN):
+    def backward(ctx, dy_TN: Tensor) -> tuple[Tensor, Tensor]:
         x_TK, weight_NK = ctx.saved_tensors
-        return onednn(dy_TN, weight_NK.t()), onednn(dy_TN.t(), x_TK.t())
+        dx_TK = onednn(dy_TN, weight_NK.t())
+        dweight_NK = onednn(dy_TN.t(), x_TK.t())
+        return dx_TK, dweight_NK
+
+
+def project(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x W^T, [T, N], of the inputs' dtype, on any device; differentiable."""
+    # A compiler sees plain F.linear, and chooses for itself.
+    eager = not torch.compiler.is_compiling()
+    fp32_on_cpu = x_TK.device.type == "cpu" and x_TK.dtype == torch.float32
+    # Generation has few rows, and keeps its matrices in an order that MKL likes (sample.py).
+    training = torch.is_grad_enabled()
+    if HAVE_ONEDNN and eager and fp32_on_cpu and training and len(x_TK) >= LEAST_ROWS:
+        return OneDNNLinear.apply(x_TK, weight_NK)
+    return F.linear(x_TK, weight_NK)

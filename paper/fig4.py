@@ -1,153 +1,223 @@
-"""Fig. 4 in miniature: do the representations of the two classes part? PCA of mean-pooled last-layer states, SFT beside C-RLFT.
+"""Fig. 4 in miniature: do the representations of the two classes part, under SFT and C-RLFT?
 
     python -m paper.fig4
 
-The paper's picture is UMAP of the mean over all tokens. Ours is PCA, with a number beside it: the accuracy of a linear probe on
-the full states, on conversations it was not fitted to, and the silhouette in the picture's two dimensions. 0.5 is chance, but who
-sees the errors in the answers is better off: calling a conversation the expert's where it has none is the table's last row. The
-condition's own tokens are in that mean, so there are two controls: the mean over answer tokens only, whose states still see the
-condition through attention, and both classes put under the expert's prompt. All conversations are drawn anew, and both sources are
-asked to use each skill equally often.
+The paper's picture is UMAP of the mean over all tokens' last-layer states. Ours is PCA of the same
+mean, with two numbers beside it: the accuracy of a linear probe on the full states, on
+conversations it was not fitted to, and the silhouette in the picture's two dimensions. 0.5 is
+chance, but who sees the errors in the answers is better off: calling a conversation the expert's
+where it has none is the table's last row.
 
-N conversations, D width, K directions.
+The condition's own tokens are in that mean, so there are two controls: the mean over answer tokens
+only, whose states still see the condition through attention, and both classes put under the
+expert's prompt. All conversations are new to the models, and both sources are asked to use each
+skill equally often.
 """
+
+# N conversations, T packed tokens, D width, K directions
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from paper.runs import cell, command, figure, markdown, prepared, share, sharegpt
+from data import Prepared
+from model import Model
+from paper.commands import cell, command, markdown, open_figure, save_figure
+from paper.runs import prepared, share, sharegpt
 from paper.table2 import arm
 from paper.toy import Task, make_task
 from sample import Speaker
 from support.cli import run
 
-SEEDS, EACH = 3, 1000
-EACH_ITS_OWN, BOTH_EXPERT = "GPT-4=GPT4:1,*=GPT3:0.1", "GPT-4=GPT4:1,*=GPT4:0.1"
-VIEWS = {  # name: (arm, --classes, answer tokens only)
-    "SFT": ("SFT on all", BOTH_EXPERT, False),
-    "C-RLFT": ("C-RLFT", EACH_ITS_OWN, False),
-    "SFT, answer tokens only": ("SFT on all", BOTH_EXPERT, True),
-    "C-RLFT, answer tokens only": ("C-RLFT", EACH_ITS_OWN, True),
-    "C-RLFT, both under the expert's prompt": ("C-RLFT", BOTH_EXPERT, False),
-    "C-RLFT, both so, answer tokens only": ("C-RLFT", BOTH_EXPERT, True),
+SEEDS = 3
+# conversations of each source
+EACH = 1000
+# seeds from here on are no model's
+NEW_SEEDS = 10_000
+# conversations that go through the model at once
+BATCH = 100
+# of the linear probe, by conversation
+RIDGE = 1e-2
+# --classes
+EACH_ITS_OWN = "GPT-4=GPT4:1,*=GPT3:0.1"
+BOTH_EXPERT = "GPT-4=GPT4:1,*=GPT4:0.1"
+
+
+class View(NamedTuple):
+    """What is looked at: an arm's states of conversations under these classes."""
+
+    arm: str
+    classes: str
+    answers_only: bool = False
+
+
+VIEWS = {
+    "SFT": View("SFT on all", BOTH_EXPERT),
+    "C-RLFT": View("C-RLFT", EACH_ITS_OWN),
+    "SFT, answer tokens only": View("SFT on all", BOTH_EXPERT, answers_only=True),
+    "C-RLFT, answer tokens only": View("C-RLFT", EACH_ITS_OWN, answers_only=True),
+    "C-RLFT, both under the expert's prompt": View("C-RLFT", BOTH_EXPERT),
+    "C-RLFT, both so, answer tokens only": View("C-RLFT", BOTH_EXPERT, answers_only=True),
 }
 
 
-def runs(seed):
+def jobs(seed: int) -> dict:
     return {name: arm(name, seed) for name in ("SFT on all", "C-RLFT")}
 
 
-def task_of(result):
+# ---- the numbers
+
+
+def new_task(result: dict) -> Task:
+    """EACH conversations per source that a model has not been trained on."""
     return Task(
-        (("GPT-4", EACH, 1.0), ("GPT-3.5", EACH, 0.4)),
+        sources=(("GPT-4", EACH, 1.0), ("GPT-3.5", EACH, 0.4)),
         scarce=1,
         heldout=0,
-        seed=10_000 + result["run"]["seed"],
+        seed=NEW_SEEDS + result["run"]["seed"],
     )
 
 
-def conversations(result, classes, folder):
-    """A Prepared of EACH new conversations per source."""
-    rows = [
-        sharegpt(turns, label)
-        for label, chats in make_task(task_of(result))[0].items()
-        for turns in chats
-    ]
-    return prepared(
-        Path(folder) / "new.safetensors", rows, classes, result["folder"] + "/hf/tokenizer.model"
-    )
+def new_conversations(result: dict, classes: str, folder: Path) -> Prepared:
+    sources, _ = make_task(new_task(result))
+    rows = []
+    for label, chats in sources.items():
+        rows += [sharegpt(turns, label) for turns in chats]
+    tokenizer = result["folder"] + "/hf/tokenizer.model"
+    return prepared(folder / "new.safetensors", rows, classes, tokenizer)
 
 
 @torch.no_grad()
-def pooled(model, data, answers_only):
-    """(states_ND, the mean of each conversation's last-layer states; whether each is the expert's)."""
+def pooled(
+    model: Model, data: Prepared, answers_only: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(states_ND, expert_N): each conversation's mean state, fp64, and whether it is the expert's."""
     states = []
-    for start in range(0, len(data), 100):
-        batch = data.batch(range(start, min(start + 100, len(data))))
-        hidden_TD = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens)
-        keep_T = torch.ones(len(hidden_TD))
-        if answers_only:
-            keep_T = torch.from_numpy(
-                data.weights[data.offsets[start] : data.offsets[min(start + 100, len(data))]] > 0
-            ).float()
-        which_T = torch.repeat_interleave(
-            torch.arange(len(batch.cu_seqlens) - 1), batch.cu_seqlens.diff().long()
-        )
-        sum_ND = torch.zeros(len(batch.cu_seqlens) - 1, hidden_TD.shape[1]).index_add(
-            0, which_T, hidden_TD * keep_T[:, None]
-        )
-        states.append(sum_ND / torch.zeros(len(sum_ND)).index_add(0, which_T, keep_T)[:, None])
+    for start in range(0, len(data), BATCH):
+        conversations = range(start, min(start + BATCH, len(data)))
+        states.append(mean_states(model, data, conversations, answers_only))
     return torch.cat(states).double(), torch.from_numpy(data.class_ids == 0)
 
 
-def plane(states_ND):
-    """The states in their two principal directions."""
+def mean_states(
+    model: Model, data: Prepared, conversations: range, answers_only: bool
+) -> torch.Tensor:
+    """mean_ND of the last-layer states, over all tokens or over those that are trained on."""
+    batch = data.batch(conversations)
+    hidden_TD = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens)
+    counts_T = torch.ones(len(hidden_TD))
+    if answers_only:
+        # not the batch's weights: those stand at the token before the one they weigh
+        weights_T = np.concatenate([data.conversation(i)[1] for i in conversations])
+        counts_T = torch.from_numpy(weights_T > 0).float()
+
+    # sums over each conversation's tokens: every token is added to the row of its own
+    N, D = len(conversations), hidden_TD.shape[1]
+    row_T = torch.repeat_interleave(torch.arange(N), batch.cu_seqlens.diff().long())
+    sum_ND = torch.zeros(N, D).index_add(0, row_T, hidden_TD * counts_T[:, None])
+    count_N = torch.zeros(N).index_add(0, row_T, counts_T)
+    return sum_ND / count_N[:, None]
+
+
+def plane(states_ND: torch.Tensor) -> torch.Tensor:
+    """The states in their two principal directions, [N, 2]."""
     centred_ND = states_ND - states_ND.mean(0)
-    return centred_ND @ torch.linalg.svd(centred_ND, full_matrices=False)[2][:2].T
+    _, _, directions_KD = torch.linalg.svd(centred_ND, full_matrices=False)
+    return centred_ND @ directions_KD[:2].T
 
 
-def probe(states_ND, expert_N, seed):
-    """Accuracy of a ridge-regression probe on the half of the conversations that it was not fitted to."""
-    order = torch.randperm(len(states_ND), generator=torch.Generator().manual_seed(seed))
-    fit, test = order.chunk(2)
-    mean, std = states_ND[fit].mean(0), states_ND[fit].std(0) + 1e-9
-    x_ND = torch.cat([(states_ND - mean) / std, torch.ones(len(states_ND), 1)], 1)
-    y_N = 2.0 * expert_N - 1
-    eye = 1e-2 * len(fit) * torch.eye(x_ND.shape[1], dtype=x_ND.dtype)
-    w_D = torch.linalg.solve(x_ND[fit].T @ x_ND[fit] + eye, x_ND[fit].T @ y_N[fit].to(x_ND.dtype))
-    return ((x_ND[test] @ w_D > 0) == expert_N[test]).double().mean().item()
+def probe(states_ND: torch.Tensor, expert_N: torch.Tensor, seed: int) -> float:
+    """Accuracy of a ridge regression on the half of the conversations it was not fitted to."""
+    generator = torch.Generator().manual_seed(seed)
+    fitted, tested = torch.randperm(len(states_ND), generator=generator).chunk(2)
+
+    # each dimension at mean 0 and deviation 1, and a constant; the target is 1 or -1
+    mean_D = states_ND[fitted].mean(0)
+    std_D = states_ND[fitted].std(0) + 1e-9
+    x_ND = torch.cat([(states_ND - mean_D) / std_D, torch.ones(len(states_ND), 1)], 1)
+    y_N = (2.0 * expert_N - 1).to(x_ND.dtype)
+
+    ridge_DD = RIDGE * len(fitted) * torch.eye(x_ND.shape[1], dtype=x_ND.dtype)
+    square_DD = x_ND[fitted].T @ x_ND[fitted] + ridge_DD
+    w_D = torch.linalg.solve(square_DD, x_ND[fitted].T @ y_N[fitted])
+    guess_N = x_ND[tested] @ w_D > 0
+    return (guess_N == expert_N[tested]).double().mean().item()
 
 
-def silhouette(points_NK, expert_N):
-    """Mean of (b - a) / max(a, b): a the mean distance to one's own class, b to the other; 1 is apart, 0 mixed."""
-    distance_NN, own_NN = torch.cdist(points_NK, points_NK), expert_N[:, None] == expert_N
+def silhouette(points_NK: torch.Tensor, expert_N: torch.Tensor) -> float:
+    """Mean of (b - a) / max(a, b); 1 is apart, 0 mixed.
+
+    a is a point's mean distance to its own class, b to the other.
+    """
+    distance_NN = torch.cdist(points_NK, points_NK)
+    own_NN = expert_N[:, None] == expert_N
+    # a point is no neighbour of itself
     a_N = (distance_NN * own_NN).sum(1) / (own_NN.sum(1) - 1)
     b_N = (distance_NN * ~own_NN).sum(1) / (~own_NN).sum(1)
     return ((b_N - a_N) / torch.maximum(a_N, b_N)).mean().item()
 
 
-def report(results, folder):
-    rows, pictures = {view: {"probe": [], "silhouette": []} for view in VIEWS}, {}
-    for view, (name, classes, answers_only) in VIEWS.items():
-        for result in results[name]:
-            with TemporaryDirectory() as place:
-                data = conversations(result, classes, place)
-                states_ND, expert_N = pooled(
-                    Speaker(result["folder"] + "/hf", device="cpu").model, data, answers_only
-                )
+def accuracy_by_errors(result: dict) -> float:
+    """Of calling a conversation the expert's where it has no error, half of them being so."""
+    sources, _ = make_task(new_task(result))
+    other = share(has_error(turns) for turns in sources["GPT-3.5"])
+    # the expert's have none, so all of them are called right
+    return (1 + other) / 2
+
+
+def has_error(turns: list[tuple]) -> bool:
+    return not all(right for _, _, right in turns)
+
+
+# ---- the page
+
+
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    rows = {}
+    pictures = {}
+    for name, view in VIEWS.items():
+        rows[name] = {"probe": [], "silhouette": []}
+        for result in results[view.arm]:
+            states_ND, expert_N = states_of(result, view)
             points_NK = plane(states_ND)
-            rows[view]["probe"].append(probe(states_ND, expert_N, result["run"]["seed"]))
-            rows[view]["silhouette"].append(silhouette(points_NK, expert_N))
-            pictures.setdefault(view, (points_NK, expert_N))
+            rows[name]["probe"].append(probe(states_ND, expert_N, result["run"]["seed"]))
+            rows[name]["silhouette"].append(silhouette(points_NK, expert_N))
+            # the picture is the first seed's
+            pictures.setdefault(name, (points_NK, expert_N))
+    draw(rows, pictures, folder / "fig4.png")
+    table = [[name, cell(row["probe"]), cell(row["silhouette"])] for name, row in rows.items()]
 
-    def draw(axes):
-        for axis, (view, (points_NK, expert_N)) in zip(axes.flat, pictures.items()):
-            for label, mask_N in (("GPT-4", expert_N), ("GPT-3.5", ~expert_N)):
-                axis.scatter(*points_NK[mask_N].T, s=2, label=label)
-            axis.set_title(f"{view}\nprobe {rows[view]['probe'][0]:.2f}", fontsize=8)
-            axis.set(xticks=(), yticks=())
-        axes.flat[0].legend(fontsize=7)
+    by_errors = [accuracy_by_errors(result) for result in results["C-RLFT"]]
+    rows["an error or none"] = by_errors
+    table.append(["no representation: an error or none", cell(by_errors), ""])
+    return rows, markdown(["representation", "linear probe", "silhouette in 2-D"], table)
 
-    figure(folder / "fig4.png", draw, 9, 6, (2, 3))
-    table = [[view, cell(r["probe"]), cell(r["silhouette"])] for view, r in rows.items()]
-    rows["an error or none"] = [
-        (
-            1
-            + share(
-                not all(right for *_, right in turns)
-                for turns in make_task(task_of(r))[0]["GPT-3.5"]
-            )
-        )
-        / 2
-        for r in results["C-RLFT"]
-    ]
-    return rows, markdown(
-        ["representation", "linear probe", "silhouette in 2-D"],
-        [*table, ["no representation: an error or none", cell(rows["an error or none"]), ""]],
-    )
+
+def states_of(result: dict, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pooled` of one model under one view."""
+    with TemporaryDirectory() as place:
+        data = new_conversations(result, view.classes, Path(place))
+        speaker = Speaker(result["folder"] + "/hf", device="cpu")
+        return pooled(speaker.model, data, view.answers_only)
+
+
+def draw(rows: dict, pictures: dict, path: Path) -> None:
+    figure, axes = open_figure(width=9, height=6, shape=(2, 3))
+    for axis, (name, (points_NK, expert_N)) in zip(axes.flat, pictures.items()):
+        axis.scatter(*points_NK[expert_N].T, s=2, label="GPT-4")
+        axis.scatter(*points_NK[~expert_N].T, s=2, label="GPT-3.5")
+        axis.set_title(f"{name}\nprobe {rows[name]['probe'][0]:.2f}", fontsize=8)
+        axis.set(xticks=(), yticks=())
+    axes.flat[0].legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    command("fig4", argv)
 
 
 if __name__ == "__main__":
-    run(command("fig4"))
+    run(main)

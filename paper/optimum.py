@@ -165,7 +165,7 @@ class Drawn(Job):
             for x, prompt in enumerate(PROMPTS):
                 ids = torch.tensor(speaker.ids([Message("user", prompt)]))
                 with torch.no_grad():
-                    hidden_TD = speaker.model(
+                    hidden_TD = speaker.model.hidden(
                         ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32)
                     )
                     log_CXY[c, x] = speaker.model.lm_head(hidden_TD[-1:])[0, answers].log_softmax(

@@ -223,7 +223,7 @@ def test_pooling_is_the_mean_of_each_conversation(toy, toy_run):
     for i in (0, 99, 100, 129):
         batch = data.batch([i])
         with torch.no_grad():
-            hidden_TD = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens).double()
+            hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, batch.cu_seqlens).double()
         weights = torch.from_numpy(data.conversation(i)[1])
         torch.testing.assert_close(states_ND[i], hidden_TD.mean(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
@@ -256,7 +256,7 @@ def test_guidance_mixes_the_two_prompts(toy_run, g):
         ids = torch.tensor([*speaker.ids(chat), *said])
         with torch.no_grad():
             return speaker.model.lm_head(
-                speaker.model(
+                speaker.model.hidden(
                     ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32)
                 )[-1]
             )

@@ -33,7 +33,7 @@ def test_logits_of_the_export_in_transformers(toy_run, speaker):
     assert theirs.generation_config.eos_token_id == [96, 2]
     for n in (1, 5, 120):
         ids = torch.randint(0, 97, (n,))
-        hidden = speaker.model(ids, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+        hidden = speaker.model.hidden(ids, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
         with torch.no_grad():
             assert torch.allclose(
                 speaker.model.lm_head(hidden), theirs(ids[None]).logits[0], atol=1e-4

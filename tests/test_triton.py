@@ -590,7 +590,7 @@ def test_model_on_kernels_equals_model_on_references(monkeypatch, device):
         for module in MODULES.values():
             monkeypatch.setattr(module, "on_gpu", lambda x: triton_runs)  # noqa: B023
         model.zero_grad()
-        loss, _ = model(tokens, positions, cu_seqlens, tokens.roll(-1), weights)
+        loss, *_ = model(tokens, positions, cu_seqlens, tokens.roll(-1), weights)
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*results):
