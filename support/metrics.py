@@ -1,123 +1,156 @@
-"""What a run says of itself: the terminal, metrics.jsonl, loss.png."""
+"""What a run prints and writes down about itself: the terminal, metrics.jsonl, loss.png."""
 
 import json
 import math
 import os
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+from recipe import TrainConfig
 from support.files import written_whole
 from support.ranks import rank
 
+# Steps whose loss or gradient is not finite: one is an accident, so many in a row are not.
+MOST_IN_A_ROW = 10
+# Of these conversations the message names so many; metrics.jsonl has all.
+NAMED = 8
 
-def log(text):
+
+def log(text: str) -> None:
+    """Print a line, on rank 0, above the progress bar."""
+    # The ranks may not have met yet, so torchrun's variable tells.
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(text)
 
 
-def read_metrics(path, until=math.inf):
-    """The whole lines of a metrics.jsonl, up to a step; a crash may have torn the last."""
+def read_metrics(path: Path, until: float = math.inf) -> list[dict]:
+    """The lines of a metrics.jsonl, up to a step. A crash may have torn the last: it is left out."""
+    if not path.is_file():
+        return []
     lines = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_text().splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
             continue
-    return [
-        line
-        for line in lines
-        if isinstance(line, dict) and "step" in line and line["step"] <= until
-    ]
+        if isinstance(line, dict) and "step" in line and line["step"] <= until:
+            lines.append(line)
+    return lines
 
 
 class Log:
-    """metrics.jsonl, and a progress bar or, off a terminal, a line now and then; on rank 0."""
+    """metrics.jsonl, and a progress bar or, off a terminal, a line now and then; on rank 0.
 
-    def __init__(self, out, start, steps):
-        self.first, self.every, self.steps, self.skipped, self.in_a_row = (
-            rank() == 0,
-            max(1, steps // 20),
-            steps,
-            0,
-            0,
-        )
-        if self.first:
-            path = Path(out) / "metrics.jsonl"
-            kept = read_metrics(path, until=start)  # steps after the checkpoint are taken again
-            self.skipped = sum("skipped" in line for line in kept)
-            with written_whole(path) as partial:
-                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            self.file = open(path, "a", buffering=1)
-            self.bar = tqdm(
-                total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True
-            )
+    start: the step of the checkpoint that the run goes on from, or 0. steps: of the whole run.
+    """
 
-    def write(self, line, tail=""):
+    def __init__(self, out: Path, start: int, steps: int):
+        self.is_first = rank() == 0
+        self.steps = steps
+        # off a terminal: some twenty lines a run
+        self.every = max(1, steps // 20)
+        # skipped counts those of the whole run, in_a_row the ones since a step was last taken
+        self.skipped = 0
+        self.in_a_row = 0
+        if not self.is_first:
+            return
+        path = Path(out) / "metrics.jsonl"
+        # Steps after the checkpoint are taken again, so their lines go.
+        kept = read_metrics(path, until=start)
+        self.skipped = sum("skipped" in line for line in kept)
+        with written_whole(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # a line reaches the file as soon as it is whole
+        self.file = open(path, "a", buffering=1)
+        # disable=None: no bar where the output is no terminal
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+
+    def write(self, line: dict, tail: str = "") -> None:
+        """Add a line to metrics.jsonl and show it. tail: what only the terminal shows."""
         if "loss" in line:
             self.in_a_row = 0
-        if not self.first:
+        if not self.is_first:
             return
         self.file.write(json.dumps(line) + "\n")
-        if "skipped" in line:
+        step = line["step"]
+        if "loss" in line:
+            self.show_step(line, tail)
+        elif "val_loss" in line:
+            of_classes = class_means(line["val_loss_by_class"])
+            log(f"step {step}: validation loss {line['val_loss']:.4f} ({of_classes})")
+        elif "skipped" in line:
             self.bar.update()
-            return log(
-                f"step {line['step']} skipped, {line['skipped']} so far: {line['nonfinite']}"
-            )
-        if "nonfinite" in line:
-            return
-        classes = lambda key: " ".join(
-            f"{name} {x:.3f}" for name, x in line[key].items() if x is not None
-        )
-        if "val_loss" in line:
-            return log(
-                f"step {line['step']}: validation loss {line['val_loss']:.4f} ({classes('val_loss_by_class')})"
-            )
+            log(f"step {step} skipped, {line['skipped']} so far: {line['nonfinite']}")
+
+    def show_step(self, line: dict, tail: str) -> None:
+        """The bar, or off a terminal the first line, the last, and every so many."""
+        step = line["step"]
+        of_classes = class_means(line["loss_by_class"])
+        supervised = line["supervised_tokens"] / line["tokens"]
         text = (
-            f"loss {line['loss']:.4f} ({classes('loss_by_class')}) lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tokens/s "
-            f"{line['supervised_tokens'] / line['tokens']:.0%} supervised{tail}"
+            f"loss {line['loss']:.4f} ({of_classes}) lr {line['lr']:.2e} "
+            f"{line['tokens_per_s']:,.0f} tokens/s {supervised:.0%} supervised{tail}"
         )
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        if self.bar.disable and (line["step"] % self.every == 0 or line["step"] in (1, self.steps)):
-            print(f"step {line['step']}/{self.steps} {text}", flush=True)
+        is_due = step % self.every == 0 or step in (1, self.steps)
+        if self.bar.disable and is_due:
+            print(f"step {step}/{self.steps} {text}", flush=True)
 
-    def nonfinite(self, step, error, conversations, config):
-        """Log a step that was not taken. Returns why the run must stop, or None where such steps are skipped; the tenth in a row stops it."""
+    def not_taken(
+        self, step: int, error: Exception, conversations: np.ndarray, config: TrainConfig
+    ) -> None:
+        """Write down a step that was not taken because its loss or gradient is not finite.
+
+        ValueError, after the line is written: the run must stop. So it must where --nonfinite says
+        so, and after many such steps in a row.
+        """
         self.in_a_row += 1
-        stop = config.nonfinite == "stop" or self.in_a_row == 10
-        self.skipped += not stop
-        self.write(
-            {"step": step, "nonfinite": str(error), "conversations": conversations.tolist()}
-            | ({} if stop else {"skipped": self.skipped})
-        )
-        if stop:
-            return (
-                f"step {step}: {error}, the run stops{' after 10 such steps in a row' * (self.in_a_row == 10)}; look at conversations "
-                f"{conversations[:8].tolist()}.. of {config.data} (all {len(conversations)} in metrics.jsonl); --nonfinite skip leaves such "
-                "steps out, or begin another --out with a lower --lr"
+        too_many = self.in_a_row == MOST_IN_A_ROW
+        must_stop = too_many or config.nonfinite == "stop"
+        line = {"step": step, "nonfinite": str(error), "conversations": conversations.tolist()}
+        if not must_stop:
+            self.skipped += 1
+            line["skipped"] = self.skipped
+        self.write(line)
+        if must_stop:
+            after = f" after {MOST_IN_A_ROW} such steps in a row" if too_many else ""
+            raise ValueError(
+                f"step {step}: {error}, the run stops{after}; look at conversations "
+                f"{conversations[:NAMED].tolist()}.. of {config.data} (all {len(conversations)} in "
+                "metrics.jsonl); --nonfinite skip leaves such steps out, or begin another --out "
+                "with a lower --lr"
             )
 
 
-def ledger(data, train_on, held_out):
-    trained, held = data.lengths[train_on].sum(), data.lengths[held_out].sum()
+def class_means(means: dict[str, float | None]) -> str:
+    """`GPT4 1.234 GPT3 2.345`: the classes that a step had tokens of."""
+    return " ".join(f"{name} {mean:.3f}" for name, mean in means.items() if mean is not None)
+
+
+def ledger(data, train_on: np.ndarray, held_out: np.ndarray) -> str:
+    """A line that accounts for every token of the prepared file in an epoch."""
+    trained = data.lengths[train_on].sum()
+    supervised = data.supervised[train_on].sum()
+    held = data.lengths[held_out].sum()
     return (
-        f"{len(train_on):,} conversations once each, {trained:,} tokens ({data.supervised[train_on].sum():,} supervised) "
-        f"+ {held:,} held out = {trained + held:,} of the file"
+        f"{len(train_on):,} conversations once each, {trained:,} tokens ({supervised:,} "
+        f"supervised) + {held:,} held out = {trained + held:,} of the file"
     )
 
 
-def log_line(step, data, conversations, tally, norm, lr, seconds):
-    """The line of metrics.jsonl of an optimizer step."""
-    tokens, supervised, weight_sum = (
-        x[conversations].sum().item() for x in (data.lengths, data.supervised, data.weight_sums)
-    )
-    assert sum(tally.count) == supervised, "the step trained on other tokens than were planned"
+def log_line(step, data, conversations, tally, norm, lr, seconds) -> dict:
+    """The line of metrics.jsonl of an optimizer step that used these conversations of the data."""
+    tokens = data.lengths[conversations].sum().item()
+    supervised = data.supervised[conversations].sum().item()
+    weight_sum = data.weight_sums[conversations].sum().item()
+    assert tally.supervised() == supervised, "the step trained on other tokens than were planned"
     return {
         "step": step,
         "loss": tally.loss_sum / weight_sum,
-        "loss_by_class": tally.by_class(data.classes, tally.nll),
-        "accuracy_by_class": tally.by_class(data.classes, tally.correct),
+        **tally.by_class(data.classes),
         "lr": lr,
         "grad_norm": norm,
         "tokens": tokens,
@@ -128,7 +161,7 @@ def log_line(step, data, conversations, tally, norm, lr, seconds):
     }
 
 
-def plot(folder):
+def plot(folder: str | Path) -> None:
     """loss.png from metrics.jsonl."""
     try:
         import matplotlib
@@ -136,6 +169,7 @@ def plot(folder):
         raise ImportError(
             "no loss.png: `pip install matplotlib`, then `python train.py plot DIR`"
         ) from None
+    # a backend that draws into files, so that no display is needed
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -145,24 +179,17 @@ def plot(folder):
     lines = read_metrics(path)
     if not lines:
         raise ValueError(f"{path}: no step in it yet")
+
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for prefix, style in (("", "-"), ("val_", "o--")):
-        for name in next(
-            (line[prefix + "loss_by_class"] for line in lines if prefix + "loss_by_class" in line),
-            (),
-        ):
-            points = [
-                (line["step"], line[prefix + "loss_by_class"][name])
-                for line in lines
-                if prefix + "loss_by_class" in line
-            ]
-            axes.plot(
-                *zip(*points),
-                style,
-                linewidth=1,
-                markersize=3,
-                label=f"{name}, {'held-out prompts' if prefix else 'training'}",
-            )
+    curves = ("loss_by_class", "-", "training"), ("val_loss_by_class", "o--", "held-out prompts")
+    for key, style, where in curves:
+        drawn = [line for line in lines if key in line]
+        names = drawn[0][key] if drawn else []
+        for name in names:
+            steps = [line["step"] for line in drawn]
+            means = [line[key][name] for line in drawn]
+            label = f"{name}, {where}"
+            axes.plot(steps, means, style, linewidth=1, markersize=3, label=label)
     axes.set(xlabel="optimizer step", ylabel="nll per supervised token", title=str(folder))
     axes.legend()
     figure.tight_layout()

@@ -1039,10 +1039,10 @@ torch.set_num_threads(1)
 from model import Config
 from packing import pack
 from recipe import TrainConfig
-from support.budget import memory_parts
+from support.budget import memory_parts, optimizer_state
 from support.hf import RandomWeights, load_weights
 from support.ranks import local_rows, start_group
-from train import Tally, build, train_step
+from train import Tally, build, make_optimizer, train_step
 
 def anon():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
@@ -1066,8 +1066,10 @@ rng = np.random.default_rng(0)
 batch = pack([(rng.integers(0, 32000, 256).astype(np.int32), np.ones(256, np.float32)) for _ in range(4)])
 for _ in range(2):
     train_step(model, optimizer, [batch], cpu, 1020.0, 1.0, Tally(1, cpu))
-parts = memory_parts(c, config, 1)
-print(peak - base, sum(x[c.recompute] if isinstance(x, dict) else x for x in parts.values()))
+probe = torch.nn.Parameter(torch.zeros(4, 4))
+state = optimizer_state(make_optimizer([probe], c))
+parts = memory_parts(c, config, 1, state)
+print(peak - base, sum(size_of[c.recompute] for size_of in parts.values()))
 """
 
 
