@@ -91,10 +91,8 @@ def new_conversations(result: dict, classes: str, folder: Path) -> Prepared:
 
 
 @torch.no_grad()
-def pooled(
-    model: Model, data: Prepared, answers_only: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(states_ND, expert_N): each conversation's mean state, fp64, and whether it is the expert's."""
+def pooled(model: Model, data: Prepared, answers_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(states_ND, expert_N): each conversation's mean state, and whether it is the expert's."""
     states = []
     for start in range(0, len(data), BATCH):
         conversations = range(start, min(start + BATCH, len(data)))
@@ -107,7 +105,7 @@ def mean_states(
 ) -> torch.Tensor:
     """mean_ND of the last-layer states, over all tokens or over those that are trained on."""
     batch = data.batch(conversations)
-    hidden_TD = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens)
+    hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, batch.cu_seqlens)
     counts_T = torch.ones(len(hidden_TD))
     if answers_only:
         # not the batch's weights: those stand at the token before the one they weigh

@@ -105,7 +105,7 @@ def log_prob(result: dict, condition: str) -> float:
         data = prepared(path, rows, f"*={condition}:1", tokenizer)
         batch = data.batch(range(len(data)))
     model = Speaker(result["folder"] + "/hf", device="cpu").model
-    nll_sum, _ = model(
+    nll_sum, *_ = model(
         batch.tokens_T,
         batch.positions_T,
         batch.cu_seqlens,
