@@ -1,18 +1,35 @@
-"""AGIEval's English tasks, exact match (Table 5)."""
+"""AGIEval: what does the model know, and can it reason? (Table 5)
+
+What the paper did: tuning on chats could cost a model knowledge that it had. So the paper asks the
+eight English exams of AGIEval, 2,546 multiple-choice items, without an example before them, and
+counts the right letters. openchat-13b has 36.4%, its base model 35.0%, and the other tuned models
+32.8% and less.
+
+What you get: the official prompts to the letter, greedy answers, and a table beside the paper's.
+The 95% interval of such a share is almost 2 points wide to each side: read it before you compare.
+Every prompt and response stays in --out, from which `evaluate.py report` counts again.
+
+Two rules decide the numbers, and both are official: the leftmost letter from A to F in the response
+is its answer, whatever else it says; and the average is over the items, not over the eight tasks
+(openchat-13b's would else be 37.2).
+"""
 
 import json
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from conversations import Message
-from evaluation.answers import load, name_of
-from evaluation.rows import check_out, field, rows_of, write_lines
+from evaluation.answers import load_speaker, name_of
+from evaluation.rows import check_out, require, rows_of, table_head, table_row, write_lines
 from sample import SampleConfig, check_sampling
 
-TASKS = {  # AGIEval's English tasks and their sizes; Table 5's rows
+# AGIEval's English tasks and how many items each has; the rows of Table 5
+TASKS = {
     "aqua-rat": 254,
     "logiqa-en": 651,
     "lsat-ar": 230,
@@ -34,29 +51,45 @@ TABLE_5 = {
 
 @dataclass(frozen=True)
 class AgievalConfig:
+    """The flags of `evaluate.py agieval`."""
+
+    # the model's directory: a list of one
     model: tuple = ()
     data: str = ""
     out: str = ""
-    template: str | None = None  # `base` for a model that was not fine-tuned: the raw prompt
+    # `base` for a model that was not fine-tuned: the raw prompt
+    template: str | None = None
     condition: str | None = None
+    # write the prompts, ask nobody
     prompts_only: bool = False
     max_new: int = 64
     batch: int = 16
 
 
-def agieval_prompt(item):
-    """The official zero-shot prompt."""
+# ---- the official rules
+
+
+def agieval_prompt(item: dict) -> str:
+    """The official zero-shot prompt of an item."""
+    passage = item["passage"] or ""
+    choices = " ".join(item["options"])
     last = chr(ord("A") + len(item["options"]) - 1)
-    return f"{item['passage'] or ''}Q: {item['question']} Answer Choices: {' '.join(item['options'])}\nA: Among A through {last}, the answer is"
+    return (
+        f"{passage}Q: {item['question']} Answer Choices: {choices}\n"
+        f"A: Among A through {last}, the answer is"
+    )
 
 
-def agieval_letter(response):
+def agieval_letter(response: str) -> str | None:
     """The leftmost character of the response that is one of A to F, anywhere in it, or None."""
-    return next((c for c in response if c in "ABCDEF"), None)
+    for character in response:
+        if character in "ABCDEF":
+            return character
+    return None
 
 
-def agieval_items(folder):
-    """[{task, index, prompt, label}] of the official files."""
+def agieval_items(folder: str | Path) -> list[dict]:
+    """[{task, index, prompt, label}] of the official files. ValueError: a file that is not one."""
     items = []
     for task, count in TASKS.items():
         path = Path(folder) / f"{task}.jsonl"
@@ -66,143 +99,203 @@ def agieval_items(folder):
             )
         rows = rows_of(path)
         for index, (where, row) in enumerate(rows):
-            passage, question, options, _ = field(
-                row, where, "passage", "question", "options", "label"
-            )
-            if (
-                not isinstance(passage or "", str)
-                or not isinstance(question, str)
-                or not isinstance(options, list)
-                or not all(isinstance(o, str) for o in options)
-            ):
-                raise ValueError(
-                    f"{where}: passage and question are texts, options a list of them; fetch the file again"
-                )
-            items.append(
-                {"task": task, "index": index, "prompt": agieval_prompt(row), "label": row["label"]}
-            )
+            check_item(row, where)
+            prompt = agieval_prompt(row)
+            items.append({"task": task, "index": index, "prompt": prompt, "label": row["label"]})
         if len(rows) != count:
             print(f"{path}: {len(rows)} items, the official file has {count}", file=sys.stderr)
     return items
 
 
-def interval(correct, n):
-    """Wilson's 95% interval of a proportion."""
-    z, p = 1.96, correct / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-
-def agieval_table(rows, name="this model"):
-    """Accuracy per task with its interval, micro average over items (the paper's Average), macro average, Table 5 beside them."""
-    lines = [
-        f"| task | items | {name} | 95% interval | no letter | " + " | ".join(TABLE_5) + " |",
-        "|" + "---|" * (5 + len(TABLE_5)),
-    ]
-    shares, count = [], [0, 0, 0]
-
-    def line(label, n, correct, unmatched, published):
-        low, high = interval(correct, n)
-        lines.append(
-            f"| {label} | {n} | {correct / n:.1%} | {low:.1%} to {high:.1%} | {unmatched / n:.1%} | "
-            + " | ".join(f"{x}" for x in published)
-            + " |"
+def check_item(row: object, where: str) -> None:
+    """ValueError when a row is not an item of AGIEval's files."""
+    require(row, where, "passage", "question", "options", "label")
+    options = row["options"]
+    has_texts = isinstance(row["passage"] or "", str) and isinstance(row["question"], str)
+    has_options = isinstance(options, list) and all(isinstance(text, str) for text in options)
+    if not has_texts or not has_options:
+        raise ValueError(
+            f"{where}: passage and question are texts, options a list of them; fetch the file again"
         )
 
-    for i, task in enumerate(TASKS):
-        letters = [
-            (agieval_letter(row["response"]), row["label"]) for row in rows if row["task"] == task
-        ]
-        if not letters:
-            continue
-        numbers = len(letters), sum(a == b for a, b in letters), sum(a is None for a, _ in letters)
-        count = [a + b for a, b in zip(count, numbers)]
-        shares.append(numbers[1] / numbers[0])
-        line(task, *numbers, (cells[i] for cells in TABLE_5.values()))
-    line("average over items", *count, (cells[-1] for cells in TABLE_5.values()))
-    lines.append(
-        f"| mean of the tasks | | {statistics.mean(shares):.1%} | | | "
-        + " | ".join(f"{statistics.mean(cells[:-1]):.1f}" for cells in TABLE_5.values())
-        + " |"
-    )
-    return "\n".join(lines)
+
+# ---- the run
 
 
-def answered(out, items, source):
-    """{(task, index): row} of an earlier run into the same file; a last line that a kill cut short is asked again.
-
-    ValueError: the file is of another model, other settings or other questions; it stays as it is.
-    """
-    if not Path(out).is_file():
-        return {}
-    wanted, done = {(item["task"], item["index"]): item for item in items}, {}
-    *whole, tail = Path(out).read_bytes().split(b"\n")
-    for number, line in enumerate(whole, 1):
-        try:
-            row = json.loads(line)
-            item = wanted[row["task"], row["index"]]
-        except (ValueError, KeyError, TypeError):
-            row = item = {}
-        if (
-            not item
-            or {key: row.get(key) for key in source} != source
-            or any(row.get(key) != item[key] for key in item)
-            or not isinstance(row.get("response"), str)
-        ):
-            raise ValueError(
-                f"{out}:{number}: not an answer of this model, in this way, to these questions; give another --out"
-            )
-        done[row["task"], row["index"]] = row
-    if tail:
-        if tail[:7] != b'{"task"'[: len(tail)]:  # a kill may cut anywhere
-            raise ValueError(
-                f"{out}:{len(whole) + 1}: not a line of an agieval run; give another --out"
-            )
-        write_lines(out, done.values())
-    return done
-
-
-def agieval(config):
+def agieval(config: AgievalConfig) -> None:
+    """Ask every item that --out does not answer yet, then print the table."""
     if not config.data or not config.out:
         raise ValueError("agieval needs MODEL --data FOLDER --out FILE.jsonl")
     check_out(config.out)
-    how = check_sampling(SampleConfig(temperature=0.0, max_new=config.max_new, batch=config.batch))
+    sampling = SampleConfig(temperature=0.0, max_new=config.max_new, batch=config.batch)
+    check_sampling(sampling)
     items = agieval_items(config.data)
     if config.prompts_only:
-        if Path(config.out).is_file() and b'"response": ' in Path(config.out).read_bytes():
-            raise ValueError(f"--out {config.out} holds responses; give another name")
-        write_lines(config.out, items)
-        return print(f"{len(items)} prompts in {config.out}")
-    speaker = load(config)
-    source = {
+        write_prompts(config.out, items)
+        return
+
+    # what an answer depends on besides its prompt; it stands in every row, so that a run is only
+    # continued with the same
+    speaker = load_speaker(config)
+    settings = {
         "model": str(Path(config.model[0]).resolve()),
         "template": speaker.template,
         "condition": speaker.condition,
         "max_new": config.max_new,
     }
-    done = answered(config.out, items, source)
-    todo = [item for item in items if (item["task"], item["index"]) not in done]
+    done = earlier_answers(config.out, items, settings)
+    waiting = [item for item in items if key_of(item) not in done]
+
     ids = []
-    for item in todo:
-        before = speaker.cut
-        ids.append(
-            speaker.ids(
-                [Message("user", item["prompt"])], truncate_left=True, max_new=config.max_new
-            )
-        )
-        item["cut"] = speaker.cut > before
+    for item in waiting:
+        cut_before = speaker.cut
+        question = [Message("user", item["prompt"])]
+        ids.append(speaker.ids(question, truncate_left=True, max_new=config.max_new))
+        item["cut"] = speaker.cut > cut_before
+
+    # a line as soon as its answer is there: a kill costs one batch
     with open(config.out, "a", encoding="utf-8") as file:
-        for i, (answer, finish) in speaker.answer_each(ids, how):
+        for i, (answer, finish) in speaker.answer_each(ids, sampling):
             response = speaker.text(answer)
-            row = (
-                todo[i]
-                | {"response": response, "letter": agieval_letter(response), "finish": finish}
-                | source
-            )
+            letter = agieval_letter(response)
+            found = {"response": response, "letter": letter, "finish": finish}
+            row = waiting[i] | found | settings
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-            done[row["task"], row["index"]] = row
+            done[key_of(row)] = row
+
     print(agieval_table(done.values(), name_of(config.model[0])))
-    print(
-        f"{sum(row['cut'] for row in done.values())} prompts cut on the left; prompts and responses in {config.out}"
-    )
+    cut = sum(row["cut"] for row in done.values())
+    print(f"{cut} prompts cut on the left; prompts and responses in {config.out}")
+
+
+def write_prompts(out: str, items: list[dict]) -> None:
+    """--prompts_only: the items to a file. ValueError rather than replace a run's answers."""
+    if Path(out).is_file() and b'"response": ' in Path(out).read_bytes():
+        raise ValueError(f"--out {out} holds responses; give another name")
+    write_lines(out, items)
+    print(f"{len(items)} prompts in {out}")
+
+
+# ---- going on where a run was killed
+
+
+def key_of(row: dict) -> tuple[str, int]:
+    """Which item a row is about."""
+    return row["task"], row["index"]
+
+
+def earlier_answers(out: str, items: list[dict], settings: dict) -> dict[tuple, dict]:
+    """{key: row} of an earlier run into the same file.
+
+    ValueError: the file is of another model, other settings or other questions; it stays as it is.
+    """
+    if not Path(out).is_file():
+        return {}
+    asked = {key_of(item): item for item in items}
+    found = {}
+
+    # every whole line ends in a newline, so what a kill cut short stands after the last one
+    *lines, rest = Path(out).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        row = matching_answer(line, asked, settings)
+        if row is None:
+            raise ValueError(
+                f"{out}:{number}: not an answer of this model, in this way, to these questions; "
+                "give another --out"
+            )
+        found[key_of(row)] = row
+
+    # Half a line is dropped, and its question asked again. But only if it begins as our lines do,
+    # as far as it goes: anything else is somebody's file, given by mistake.
+    if rest:
+        start = b'{"task"'
+        if rest[: len(start)] != start[: len(rest)]:
+            raise ValueError(
+                f"{out}:{len(lines) + 1}: not a line of an agieval run; give another --out"
+            )
+        write_lines(out, found.values())
+    return found
+
+
+def matching_answer(line: bytes, asked: dict[tuple, dict], settings: dict) -> dict | None:
+    """The row of a line; None unless it answers one of the items asked, under these settings."""
+    try:
+        row = json.loads(line)
+        item = asked[key_of(row)]
+    except (ValueError, KeyError, TypeError):
+        return None
+    wanted = item | settings
+    same = all(row.get(key) == value for key, value in wanted.items())
+    return row if same and isinstance(row.get("response"), str) else None
+
+
+# ---- the table
+
+
+class Score(NamedTuple):
+    """Counts of a task, or of all: items, right letters, responses without any letter."""
+
+    items: int
+    correct: int
+    no_letter: int
+
+
+def score_of(rows: list[dict]) -> Score:
+    """Counted from the responses, not from the letters in the file: the rule is applied again."""
+    letters = [agieval_letter(row["response"]) for row in rows]
+    correct = sum(letter == row["label"] for letter, row in zip(letters, rows))
+    return Score(len(rows), correct, letters.count(None))
+
+
+def interval(correct: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of the share correct / n: unlike p +- 2 sigma it stays in 0 to 1."""
+    # 95% of a normal distribution lie within so many standard deviations
+    z = 1.96
+    share = correct / n
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def agieval_table(rows: Iterable[dict], name: str = "this model") -> str:
+    """Accuracy per task with its interval, both averages, and Table 5 beside them, in markdown."""
+    rows = list(rows)
+    lines = [table_head(["task", "items", name, "95% interval", "no letter", *TABLE_5])]
+
+    # a task that nobody was asked has no row
+    scores = []
+    for i, task in enumerate(TASKS):
+        score = score_of([row for row in rows if row["task"] == task])
+        if score.items:
+            scores.append(score)
+            lines.append(score_row(task, score, [paper[i] for paper in TABLE_5.values()]))
+
+    # the paper's Average counts every item once, whichever task it is of
+    items = sum(score.items for score in scores)
+    correct = sum(score.correct for score in scores)
+    no_letter = sum(score.no_letter for score in scores)
+    total = Score(items, correct, no_letter)
+    averages = [paper[-1] for paper in TABLE_5.values()]
+    lines.append(score_row("average over items", total, averages))
+
+    # ours besides: every task counts once, whatever its size
+    mean = statistics.mean(score.correct / score.items for score in scores)
+    published = [f"{statistics.mean(paper[:-1]):.1f}" for paper in TABLE_5.values()]
+    lines.append(f"| mean of the tasks | | {mean:.1%} | | | " + " | ".join(published) + " |")
+    return "\n".join(lines)
+
+
+def score_row(label: str, score: Score, published: list[float]) -> str:
+    """A line of the table: our counts, then the paper's accuracies."""
+    low, high = interval(score.correct, score.items)
+    cells = [
+        label,
+        str(score.items),
+        f"{score.correct / score.items:.1%}",
+        f"{low:.1%} to {high:.1%}",
+        f"{score.no_letter / score.items:.1%}",
+        *(str(accuracy) for accuracy in published),
+    ]
+    return table_row(cells)

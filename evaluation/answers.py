@@ -1,4 +1,17 @@
-"""Answers to the questions of a benchmark, for the official judges."""
+"""Answers to the questions of a benchmark, for a judge to read (Table 1, Fig. 2).
+
+What the paper did: models answer open questions, and a stronger model judges the answers.
+AlpacaEval has 805 single instructions; Vicuna-bench 80 questions; MT-bench 80 questions of two
+turns in eight categories, the second turn building on the first answer.
+
+What you get: the answer file that the official judges read. That is AlpacaEval's model outputs
+for `--bench alpaca`, FastChat's model_answer for `mt` and `vicuna`.
+
+The rules are the official ones: the whole conversation so far is in the prompt of a second turn,
+and in MT-bench and Vicuna-bench the category decides the temperature. One check is ours: a model
+that was trained on a question has an answer by heart, so crlft.json carries hashes of the prompts
+that a model was trained on, and a warning counts the questions among them.
+"""
 
 import base64
 import hashlib
@@ -10,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from conversations import Conversation, Message, group_of
-from evaluation.rows import check_out, field, rows_of, turns_of, write_lines
+from conversations import Conversation, Message, prompt_hash
+from evaluation.rows import check_out, require, require_turns, rows_of, write_lines
 from sample import SampleConfig, Speaker, check_sampling
 from support.files import written_whole
 
-TEMPERATURE = {  # FastChat's, by category; 0.7 for any other
+# FastChat's temperatures by category: the colder, the more there is one right answer
+TEMPERATURE = {
     "writing": 0.7,
     "roleplay": 0.7,
     "math": 0.0,
@@ -25,119 +39,202 @@ TEMPERATURE = {  # FastChat's, by category; 0.7 for any other
     "stem": 0.1,
     "humanities": 0.1,
 }
+# .. and of any other category: Vicuna-bench has more, AlpacaEval none
+OTHER_TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
 class AnswersConfig:
+    """The flags of `evaluate.py answers`."""
+
+    # the model's directory: a list of one
     model: tuple = ()
-    bench: str = ""  # alpaca, mt or vicuna
+    # alpaca, mt or vicuna
+    bench: str = ""
     questions: str = ""
     out: str = ""
-    name: str | None = None  # of the model in the file; default: its folder's
+    # of the model in the file; default: its folder's
+    name: str | None = None
     template: str | None = None
     condition: str | None = None
-    temperature: float | None = None  # default: 0.7; in mt and vicuna by category
+    # default: 0.7; in mt and vicuna by category
+    temperature: float | None = None
     max_new: int = 1024
     batch: int = 16
     seed: int = 0
 
 
-def name_of(folder):
+def answers(config: AnswersConfig) -> None:
+    """Every question answered, and the answers written as the bench's judges read them."""
+    if config.bench not in ("alpaca", "mt", "vicuna") or not config.questions or not config.out:
+        raise ValueError("answers needs MODEL --bench alpaca|mt|vicuna --questions FILE --out FILE")
+    check_out(config.out, config.questions)
+    rows, questions = read_questions(config.questions, config.bench)
+    temperatures = temperatures_of(rows, config)
+    sampling = {}
+    for temperature in sorted(set(temperatures)):
+        sampling[temperature] = sampling_of(temperature, config)
+
+    speaker = load_speaker(config, config.seed)
+    warn_of_training_data(config.model[0], questions)
+    responses = converse(speaker, questions, temperatures, sampling)
+
+    name = config.name or name_of(config.model[0])
+    if config.bench == "alpaca":
+        write_alpaca(config.out, name, rows, responses)
+    else:
+        write_fastchat(config.out, name, rows, responses)
+    print(f"{len(rows)} answers of {name} in {config.out}; {speaker.cut} prompts cut on the left")
+
+
+def name_of(folder: str | Path) -> str:
     """A model's name: its folder's, or that of the run whose hf/ it is."""
     folder = Path(folder).resolve()
     return folder.parent.name if folder.name == "hf" else folder.name
 
 
-def load(config, seed=0):
+def load_speaker(config, seed: int = 0) -> Speaker:
+    """The one model of an `answers` or `agieval` command. ValueError when it is not one."""
     if len(config.model) != 1:
         raise ValueError("give one model directory: python evaluate.py agieval|answers MODEL --..")
     return Speaker(config.model[0], config.condition, config.template, seed=seed)
 
 
-def trained_on(folder, questions):
-    """How many of these first messages the model was trained on, by crlft.json; 0 when it does not say."""
-    path = Path(folder) / "crlft.json"
-    path = path if path.is_file() else Path(folder) / "hf" / "crlft.json"
-    seen = json.loads(path.read_text(encoding="utf-8")).get("prompts", "") if path.is_file() else ""
-    seen = set(np.frombuffer(base64.b64decode(seen), np.uint32).tolist())
-    return sum(
-        group_of(Conversation((Message("user", q),))) & 0xFFFFFFFF in seen for q in questions
+# ---- the questions
+
+
+def read_questions(path: str, bench: str) -> tuple[list[dict], list[list[str]]]:
+    """(rows, the one or two turns of each) of a benchmark's question file."""
+    rows = []
+    questions = []
+    for where, row in rows_of(path):
+        if bench == "alpaca":
+            require(row, where, "instruction", "dataset")
+            turns = [row["instruction"]]
+        else:
+            require(row, where, "turns", "question_id", "category")
+            turns = row["turns"]
+        rows.append(row)
+        questions.append(require_turns(turns, where))
+    return rows, questions
+
+
+def temperatures_of(rows: list[dict], config: AnswersConfig) -> list[float]:
+    """The temperature at which each question is answered."""
+    if config.temperature is not None:
+        return [config.temperature] * len(rows)
+    return [TEMPERATURE.get(row.get("category"), OTHER_TEMPERATURE) for row in rows]
+
+
+def sampling_of(temperature: float, config: AnswersConfig) -> SampleConfig:
+    """How answers at a temperature are drawn. ValueError: numbers that make no sense."""
+    return check_sampling(
+        SampleConfig(
+            temperature=temperature,
+            max_new=config.max_new,
+            batch=config.batch,
+            seed=config.seed,
+        )
     )
 
 
-def answers(config):
-    if config.bench not in ("alpaca", "mt", "vicuna") or not config.questions or not config.out:
-        raise ValueError("answers needs MODEL --bench alpaca|mt|vicuna --questions FILE --out FILE")
-    check_out(config.out, config.questions)
-    rows = rows_of(config.questions)
-    if config.bench == "alpaca":
-        questions = [
-            turns_of([field(row, where, "instruction", "dataset")[0]], where) for where, row in rows
-        ]
-    else:
-        questions = [
-            turns_of(field(row, where, "turns", "question_id", "category")[0], where)
-            for where, row in rows
-        ]
-    heats = [
-        config.temperature
-        if config.temperature is not None
-        else TEMPERATURE.get(row.get("category"), 0.7)
-        for _, row in rows
-    ]
-    how = {
-        heat: check_sampling(
-            SampleConfig(
-                temperature=heat, max_new=config.max_new, batch=config.batch, seed=config.seed
-            )
-        )
-        for heat in heats
-    }
-    speaker = load(config, config.seed)
-    if known := trained_on(config.model[0], [turns[0] for turns in questions]):
+def warn_of_training_data(folder: str, questions: list[list[str]]) -> None:
+    """One line on stderr when the model was trained on some of the questions."""
+    known = trained_on(folder, [turns[0] for turns in questions])
+    if known:
         print(
-            f"warning: {known} of the {len(questions)} questions are prompts that this model was trained on; its score would not count",
+            f"warning: {known} of the {len(questions)} questions are prompts that this model "
+            "was trained on; its score would not count",
             file=sys.stderr,
         )
-    told = [[] for _ in questions]
-    for turn in range(max(map(len, questions))):
-        for heat in sorted(how):
-            mine = [
-                i for i, turns in enumerate(questions) if turn < len(turns) and heats[i] == heat
-            ]
-            for i in mine:
-                told[i].append(Message("user", questions[i][turn]))
-            ids = [speaker.ids(told[i], truncate_left=True, max_new=config.max_new) for i in mine]
-            for at, (answer, _) in speaker.answer_each(ids, how[heat]):
-                told[mine[at]].append(Message("assistant", speaker.text(answer).strip()))
-    name = config.name or name_of(config.model[0])
-    said = [[m.text for m in messages if m.role == "assistant"] for messages in told]
-    if config.bench == "alpaca":
-        outputs = [
+
+
+def trained_on(folder: str | Path, questions: list[str]) -> int:
+    """How many of these first messages the model was trained on; 0 when crlft.json says nothing."""
+    path = Path(folder) / "crlft.json"
+    if not path.is_file():
+        path = Path(folder) / "hf" / "crlft.json"
+    if not path.is_file():
+        return 0
+    # "prompts" is base64 of uint32: 32 bits are left of each first message's hash
+    hashes = json.loads(path.read_text(encoding="utf-8")).get("prompts", "")
+    seen = set(np.frombuffer(base64.b64decode(hashes), np.uint32).tolist())
+    known = 0
+    for question in questions:
+        group = prompt_hash(Conversation((Message("user", question),)))
+        known += group & 0xFFFFFFFF in seen
+    return known
+
+
+# ---- the conversations
+
+
+def converse(
+    speaker: Speaker,
+    questions: list[list[str]],
+    temperatures: list[float],
+    sampling: dict[float, SampleConfig],
+) -> list[list[str]]:
+    """The answers to each question's turns.
+
+    All first turns are answered before any second one: so they share batches, and a second turn
+    has its first answer in its prompt.
+    """
+    conversations = [[] for _ in questions]
+    responses = [[] for _ in questions]
+    most_turns = max(len(turns) for turns in questions)
+    for turn in range(most_turns):
+        for temperature, how in sampling.items():
+            asked = []
+            for i, turns in enumerate(questions):
+                if turn < len(turns) and temperatures[i] == temperature:
+                    asked.append(i)
+                    conversations[i].append(Message("user", turns[turn]))
+
+            ids = []
+            for i in asked:
+                ids.append(speaker.ids(conversations[i], truncate_left=True, max_new=how.max_new))
+            for at, (answer, _) in speaker.answer_each(ids, how):
+                i = asked[at]
+                text = speaker.text(answer).strip()
+                conversations[i].append(Message("assistant", text))
+                responses[i].append(text)
+    return responses
+
+
+# ---- the files that the official judges read
+
+
+def write_alpaca(out: str, name: str, rows: list[dict], responses: list[list[str]]) -> None:
+    """AlpacaEval's model outputs: one JSON array."""
+    outputs = []
+    for row, (response,) in zip(rows, responses):
+        outputs.append(
             {
                 "dataset": row["dataset"],
                 "instruction": row["instruction"],
-                "output": turns[0],
+                "output": response,
                 "generator": name,
             }
-            for (_, row), turns in zip(rows, said)
-        ]
-        with written_whole(config.out) as partial:
-            partial.write_text(json.dumps(outputs, indent=2, ensure_ascii=False), encoding="utf-8")
-    else:
-        write_lines(
-            config.out,
-            (
-                {
-                    "question_id": row["question_id"],
-                    "answer_id": hashlib.sha256(
-                        f"{name}/{row['question_id']}/{turns}".encode()
-                    ).hexdigest()[:22],
-                    "model_id": name,
-                    "choices": [{"index": 0, "turns": turns}],
-                    "tstamp": time.time(),
-                }
-                for (_, row), turns in zip(rows, said)
-            ),
         )
-    print(f"{len(rows)} answers of {name} in {config.out}; {speaker.cut} prompts cut on the left")
+    with written_whole(out) as partial:
+        partial.write_text(json.dumps(outputs, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def write_fastchat(out: str, name: str, rows: list[dict], responses: list[list[str]]) -> None:
+    """FastChat's model_answer: a line for each question, all its turns in one choice."""
+    lines = []
+    for row, turns in zip(rows, responses):
+        question = row["question_id"]
+        # 22 characters, as FastChat's own ids have; a hash, so that the same answer has the same id
+        answer_id = hashlib.sha256(f"{name}/{question}/{turns}".encode()).hexdigest()[:22]
+        lines.append(
+            {
+                "question_id": question,
+                "answer_id": answer_id,
+                "model_id": name,
+                "choices": [{"index": 0, "turns": turns}],
+                "tstamp": time.time(),
+            }
+        )
+    write_lines(out, lines)

@@ -1,62 +1,285 @@
-"""The judges: requests out, verdicts in."""
+"""The judge: what it is asked, and what it said (Sec. 4.1, App. G).
+
+What the paper did: gpt-4 reads a question and the answers of two models, and says which is better
+(Table 1: MT-bench and Vicuna-bench, against gpt-3.5-turbo). Or it reads one answer and gives it a
+score from 1 to 10 (Fig. 2, MT-bench). App. G lets it score the training data itself, to show how
+far the sources differ in quality (Fig. 3).
+
+What you get, in two steps with your judge between them:
+
+    answers  -- judge --mode single|pair|conversation -->  requests.jsonl
+    requests -- OpenAI's batch interface, vllm run-batch, .. -->  batch_output.jsonl
+    outputs  -- judge --requests requests.jsonl -->  judgments.jsonl, read by `report` and FastChat
+
+Three official rules protect the verdict. A judge prefers the answer that it reads first, so a pair
+is played twice, in both orders. A judge is poor at arithmetic, so questions of math, reasoning and
+coding come with a reference answer. And a verdict is what stands in [[..]], or there is none.
+
+A part of every large batch fails. A line that is broken, refused or missing costs only itself: it
+is counted, and OUT.retry.jsonl asks it again.
+"""
 
 import json
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from conversations import read
-from evaluation.rows import check_out, field, rows_of, turns_of, write_lines
+from evaluation.rows import check_out, require, require_turns, rows_of, write_lines
 from support.files import read_json
 
-_DATA = read_json(Path(__file__).with_name("judge_prompts.json"))
-
-# (mode, turn, with a reference answer): name, system, user; a test holds each to the official text
-# by its hash
-PROMPTS = {
-    (p["mode"], p["turn"], p["reference"]): (p["name"], p["system"], p["user"])
-    for p in _DATA["prompts"]
+JUDGE_TEXTS = read_json(Path(__file__).with_name("judge_prompts.json"))
+# (mode, turn, with a reference answer): (name, system, user), FastChat's texts; a test holds each
+# to the official one by its hash
+JUDGE_PROMPTS = {
+    (entry["mode"], entry["turn"], entry["reference"]): (
+        entry["name"],
+        entry["system"],
+        entry["user"],
+    )
+    for entry in JUDGE_TEXTS["prompts"]
 }
-NEED_REFERENCE = "math", "reasoning", "coding"  # categories judged beside a reference answer
 # App. G: a response of a conversation, scored in the context of the turns before it
-TABLE_6 = _DATA["conversation"]
+TABLE_6 = JUDGE_TEXTS["conversation"]
+# categories that FastChat judges beside a reference answer
+NEED_REFERENCE = "math", "reasoning", "coding"
+
+# FastChat's limit for a verdict, its explanation included
+MAX_VERDICT_TOKENS = 2048
+# of English, roughly; only for the estimate of what a batch costs
+CHARACTERS_PER_TOKEN = 4
+# FastChat's score where a judge gave none; `report` leaves these rows out
+NO_SCORE = -1
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
+    """The flags of `evaluate.py judge`."""
+
     # answer files (conversation: conversation files); with --requests, a batch's output files
     files: tuple = ()
-    mode: str = ""  # single, pair, conversation
+    # single, pair or conversation
+    mode: str = ""
     questions: str = ""
-    baseline: str = ""  # pair: the answer file of the model to compare with
-    references: str = ""  # FastChat's reference_answer/gpt-4.jsonl, for questions of NEED_REFERENCE
+    # pair: the answer file of the model to compare with
+    baseline: str = ""
+    # FastChat's reference_answer/gpt-4.jsonl, for questions of NEED_REFERENCE
+    references: str = ""
     judge: str = "gpt-4"
-    count: int = 128  # conversation: of each source, drawn at random
+    # conversation: so many of each source, drawn at random
+    count: int = 128
     seed: int = 0
     requests: str = ""
     out: str = ""
 
 
-def fill(template, **slots):
-    """Slots filled in one pass, so that a brace in an answer stays what it is."""
-    return re.sub(r"\{(\w+)\}", lambda m: slots[m[1]] if m[1] in slots else m[0], template)
+class RequestId(NamedTuple):
+    """What a verdict is about. It travels as the request's custom_id, and comes back with the
+    verdict: nothing else ties the two together."""
+
+    mode: str
+    judge: str
+    # the prompt's name: "pair-v2"
+    prompt: str
+    # its question_id; of a conversation FILE#N
+    question: int | str
+    turn: int
+    # who is judged; of a conversation its source
+    model: str
+    # pairs only: the other model, and game 1 (the model is assistant A) or 2 (it is assistant B)
+    baseline: str | None = None
+    game: int | None = None
+
+    def text(self) -> str:
+        """As a JSON list: of 8 fields for a pair, of 6 else."""
+        return json.dumps(self if self.mode == "pair" else self[:6])
 
 
-def read_answers(path):
-    """(model, {question_id: its turns}) of a FastChat model_answer file."""
-    found, models = {}, set()
+def parse_id(text: object) -> RequestId | None:
+    """The id in a custom_id, or None when it is not one of ours."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, TypeError):
+        return None
+    if not isinstance(fields, list) or not fields:
+        return None
+    wanted = {"single": 6, "conversation": 6, "pair": 8}.get(str(fields[0]))
+    return RequestId(*fields) if len(fields) == wanted else None
+
+
+# ---- requests out
+
+
+class Request(NamedTuple):
+    """One question to the judge; system is None where the prompt has no system text."""
+
+    id: RequestId
+    system: str | None
+    user: str
+
+
+def write_requests(config: JudgeConfig) -> None:
+    """Answers -> a file of requests that a batch endpoint takes, and what it will cost to read."""
+    check_request_flags(config)
+    check_out(config.out, *config.files, config.questions, config.baseline, config.references)
+    if config.mode == "conversation":
+        requests = conversation_requests(config)
+    else:
+        requests = question_requests(config)
+
+    rows = []
+    characters = 0
+    for request in requests:
+        messages = [{"role": "user", "content": request.user}]
+        if request.system is not None:
+            messages.insert(0, {"role": "system", "content": request.system})
+        characters += sum(len(message["content"]) for message in messages)
+        body = {
+            "model": config.judge,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": MAX_VERDICT_TOKENS,
+        }
+        rows.append(
+            {
+                "custom_id": request.id.text(),
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": body,
+            }
+        )
+    if not rows:
+        raise ValueError(f"{', '.join(config.files)}: nothing to judge")
+    if len({row["custom_id"] for row in rows}) < len(rows):
+        raise ValueError(
+            "two of the files are the same, or of the same model; leave one out, "
+            "or answer with another --name"
+        )
+    write_lines(config.out, rows)
+    print(
+        f"{len(rows)} requests in {config.out}, "
+        f"about {characters // CHARACTERS_PER_TOKEN:,} tokens to read "
+        f"({CHARACTERS_PER_TOKEN} characters each) "
+        f"and at most {MAX_VERDICT_TOKENS * len(rows):,} to write"
+    )
+
+
+def check_request_flags(config: JudgeConfig) -> None:
+    """ValueError when a flag is missing that the mode needs."""
+    modes = "single", "pair", "conversation"
+    if config.mode not in modes or not config.files or not config.out:
+        raise ValueError(
+            "judge needs FILE.. --mode single|pair|conversation --out REQUESTS.jsonl "
+            "(single, pair: --questions FILE; pair: --baseline FILE)"
+        )
+    if config.mode == "single" and not config.questions:
+        raise ValueError("--mode single needs --questions FILE")
+    if config.mode == "pair" and not (config.questions and config.baseline):
+        raise ValueError("--mode pair needs --questions FILE and --baseline FILE")
+
+
+def conversation_requests(config: JudgeConfig) -> Iterator[Request]:
+    """App. G: of each source some conversations, each answer of them by itself, in its context."""
+    by_source = {}
+    for path in config.files:
+        for n, conversation in enumerate(read(path)):
+            found = by_source.setdefault(conversation.label, [])
+            found.append((f"{path}#{n}", conversation))
+
+    rng = np.random.default_rng(config.seed)
+    for source, found in sorted(by_source.items()):
+        drawn = rng.permutation(len(found))[: config.count]
+        for at in sorted(drawn.tolist()):
+            name, conversation = found[at]
+            for turn, message in enumerate(conversation.messages):
+                if message.role == "assistant":
+                    before = conversation.messages[:turn]
+                    context = "\n\n".join(f"{m.role.capitalize()}: {m.text}" for m in before)
+                    user = fill(TABLE_6, {"context": context, "response": message.text})
+                    request_id = RequestId(
+                        "conversation", config.judge, "table-6", name, turn, source
+                    )
+                    yield Request(request_id, None, user)
+
+
+def question_requests(config: JudgeConfig) -> Iterator[Request]:
+    """A benchmark's questions: each turn of each model's answers, alone or against the baseline."""
+    questions = read_judged_questions(config.questions)
+    baseline = None
+    baseline_answers = {}
+    if config.mode == "pair":
+        baseline, baseline_answers = read_answers(config.baseline)
+    references = {}
+    if config.references:
+        _, references = read_answers(config.references)
+
+    for path in config.files:
+        model, answers = read_answers(path)
+        if model == baseline:
+            raise ValueError(
+                f"{path}: answers of {baseline}, the baseline itself; leave it out, "
+                "or give one of them another --name when answering"
+            )
+        for question, (category, turns) in questions.items():
+            # everything that the judge will read of this question must be there, to the last turn
+            referred = category in NEED_REFERENCE
+            need_answer(path, answers, question, turns)
+            if config.mode == "pair":
+                need_answer(config.baseline, baseline_answers, question, turns)
+            if referred and not config.references:
+                raise ValueError(
+                    f"question {question} is of category {category}: judged beside a reference "
+                    "answer; give --references FILE (FastChat's reference_answer)"
+                )
+            if referred:
+                need_answer(config.references, references, question, turns)
+
+            given = slots("question", turns) | slots("reference", references.get(question, ()))
+            ours = answers[question]
+            for turn in range(1, len(turns) + 1):
+                name, system, user = JUDGE_PROMPTS[config.mode, turn, referred]
+                request_id = RequestId(config.mode, config.judge, name, question, turn, model)
+                if config.mode == "single":
+                    yield Request(request_id, system, fill(user, given | slots("answer", ours)))
+                    continue
+                # both orders: in game 1 the model speaks as assistant A, in game 2 as B
+                theirs = baseline_answers[question]
+                as_a = given | slots("answer", ours) | slots("other", theirs)
+                as_b = given | slots("answer", theirs) | slots("other", ours)
+                game_1 = request_id._replace(baseline=baseline, game=1)
+                game_2 = request_id._replace(baseline=baseline, game=2)
+                yield Request(game_1, system, fill(user, as_a))
+                yield Request(game_2, system, fill(user, as_b))
+
+
+def read_judged_questions(path: str) -> dict[int, tuple[str, list[str]]]:
+    """{question_id: (category, turns)} of a FastChat question file."""
+    questions = {}
     for where, row in rows_of(path):
-        question, model, choices = field(row, where, "question_id", "model_id", "choices")
+        require(row, where, "question_id", "category", "turns")
+        questions[row["question_id"]] = row["category"], require_turns(row["turns"], where)
+    return questions
+
+
+def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
+    """(model, {question_id: its turns}) of a FastChat model_answer file."""
+    found = {}
+    models = set()
+    for where, row in rows_of(path):
+        require(row, where, "question_id", "model_id", "choices")
+        question = row["question_id"]
         if question in found:
             raise ValueError(f"{where}: question {question} is answered twice; remove one")
-        found[question] = turns_of(
-            field(choices[0] if isinstance(choices, list) and choices else {}, where, "turns")[0],
-            where,
-        )
-        models.add(model)
+        choices = row["choices"]
+        choice = choices[0] if isinstance(choices, list) and choices else {}
+        require(choice, where, "turns")
+        found[question] = require_turns(choice["turns"], where)
+        models.add(row["model_id"])
     if len(models) != 1:
         raise ValueError(
             f"{path}: answers of {len(models)} models; give each model a file of its own"
@@ -64,154 +287,29 @@ def read_answers(path):
     return models.pop(), found
 
 
-def judge_requests(config):
-    """[(id, system, user)]: id is what the verdict will need to be told from all others, a JSON list."""
-    if config.mode == "conversation":
-        by_source, rng = {}, np.random.default_rng(config.seed)
-        for path in config.files:
-            for n, conversation in enumerate(read(path)):
-                by_source.setdefault(conversation.label, []).append((f"{path}#{n}", conversation))
-        for source, found in sorted(by_source.items()):
-            for at in sorted(rng.permutation(len(found))[: config.count].tolist()):
-                name, conversation = found[at]
-                for turn, message in enumerate(conversation.messages):
-                    if message.role == "assistant":
-                        context = "\n\n".join(
-                            f"{m.role.capitalize()}: {m.text}" for m in conversation.messages[:turn]
-                        )
-                        yield (
-                            ["conversation", config.judge, "table-6", name, turn, source],
-                            None,
-                            fill(TABLE_6, context=context, response=message.text),
-                        )
-        return
-    questions = {
-        field(row, where, "question_id", "category", "turns")[0]: (
-            row["category"],
-            turns_of(row["turns"], where),
-        )
-        for where, row in rows_of(config.questions)
-    }
-    other, theirs = read_answers(config.baseline) if config.mode == "pair" else (None, {})
-    references = read_answers(config.references)[1] if config.references else {}
-    said = lambda name, texts: {f"{name}_{i}": text for i, text in enumerate(texts, 1)}
-    for path in config.files:
-        model, ours = read_answers(path)
-        if model == other:
-            raise ValueError(
-                f"{path}: answers of {other}, the baseline itself; leave it out, or give one of them another --name when answering"
-            )
-        for question, (category, turns) in questions.items():
-            referred = category in NEED_REFERENCE
-            for source, answers in (
-                (path, ours),
-                *[(config.baseline, theirs)] * (config.mode == "pair"),
-                *[(config.references, references)] * referred,
-            ):
-                if not source:
-                    raise ValueError(
-                        f"question {question} is of category {category}: judged beside a reference answer; give --references FILE (FastChat's reference_answer)"
-                    )
-                if len(answers.get(question, ())) < len(turns):
-                    raise ValueError(
-                        f"{source}: no whole answer to question {question}; every question needs one"
-                    )
-            for turn in range(1, len(turns) + 1):
-                name, system, user = PROMPTS[config.mode, turn, referred]
-                slots = said("question", turns) | said("reference", references.get(question, ()))
-                # a pair in both orders
-                games = (
-                    ((ours, ours),) if config.mode == "single" else ((ours, theirs), (theirs, ours))
-                )
-                for game, (a, b) in enumerate(games, 1):
-                    key = [config.mode, config.judge, name, question, turn, model]
-                    yield (
-                        key + [other, game] * (config.mode == "pair"),
-                        system,
-                        fill(
-                            user,
-                            **slots,
-                            **said("answer", a[question]),
-                            **said("other", b[question]),
-                        ),
-                    )
-
-
-def write_requests(config):
-    if config.mode not in ("single", "pair", "conversation") or not config.files or not config.out:
+def need_answer(path: str, answers: dict[int, list[str]], question: int, turns: list[str]) -> None:
+    """ValueError unless a file answers every turn of a question."""
+    if len(answers.get(question, ())) < len(turns):
         raise ValueError(
-            "judge needs FILE.. --mode single|pair|conversation --out REQUESTS.jsonl (single, pair: --questions FILE; pair: --baseline FILE)"
+            f"{path}: no whole answer to question {question}; every question needs one"
         )
-    if (
-        config.mode != "conversation"
-        and not config.questions
-        or config.mode == "pair"
-        and not config.baseline
-    ):
-        raise ValueError(
-            f"--mode {config.mode} needs --questions FILE"
-            + " and --baseline FILE" * (config.mode == "pair")
-        )
-    check_out(config.out, *config.files, config.questions, config.baseline, config.references)
-    rows, letters = [], 0
-    for key, system, user in judge_requests(config):
-        messages = [{"role": "system", "content": system}] * (system is not None) + [
-            {"role": "user", "content": user}
-        ]
-        letters += sum(len(m["content"]) for m in messages)
-        rows.append(
-            {
-                "custom_id": json.dumps(key),
-                "method": "POST",
-                "url": "/v1/chat/completions",
-                "body": {
-                    "model": config.judge,
-                    "messages": messages,
-                    "temperature": 0,
-                    "max_tokens": 2048,
-                },
-            }
-        )
-    if not rows:
-        raise ValueError(f"{', '.join(config.files)}: nothing to judge")
-    if len({row["custom_id"] for row in rows}) < len(rows):
-        raise ValueError(
-            "two of the files are the same, or of the same model; leave one out, or answer with another --name"
-        )
-    write_lines(config.out, rows)
-    print(
-        f"{len(rows)} requests in {config.out}, about {letters // 4:,} tokens to read (4 characters each) and at most {2048 * len(rows):,} to write"
-    )
 
 
-def content_of(row):
-    """The judge's text in a line of a batch's output, or None for a failed request."""
-    try:
-        response = row["response"]
-        content = response["body"]["choices"][0]["message"]["content"]
-        return (
-            content
-            if not row.get("error") and response["status_code"] == 200 and isinstance(content, str)
-            else None
-        )
-    except (KeyError, IndexError, TypeError):
-        return None
+def slots(name: str, texts: list[str]) -> dict[str, str]:
+    """{name_1: first text, name_2: second}: what a prompt's slots are filled with."""
+    return {f"{name}_{turn}": text for turn, text in enumerate(texts, 1)}
 
 
-def rating(text):
-    """The number in [[n]], else in [n]; -1 without either, as FastChat has it."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
-    return float(found[1]) if found else -1
+def fill(template: str, texts: dict[str, str]) -> str:
+    """The {slots} filled in one pass, so that a brace in an answer stays what it is."""
+    return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), template)
 
 
-def winner(text, game):
-    """model_1, model_2, tie or error of one game; in the second, model_1 is assistant B."""
-    verdict = next((v for v in "ABC" if f"[[{v}]]" in text), None)
-    return {"A": f"model_{game}", "B": f"model_{3 - game}", "C": "tie", None: "error"}[verdict]
+# ---- verdicts in
 
 
-def read_verdicts(config):
-    """Batch outputs -> FastChat's judgment rows; what is missing or failed -> a new request file."""
+def read_verdicts(config: JudgeConfig) -> None:
+    """Batch outputs -> FastChat's judgment rows; what is missing or failed -> new requests."""
     if not config.files or not config.out:
         raise ValueError(
             "judge --requests REQUESTS.jsonl needs BATCH_OUTPUT.jsonl .. --out JUDGMENTS.jsonl"
@@ -220,82 +318,148 @@ def read_verdicts(config):
     check_out(config.out, *config.files, config.requests)
     if retry.resolve() in {Path(path).resolve() for path in (config.requests, *config.files)}:
         raise ValueError(
-            f"{retry} would be overwritten; give the first --requests, and the outputs of all its batches: BATCH1.jsonl BATCH2.jsonl"
+            f"{retry} would be overwritten; give the first --requests, "
+            "and the outputs of all its batches: BATCH1.jsonl BATCH2.jsonl"
         )
-    asked, ids = {}, {}
-    for where, row in rows_of(config.requests):
-        key = field(row, where, "custom_id", "body")[0]
-        try:
-            kind, judge, name, question, turn, *who = json.loads(key)
-        except (ValueError, TypeError):
-            kind, who = None, ()
-        if len(who) != {"single": 1, "conversation": 1, "pair": 3}.get(str(kind)):
-            raise ValueError(f"{where}: not a request that `judge --mode` wrote; give its file")
-        asked[key], ids[key] = row, (kind, judge, name, question, turn, who)
-    texts, count = {}, dict.fromkeys(("failed", "malformed", "doubled", "foreign", "unparsed"), 0)
-    for path in config.files:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file; give the output of the batch")
-        # only a newline ends a line of JSONL
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(line)
-                known = row["custom_id"] in asked
-            except (ValueError, KeyError, TypeError):
-                count["malformed"] += bool(line.strip())
-                continue
-            key, text = row["custom_id"], content_of(row)
-            if not known:
-                count["foreign"] += 1
-            elif text is None:
-                count["failed"] += 1
-            elif key in texts:
-                count["doubled"] += 1  # the first answer counts
-            else:
-                texts[key] = text
-    judgments, waiting = [], 0
-    prompt = lambda key: asked[key]["body"]["messages"][-1]["content"]
-    for key, text in texts.items():
-        kind, judge, name, question, turn, who = ids[key]
-        row = {"question_id": question, "turn": turn, "judge": [judge, name], "tstamp": time.time()}
-        if kind == "pair":
-            model, other, game = who
-            keys = [
-                json.dumps([kind, judge, name, question, turn, model, other, g]) for g in (1, 2)
-            ]
-            if keys[2 - game] not in texts:
-                waiting += 1
-            elif game == 1:
-                won = {f"g{i}_winner": winner(texts[k], i) for i, k in enumerate(keys, 1)}
-                count["unparsed"] += sum(w == "error" for w in won.values())
-                judgments.append(
-                    row
-                    | {"model_1": model, "model_2": other}
-                    | won
-                    | {
-                        f"g{i}_{what}": value
-                        for i, k in enumerate(keys, 1)
-                        for what, value in (("user_prompt", prompt(k)), ("judgment", texts[k]))
-                    }
-                )
-            continue
-        score = rating(text)
-        count["unparsed"] += score == -1
-        judgments.append(
-            row | {"model": who[0], "user_prompt": prompt(key), "judgment": text, "score": score}
-        )
+    asked = read_requests(config.requests)
+    texts, faults = read_outputs(config.files, asked)
+    judgments, waiting = judgments_of(asked, texts)
+    faults["unparsed"] = sum(unparsed_verdicts(judgment) for judgment in judgments)
     write_lines(config.out, judgments)
-    again = [row for key, row in asked.items() if key not in texts]
+
+    # an old retry file would ask again what has been answered since
+    again = [row for custom_id, row in asked.items() if custom_id not in texts]
     retry.unlink(missing_ok=True)
     if again:
         write_lines(retry, again)
-    print(
-        f"{len(texts)} of {len(asked)} requests answered, {len(judgments)} judgments in {config.out}; "
-        + ", ".join(f"{n} {what}" for what, n in count.items())
-        + f"; {waiting} games wait for their other order" * (waiting > 0)
-        + (
-            f"; {len(again)} to be asked again in {retry}: give its output beside this one, with the same --requests"
-            if again
-            else ""
-        )
+
+    summary = (
+        f"{len(texts)} of {len(asked)} requests answered, "
+        f"{len(judgments)} judgments in {config.out}; "
     )
+    summary += ", ".join(f"{count} {fault}" for fault, count in faults.items())
+    if waiting:
+        summary += f"; {waiting} games wait for their other order"
+    if again:
+        summary += (
+            f"; {len(again)} to be asked again in {retry}: "
+            "give its output beside this one, with the same --requests"
+        )
+    print(summary)
+
+
+def read_requests(path: str) -> dict[str, dict]:
+    """{custom_id: request row} of a file that write_requests wrote."""
+    asked = {}
+    for where, row in rows_of(path):
+        require(row, where, "custom_id", "body")
+        if parse_id(row["custom_id"]) is None:
+            raise ValueError(f"{where}: not a request that `judge --mode` wrote; give its file")
+        asked[row["custom_id"]] = row
+    return asked
+
+
+def read_outputs(files: tuple, asked: dict[str, dict]) -> tuple[dict[str, str], dict[str, int]]:
+    """({custom_id: the judge's text}, {fault: how many lines}) of a batch's output files."""
+    texts = {}
+    faults = dict.fromkeys(("failed", "malformed", "doubled", "foreign"), 0)
+    for path in files:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; give the output of the batch")
+        # Only a newline ends a line of JSONL: splitlines would also cut at characters that a judge
+        # may write.
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                custom_id = row["custom_id"]
+                known = custom_id in asked
+            except (ValueError, KeyError, TypeError):
+                faults["malformed"] += 1
+                continue
+            text = verdict_text(row)
+            if not known:
+                faults["foreign"] += 1
+            elif text is None:
+                faults["failed"] += 1
+            elif custom_id in texts:
+                # the first answer counts
+                faults["doubled"] += 1
+            else:
+                texts[custom_id] = text
+    return texts, faults
+
+
+def verdict_text(row: dict) -> str | None:
+    """The judge's text in a line of a batch's output, or None for a failed request."""
+    try:
+        response = row["response"]
+        content = response["body"]["choices"][0]["message"]["content"]
+        failed = row.get("error") or response["status_code"] != 200
+    except (KeyError, IndexError, TypeError):
+        return None
+    return content if not failed and isinstance(content, str) else None
+
+
+def judgments_of(asked: dict[str, dict], texts: dict[str, str]) -> tuple[list[dict], int]:
+    """(FastChat's judgment rows, how many games still lack the verdict in the other order)."""
+    judgments = []
+    waiting = 0
+    for custom_id, text in texts.items():
+        request_id = parse_id(custom_id)
+        judgment = {
+            "question_id": request_id.question,
+            "turn": request_id.turn,
+            "judge": [request_id.judge, request_id.prompt],
+            "tstamp": time.time(),
+        }
+        if request_id.mode != "pair":
+            judgment["model"] = request_id.model
+            judgment["user_prompt"] = user_prompt(asked[custom_id])
+            judgment["judgment"] = text
+            judgment["score"] = rating(text)
+            judgments.append(judgment)
+            continue
+
+        # a pair is judged when both games are, and its row is made where its first game is met
+        games = [request_id._replace(game=game).text() for game in (1, 2)]
+        if not all(game in texts for game in games):
+            waiting += 1
+        elif request_id.game == 1:
+            judgment |= {"model_1": request_id.model, "model_2": request_id.baseline}
+            for number, game in enumerate(games, 1):
+                judgment[f"g{number}_winner"] = winner(texts[game], number)
+            for number, game in enumerate(games, 1):
+                judgment[f"g{number}_user_prompt"] = user_prompt(asked[game])
+                judgment[f"g{number}_judgment"] = texts[game]
+            judgments.append(judgment)
+    return judgments, waiting
+
+
+def user_prompt(request: dict) -> str:
+    """What the judge was asked; FastChat keeps it in the judgment."""
+    return request["body"]["messages"][-1]["content"]
+
+
+def unparsed_verdicts(judgment: dict) -> int:
+    """How many of a judgment's verdicts could not be read."""
+    if "score" in judgment:
+        return int(judgment["score"] == NO_SCORE)
+    winners = [judgment["g1_winner"], judgment["g2_winner"]]
+    return winners.count("error")
+
+
+def rating(text: str) -> float:
+    """The number in [[n]], else in [n]; without either NO_SCORE, as FastChat has it."""
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
+    return float(found[1]) if found else NO_SCORE
+
+
+def winner(text: str, game: int) -> str:
+    """model_1, model_2, tie or error of one game; in the second, model_1 is assistant B."""
+    if "[[A]]" in text:
+        return "model_1" if game == 1 else "model_2"
+    if "[[B]]" in text:
+        return "model_2" if game == 1 else "model_1"
+    return "tie" if "[[C]]" in text else "error"

@@ -1,17 +1,34 @@
-"""Judgments -> win rates, scores, correlation of judges."""
+"""Judgments -> the paper's tables: win rates, scores, and whether two judges agree.
+
+What the paper did: Table 1 counts a win as 1, a tie as 0.5 and a loss as 0, so that 50% is the
+model that one compares with: text-davinci-003 in AlpacaEval, gpt-3.5-turbo in MT-bench and
+Vicuna-bench. Fig. 2 averages MT-bench's scores, Fig. 3 those of the training data by source. And
+since a judge is itself a model, Fig. 8 and 9 ask whether other judges agree with it: Pearson
+correlations of 0.73 to 0.91.
+
+What you get: these tables from any mixture of files, which are recognised by their fields:
+FastChat's judgments, AlpacaEval's annotations, conversation scores, and `agieval`'s responses.
+
+Two rules to know. A pair counts as won only when the judge says so in both orders; when the orders
+disagree it is a tie. Verdicts that could not be read are left out, as in the official tools, and
+counted below the tables: many of them mean that the judge, not the model, is at fault.
+"""
 
 import itertools
 import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from evaluation.agieval import TASKS, agieval_table
-from evaluation.rows import field, rows_of
+from evaluation.rows import require, rows_of, table_head, table_row
 
-# of questions 81-90, 91-100, ..
+# the columns of Table 1, whose average is over these three
+BENCHES = "AlpacaEval", "MT-bench", "Vicuna-bench"
+# of MT-bench's questions 81-90, 91-100, ..
 MT_CATEGORIES = (
     "writing",
     "roleplay",
@@ -22,230 +39,369 @@ MT_CATEGORIES = (
     "stem",
     "humanities",
 )
+# FastChat's numbers: Vicuna-bench has 1 to 80, MT-bench follows
+MT_FIRST, MT_LAST = 81, 160
+MT_PER_CATEGORY = 10
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    # FastChat judgments, AlpacaEval annotations, conversation scores, agieval's responses; told
-    # apart by content
+    """The flags of `evaluate.py report`."""
+
+    # FastChat judgments, AlpacaEval annotations, conversation scores, agieval's responses
     files: tuple = ()
+    # the model that pairs are counted against
     baseline: str = "gpt-3.5-turbo"
-    png: str = ""  # scatter of the first two judges (Fig. 8)
+    # scatter of the first two judges (Fig. 8)
+    png: str = ""
 
 
-def bench_of(question):
-    """FastChat numbers Vicuna-bench 1 to 80 and MT-bench 81 to 160."""
-    return "MT-bench" if 81 <= int(question) <= 160 else "Vicuna-bench"
+def report(config: ReportConfig) -> None:
+    """Print every table that the files have rows for."""
+    if not config.files:
+        raise ValueError(
+            "report needs FILE..: FastChat judgments, AlpacaEval annotations, "
+            "conversation scores or agieval's responses"
+        )
+    agieval_files = [path for path in config.files if is_agieval(path)]
+    for path in agieval_files:
+        print_agieval(path)
+
+    judged_files = [path for path in config.files if path not in agieval_files]
+    found = read_judgments(judged_files)
+    print_win_rates(found.judges, config.baseline)
+    for judge, kinds in found.judges.items():
+        print_scores(judge, list(kinds.get("single", {}).values()))
+        print_conversation_scores(judge, kinds.get("conversation", {}))
+    print_agreement(found.judges, config.png)
+
+    if found.judges or found.unparsed:
+        judgments = 0
+        for kinds in found.judges.values():
+            judgments += sum(len(rows) for rows in kinds.values())
+        print(
+            f"{judgments} judgments; left out: {found.unparsed} without a verdict, "
+            f"{found.doubled} doubled"
+        )
 
 
-def outcome(row):
+def is_agieval(path: str) -> bool:
+    """Whether a file holds responses to AGIEval's items; its first row tells."""
+    _, first = rows_of(path)[0]
+    return isinstance(first, dict) and {"task", "response"} <= first.keys()
+
+
+def print_agieval(path: str) -> None:
+    """Table 5, scored again from the responses."""
+    rows = []
+    for where, row in rows_of(path):
+        require(row, where, "task", "label", "response")
+        if str(row["task"]) not in TASKS or not isinstance(row["response"], str):
+            raise ValueError(
+                f"{where}: no response to one of AGIEval's English tasks; "
+                "give the --out of an agieval run"
+            )
+        rows.append(row)
+    print(agieval_table(rows, Path(path).stem))
+
+
+# ---- reading judgments
+
+
+class Judgment(NamedTuple):
+    """A row of a judge's file, and what it is."""
+
+    judge: str
+    # pair, single, conversation or alpaca
+    kind: str
+    # (models, question, turn): a later judgment of the same item takes the place of an earlier
+    item: tuple
+    row: dict
+    # False: the judge's text held no verdict
+    has_verdict: bool
+
+
+@dataclass
+class Judgments:
+    """All files together."""
+
+    # {judge: {kind: {item: row}}}
+    judges: dict[str, dict[str, dict[tuple, dict]]]
+    # rows left out: without a verdict, as in the official tools, or another of an item
+    unparsed: int = 0
+    doubled: int = 0
+
+
+def read_judgments(files: list[str]) -> Judgments:
+    """The judgments of all files. ValueError: a row that is none."""
+    found = Judgments(judges={})
+    for path in files:
+        for where, row in rows_of(path):
+            judgment = parse_judgment(row, where)
+            if not judgment.has_verdict:
+                found.unparsed += 1
+                continue
+            kinds = found.judges.setdefault(judgment.judge, {})
+            rows = kinds.setdefault(judgment.kind, {})
+            found.doubled += judgment.item in rows
+            rows[judgment.item] = judgment.row
+    return found
+
+
+def parse_judgment(row: object, where: str) -> Judgment:
+    """A row's kind goes by a field that only this kind has."""
+    fields = row if isinstance(row, dict) else {}
+    if "g1_winner" in fields:
+        return parse_pair(row, where)
+    if "preference" in fields:
+        return parse_alpaca(row, where)
+    if "score" in fields:
+        return parse_score(row, where)
+    raise ValueError(
+        f"{where}: not a judgment; "
+        "give FastChat judgments, AlpacaEval annotations or conversation scores"
+    )
+
+
+def parse_pair(row: dict, where: str) -> Judgment:
+    """FastChat's judgment of two answers, in both orders."""
+    require(row, where, "judge", "model_1", "model_2", "question_id", "turn", "g2_winner")
+    judge, _ = judge_and_prompt(row, where)
+    check_question_number(row, where)
+    item = row["model_1"], row["model_2"], row["question_id"], row["turn"]
+    has_verdict = "error" not in (row["g1_winner"], row["g2_winner"])
+    return Judgment(judge, "pair", item, row, has_verdict)
+
+
+def parse_score(row: dict, where: str) -> Judgment:
+    """A score from 1 to 10: FastChat's of an answer, or ours of a conversation's turn."""
+    require(row, where, "judge", "model", "question_id", "turn")
+    judge, prompt = judge_and_prompt(row, where)
+    kind = "conversation" if prompt == "table-6" else "single"
+    if kind == "single":
+        check_question_number(row, where)
+    item = row["model"], row["question_id"], row["turn"]
+    # -1 is FastChat's for a text without a rating
+    has_verdict = isinstance(row["score"], (int, float)) and row["score"] != -1
+    return Judgment(judge, kind, item, row, has_verdict)
+
+
+def parse_alpaca(row: dict, where: str) -> Judgment:
+    """AlpacaEval's annotation: preference 1 is the first output's win, 2 the second's."""
+    require(row, where, "generator_1", "generator_2", "instruction")
+    judge = row.get("annotator") or "annotator"
+    item = row["generator_1"], row["generator_2"], row["instruction"]
+    # older files write a draw as 0, newer ones as 1.5
+    if row["preference"] == 0:
+        row = row | {"preference": 1.5}
+    preference = row["preference"]
+    has_verdict = isinstance(preference, (int, float)) and 1 <= preference <= 2
+    return Judgment(judge, "alpaca", item, row, has_verdict)
+
+
+def judge_and_prompt(row: dict, where: str) -> list:
+    """[the judge's name, its prompt's name] of a FastChat row."""
+    judge = row["judge"]
+    if not isinstance(judge, list) or len(judge) != 2:
+        raise ValueError(
+            f"{where}: judge is [its name, its prompt's name], not {judge!r}; mend the line"
+        )
+    return judge
+
+
+def check_question_number(row: dict, where: str) -> None:
+    """ValueError unless the question has a number: the number tells its bench and category."""
+    if not str(row["question_id"]).isdigit():
+        raise ValueError(
+            f"{where}: question_id {row['question_id']!r} is not one of FastChat's numbers; "
+            "mend the line"
+        )
+
+
+def bench_of(question: int | str) -> str:
+    """The bench that a question is of."""
+    return "MT-bench" if MT_FIRST <= int(question) <= MT_LAST else "Vicuna-bench"
+
+
+def category_of(question: int | str) -> str:
+    """The category of a question of MT-bench."""
+    return MT_CATEGORIES[(int(question) - MT_FIRST) // MT_PER_CATEGORY]
+
+
+# ---- Table 1: win rates
+
+
+class WinRate(NamedTuple):
+    """The mean of a model's points on a bench, and its games."""
+
+    rate: float
+    won: int
+    lost: int
+    tied: int
+
+
+def points_of_pair(row: dict) -> float:
     """1, 0.5 or 0 for model_1: a tie when the two orders disagree, or either says so."""
     if row["g1_winner"] == "tie" or row["g1_winner"] != row["g2_winner"]:
         return 0.5
     return float(row["g1_winner"] == "model_1")
 
 
-KINDS = {  # a row's kind by a field that only it has: the fields read from it
-    "g1_winner": ("judge", "model_1", "model_2", "question_id", "turn", "g2_winner"),
-    "preference": ("generator_1", "generator_2", "instruction"),
-    "score": ("judge", "model", "question_id", "turn"),
-}
+def points_of_alpaca(row: dict) -> float:
+    """1 where the second output is preferred, the model's; 0 where the first, the reference's."""
+    return row["preference"] - 1
 
 
-def read_judgments(files):
-    """{judge: {kind: {item: row}}} and how many rows were left out: unparsed verdicts, as the official tools do, and doubled items.
-
-    kind: pair, single, conversation, alpaca. An item is (models, question, turn); the last row of one counts.
-    """
-    found, unparsed, doubled = {}, 0, 0
-    for path in files:
-        for where, row in rows_of(path):
-            mark = next((mark for mark in KINDS if isinstance(row, dict) and mark in row), None)
-            if mark is None:
-                raise ValueError(
-                    f"{where}: not a judgment; give FastChat judgments, AlpacaEval annotations or conversation scores"
-                )
-            values = field(row, where, *KINDS[mark])
-            if mark == "preference":
-                kind, judge, item = "alpaca", row.get("annotator") or "annotator", tuple(values)
-                if row["preference"] == 0:
-                    row = row | {"preference": 1.5}  # a draw, in older files
-                ok = isinstance(row["preference"], (int, float)) and 1 <= row["preference"] <= 2
-            else:
-                judge, *item = values[:-1] if mark == "g1_winner" else values
-                if not isinstance(judge, list) or len(judge) != 2:
-                    raise ValueError(
-                        f"{where}: judge is [its name, its prompt's name], not {judge!r}; mend the line"
-                    )
-                kind = (
-                    "pair"
-                    if mark == "g1_winner"
-                    else "conversation"
-                    if judge[1] == "table-6"
-                    else "single"
-                )
-                if kind != "conversation" and not str(row["question_id"]).isdigit():
-                    raise ValueError(
-                        f"{where}: question_id {row['question_id']!r} is not one of FastChat's numbers; mend the line"
-                    )
-                judge, item = judge[0], tuple(item)
-                ok = (
-                    "error" not in (row["g1_winner"], row["g2_winner"])
-                    if kind == "pair"
-                    else isinstance(row["score"], (int, float)) and row["score"] != -1
-                )
-            unparsed += not ok
-            if ok:
-                rows = found.setdefault(judge, {}).setdefault(kind, {})
-                doubled += item in rows
-                rows[item] = row
-    return found, unparsed, doubled
-
-
-def win_rates(kinds, baseline):
-    """{(bench, model): (win rate, wins, losses, ties)} of one judge, against the baseline (AlpacaEval: against generator_1)."""
+def win_rates(kinds: dict, baseline: str) -> dict[tuple[str, str], WinRate]:
+    """{(bench, model): win rate} of one judge; pairs without the baseline are not counted."""
     points = {}
     for row in kinds.get("pair", {}).values():
-        if baseline in (row["model_1"], row["model_2"]) and row["model_1"] != row["model_2"]:
-            ours = outcome(row)
-            model, point = (
-                (row["model_1"], ours) if row["model_2"] == baseline else (row["model_2"], 1 - ours)
-            )
-            points.setdefault((bench_of(row["question_id"]), model), []).append(point)
-    # 2: the second is preferred, the model; 1: the first, the reference
+        first, second = row["model_1"], row["model_2"]
+        if first == second or baseline not in (first, second):
+            continue
+        bench = bench_of(row["question_id"])
+        if second == baseline:
+            points.setdefault((bench, first), []).append(points_of_pair(row))
+        else:
+            points.setdefault((bench, second), []).append(1 - points_of_pair(row))
+    # AlpacaEval names its own reference: generator_1
     for row in kinds.get("alpaca", {}).values():
-        points.setdefault(("AlpacaEval", row["generator_2"]), []).append(row["preference"] - 1)
-    return {
-        key: (
-            statistics.mean(x),
-            sum(p > 0.5 for p in x),
-            sum(p < 0.5 for p in x),
-            sum(p == 0.5 for p in x),
-        )
-        for key, x in points.items()
-    }
+        points.setdefault(("AlpacaEval", row["generator_2"]), []).append(points_of_alpaca(row))
 
-
-def values_of(kinds):
-    """{item: number} of one judge: scores, outcomes of pairs and preferences, for the correlation of judges."""
-    number = {"pair": outcome, "alpaca": lambda row: row["preference"] - 1}
-    return {
-        (kind, *item): number.get(kind, lambda row: row["score"])(row)
-        for kind, rows in kinds.items()
-        for item, row in rows.items()
-    }
-
-
-def pearson(x, y):
-    return (
-        float(np.corrcoef(x, y)[0, 1])
-        if len(x) > 1 and np.std(x) > 0 and np.std(y) > 0
-        else math.nan
-    )
-
-
-def report(config):
-    if not config.files:
-        raise ValueError(
-            "report needs FILE..: FastChat judgments, AlpacaEval annotations, conversation scores or agieval's responses"
-        )
-    agieval_files = [
-        path
-        for path in config.files
-        if isinstance(first := rows_of(path)[0][1], dict) and {"task", "response"} <= first.keys()
-    ]
-    for path in agieval_files:  # scored again, from the responses
-        rows = rows_of(path)
-        for where, row in rows:
-            task, _, response = field(row, where, "task", "label", "response")
-            if str(task) not in TASKS or not isinstance(response, str):
-                raise ValueError(
-                    f"{where}: no response to one of AGIEval's English tasks; give the --out of an agieval run"
-                )
-        print(agieval_table([row for _, row in rows], Path(path).stem))
-    judges, unparsed, doubled = read_judgments(
-        [path for path in config.files if path not in agieval_files]
-    )
-    mean = lambda rows: f"{statistics.mean(row['score'] for row in rows):.2f}" if rows else ""
-    benches = "AlpacaEval", "MT-bench", "Vicuna-bench"
-    # Table 1's columns have judges of their own: the table is over all, a row per judge and model
     rates = {}
+    for key, games in points.items():
+        # AlpacaEval's preferences lie anywhere in 1 to 2, so points lie anywhere in 0 to 1
+        won = sum(x > 0.5 for x in games)
+        lost = sum(x < 0.5 for x in games)
+        tied = len(games) - won - lost
+        rates[key] = WinRate(statistics.mean(games), won, lost, tied)
+    return rates
+
+
+def print_win_rates(judges: dict, baseline: str) -> None:
+    """Table 1. Its columns have different judges, so a cell names its own."""
+    # {model: {bench: {judge: win rate}}}
+    models = {}
     for judge, kinds in judges.items():
-        for (bench, model), cell in win_rates(kinds, config.baseline).items():
-            rates.setdefault(model, {}).setdefault(bench, {})[judge] = cell
-    if rates:
-        print(f"| win rate (Table 1) | {' | '.join(benches)} | average |\n|---|---|---|---|---|")
-        for model, columns in sorted(rates.items()):
-            cells = [
-                " / ".join(
-                    f"{c[0]:.1%} ({c[1]} won, {c[2]} lost, {c[3]} tied; {judge})"
-                    for judge, c in columns.get(bench, {}).items()
-                )
-                for bench in benches
-            ]
-            # several judges of one bench have no one average
-            single = all(len(columns.get(bench, {})) == 1 for bench in benches)
-            average = (
-                f"{statistics.mean(c[0] for bench in benches for c in columns[bench].values()):.1%}"
-                if single
-                else ""
-            )
-            print(f"| {model} | {' | '.join(cells)} | {average} |")
-    for judge, kinds in judges.items():
-        singles, scores = list(kinds.get("single", {}).values()), kinds.get("conversation", {})
-        for bench, categories in (("MT-bench", MT_CATEGORIES), ("Vicuna-bench", ())):
-            if rows := [row for row in singles if bench_of(row["question_id"]) == bench]:
-                category = lambda row: MT_CATEGORIES[(int(row["question_id"]) - 81) // 10]
-                print(
-                    f"| {bench} score by {judge} (Fig. 2) | turn 1 | turn 2 | average |{''.join(f' {c} |' for c in categories)}\n"
-                    + "|---" * (4 + len(categories))
-                    + "|"
-                )
-                for model in sorted({row["model"] for row in rows}):
-                    mine = [row for row in rows if row["model"] == model]
-                    parts = [
-                        *([r for r in mine if r["turn"] == turn] for turn in (1, 2)),
-                        mine,
-                        *([r for r in mine if category(r) == name] for name in categories),
-                    ]
-                    print(f"| {model} | " + " | ".join(map(mean, parts)) + " |")
-        if scores:  # a conversation's score is the mean of its turns'
-            print(
-                f"| conversation scores by {judge} (Fig. 3) | conversations | mean | "
-                + " | ".join(f"{n}" for n in range(1, 11))
-                + " |\n"
-                + "|---" * 13
-                + "|"
-            )
-            of = {}
-            for (source, conversation, _), row in scores.items():
-                of.setdefault(source, {}).setdefault(conversation, []).append(row["score"])
-            for source, conversations in sorted(of.items()):
-                means = [statistics.mean(x) for x in conversations.values()]
-                print(
-                    f"| {source or '(none)'} | {len(means)} | {statistics.mean(means):.2f} | "
-                    + " | ".join(
-                        str(sum(math.floor(x + 0.5) == n for x in means)) for n in range(1, 11)
-                    )
-                    + " |"
-                )
+        for (bench, model), rate in win_rates(kinds, baseline).items():
+            models.setdefault(model, {}).setdefault(bench, {})[judge] = rate
+    if not models:
+        return
+    print(table_head(["win rate (Table 1)", *BENCHES, "average"]))
+    for model, benches in sorted(models.items()):
+        cells = []
+        rates = []
+        for bench in BENCHES:
+            by_judge = benches.get(bench, {})
+            cells.append(" / ".join(win_cell(judge, x) for judge, x in by_judge.items()))
+            rates += [x.rate for x in by_judge.values()]
+        # several judges of one bench have no one average, and neither have two benches
+        one_each = all(len(benches.get(bench, {})) == 1 for bench in BENCHES)
+        average = f"{statistics.mean(rates):.1%}" if one_each else ""
+        print(table_row([model, *cells, average]))
+
+
+def win_cell(judge: str, x: WinRate) -> str:
+    """What one judge says of a model on one bench."""
+    return f"{x.rate:.1%} ({x.won} won, {x.lost} lost, {x.tied} tied; {judge})"
+
+
+# ---- Fig. 2 and 3: scores
+
+
+def print_scores(judge: str, rows: list[dict]) -> None:
+    """Fig. 2: FastChat's mean scores by turn and, in MT-bench, by category."""
+    for bench, categories in (("MT-bench", MT_CATEGORIES), ("Vicuna-bench", ())):
+        of_bench = [row for row in rows if bench_of(row["question_id"]) == bench]
+        if not of_bench:
+            continue
+        title = f"{bench} score by {judge} (Fig. 2)"
+        print(table_head([title, "turn 1", "turn 2", "average", *categories]))
+        for model in sorted({row["model"] for row in of_bench}):
+            mine = [row for row in of_bench if row["model"] == model]
+            columns = []
+            for turn in (1, 2):
+                columns.append([row for row in mine if row["turn"] == turn])
+            columns.append(mine)
+            for name in categories:
+                columns.append([row for row in mine if category_of(row["question_id"]) == name])
+            print(table_row([model, *(mean_score(column) for column in columns)]))
+
+
+def mean_score(rows: list[dict]) -> str:
+    """A cell: the mean of these rows' scores, empty without rows."""
+    if not rows:
+        return ""
+    return f"{statistics.mean(row['score'] for row in rows):.2f}"
+
+
+def print_conversation_scores(judge: str, scores: dict[tuple, dict]) -> None:
+    """Fig. 3: how the scores of each source's conversations are distributed."""
+    if not scores:
+        return
+    # {source: {conversation: the scores of its turns}}
+    sources = {}
+    for (source, conversation, _), row in scores.items():
+        sources.setdefault(source, {}).setdefault(conversation, []).append(row["score"])
+
+    title = f"conversation scores by {judge} (Fig. 3)"
+    marks = range(1, 11)
+    print(table_head([title, "conversations", "mean", *(str(mark) for mark in marks)]))
+    for source, conversations in sorted(sources.items()):
+        # App. G: a conversation's score is the mean of its turns'
+        means = [statistics.mean(turns) for turns in conversations.values()]
+        # a half goes up; round() would send 6.5 and 7.5 to even numbers, to 6 and 8
+        nearest = [math.floor(mean + 0.5) for mean in means]
+        counts = [str(nearest.count(mark)) for mark in marks]
+        overall = f"{statistics.mean(means):.2f}"
+        print(table_row([source or "(none)", str(len(means)), overall, *counts]))
+
+
+# ---- Fig. 8 and 9: do judges agree?
+
+
+def print_agreement(judges: dict, png: str) -> None:
+    """The correlation of every two judges, over what both have judged."""
     pairs = list(itertools.combinations(sorted(judges), 2))
     for one, two in pairs:
-        a, b = values_of(judges[one]), values_of(judges[two])
-        common = sorted(a.keys() & b.keys(), key=str)
-        x, y = [a[item] for item in common], [b[item] for item in common]
+        numbers_one = numbers_of(judges[one])
+        numbers_two = numbers_of(judges[two])
+        common = sorted(numbers_one.keys() & numbers_two.keys(), key=str)
+        x = [numbers_one[item] for item in common]
+        y = [numbers_two[item] for item in common]
         print(
-            f"{one} and {two} (Fig. 8, 9): Pearson r = {pearson(x, y):.2f} over {len(common)} common judgments"
+            f"{one} and {two} (Fig. 8, 9): Pearson r = {pearson(x, y):.2f} "
+            f"over {len(common)} common judgments"
         )
-        if config.png and (one, two) == pairs[0]:
-            scatter(config.png, one, x, two, y)
-    if judges or unparsed:
-        print(
-            f"{sum(len(rows) for kinds in judges.values() for rows in kinds.values())} judgments; left out: {unparsed} without a verdict, {doubled} doubled"
-        )
+        if png and (one, two) == pairs[0]:
+            scatter(png, one, x, two, y)
 
 
-def scatter(path, one, x, two, y):
+def numbers_of(kinds: dict) -> dict[tuple, float]:
+    """{(kind, item): number} of one judge: scores, and the points of pairs and preferences."""
+    numbers = {}
+    for kind, rows in kinds.items():
+        for item, row in rows.items():
+            if kind == "pair":
+                number = points_of_pair(row)
+            elif kind == "alpaca":
+                number = points_of_alpaca(row)
+            else:
+                number = row["score"]
+            numbers[(kind, *item)] = number
+    return numbers
+
+
+def pearson(x: list[float], y: list[float]) -> float:
+    """Pearson's r; NaN where it is not defined: of fewer than two, or of all the same number."""
+    if len(x) < 2 or np.std(x) == 0 or np.std(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def scatter(path: str, one: str, x: list[float], two: str, y: list[float]) -> None:
+    """A picture of two judges' numbers, a dot for each common judgment."""
+    # only this picture needs matplotlib
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""The files of an evaluation: rows in, rows out.
+"""The files of an evaluation: rows in, rows out, and tables for the reader.
 
 Most are made by other people's tools, and a wrong one costs a judge's money or a night of answers.
 So each is checked before any work, and each error says where the fault stands.
@@ -55,3 +55,13 @@ def write_lines(path: str | Path, rows: Iterable[dict]) -> None:
     with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def table_head(columns: list[str]) -> str:
+    """The two lines that open a markdown table."""
+    return table_row(columns) + "\n" + "|---" * len(columns) + "|"
+
+
+def table_row(cells: list[str]) -> str:
+    """A line of a markdown table."""
+    return "| " + " | ".join(cells) + " |"
