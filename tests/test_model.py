@@ -1,4 +1,4 @@
-"""model.py against transformers, against itself packed and unpacked, and against broken directories."""
+"""model.py against transformers, against itself packed and unpacked, and broken directories."""
 
 import dataclasses
 import json
@@ -21,7 +21,9 @@ from support.hf import (
     read_config,
 )
 
-GQA = Config(64, 96, 2, 4, 2, vocab_size=120, max_position_embeddings=256)
+VOCAB = 120
+GQA = Config(64, 96, 2, 4, 2, vocab_size=VOCAB, max_position_embeddings=256)
+SHARD = "model-00001-of-00001.safetensors"
 
 
 def random_model(config=GQA, seed=0):
@@ -31,25 +33,31 @@ def random_model(config=GQA, seed=0):
     # larger than at initialization, so that attention and logits are far from uniform
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4) if parameter.ndim == 2 else parameter.add_(
-                torch.randn_like(parameter) * 0.1
-            )
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
-def random_prompts(lengths, vocab=120):
-    return [torch.randint(3, vocab, (n,)) for n in lengths]
+def random_prompts(lengths):
+    return [torch.randint(3, VOCAB, (n,)) for n in lengths]
 
 
 def packed(prompts):
-    return pack([(p.numpy(), torch.zeros(len(p)).numpy()) for p in prompts])
+    conversations = []
+    for prompt in prompts:
+        weights = torch.zeros(len(prompt))
+        conversations.append((prompt.numpy(), weights.numpy()))
+    return pack(conversations)
 
 
 def logits(model, prompts):
     """Packed logits, a tensor per prompt."""
     batch = packed(prompts)
     with torch.no_grad():
-        all_TV = model.lm_head(model(batch.tokens_T, batch.positions_T, batch.cu_seqlens))
+        hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, batch.cu_seqlens)
+        all_TV = model.lm_head(hidden_TD)
     return all_TV.split([len(p) for p in prompts])
 
 
@@ -67,7 +75,7 @@ def test_a_transformers_llama_in_several_shards_loads_with_equal_logits(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=120,
+        vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -92,24 +100,26 @@ def test_transformers_loads_what_we_write(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = random_model()
-    theirs = AutoModelForCausalLM.from_pretrained(
-        save(model, tmp_path / "m", shard_bytes=50_000)
-    ).eval()
-    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    folder = save(model, tmp_path / "m", shard_bytes=50_000)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = random_prompts([50])[0]
     with torch.no_grad():
         assert torch.allclose(logits(model, [prompt])[0], theirs(prompt[None]).logits[0], atol=1e-4)
 
 
 def test_packed_is_one_by_one():
-    model, prompts = random_model(), random_prompts([1, 2, 30, 9])
+    model = random_model()
+    prompts = random_prompts([1, 2, 30, 9])
     for prompt, got in zip(prompts, logits(model, prompts)):
         assert torch.allclose(got, logits(model, [prompt])[0], atol=1e-4)
 
 
 def test_decoding_with_the_cache_is_the_full_forward():
-    """Prompts of unequal length in one batch: every step's logits are those of each whole text alone."""
-    model, texts, start = random_model(), random_prompts([40, 25, 31]), [20, 5, 1]
+    """Prompts of unequal length: every step's logits are those of each whole text alone."""
+    model = random_model()
+    texts = random_prompts([40, 25, 31])
+    start = [20, 5, 1]
     batch = packed([text[:n] for text, n in zip(texts, start)])
     cache = KVCache(model.config, 3, 64)
     got = model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
@@ -117,36 +127,66 @@ def test_decoding_with_the_cache_is_the_full_forward():
     for step in range(20):
         for b in range(3):
             assert torch.allclose(got[b], whole[b][start[b] + step - 1], atol=1e-4), (step, b)
-        got = model.decode(torch.stack([text[n + step] for text, n in zip(texts, start)]), cache)
+        tokens_B = torch.stack([text[n + step] for text, n in zip(texts, start)])
+        got = model.decode(tokens_B, cache)
+    assert cache.length_B.tolist() == [40, 25, 21]
 
 
 def test_recomputing_blocks_changes_no_gradient():
-    batch, grads = packed(random_prompts([9, 30])), []
+    batch = packed(random_prompts([9, 30]))
+    gradients = []
     for recompute in RECOMPUTE:
         model = random_model()
         for block in model.model.layers:
             block.recompute = recompute
-        loss, _ = model(
+        losses = model(
             batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, torch.ones(39)
         )
-        loss.backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads))
+        losses.loss_sum.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for none, cheap, everything in zip(*gradients):
+        assert torch.equal(none, cheap) and torch.equal(none, everything)
+
+
+def test_losses_are_the_weighted_sum_and_each_rows_own():
+    """By hand, from the logits; rows without a weight are 0."""
+    model = random_model()
+    batch = packed(random_prompts([9, 30]))
+    weights_T = torch.rand(39)
+    weights_T[::3] = 0
+    with torch.no_grad():
+        hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, batch.cu_seqlens)
+        logits_TV = model.lm_head(hidden_TD)
+        losses = model(
+            batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, weights_T
+        )
+    nll_T = torch.nn.functional.cross_entropy(logits_TV, batch.labels_T, reduction="none")
+    correct_T = (logits_TV.argmax(-1) == batch.labels_T).float()
+    has_weight_T = (weights_T > 0).float()
+    assert torch.allclose(losses.loss_sum, (weights_T * nll_T).sum(), rtol=1e-5)
+    assert losses.weight_sum == weights_T.sum()
+    assert torch.allclose(losses.nll_T, nll_T * has_weight_T, atol=1e-5)
+    assert torch.equal(losses.correct_T, correct_T * has_weight_T)
+
+
+def parameters_of(config):
+    return sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values())
 
 
 def test_sizes_are_the_published_ones():
-    count = lambda name: sum(torch.Size(s).numel() for s in parameter_shapes(SIZES[name]).values())
     # Meta's checkpoints
-    assert count("llama-2-7b") == 6_738_415_616 and count("llama-2-13b") == 13_015_864_320
-    assert count("llama-2-70b") == 68_976_648_192
+    assert parameters_of(SIZES["llama-2-7b"]) == 6_738_415_616
+    assert parameters_of(SIZES["llama-2-13b"]) == 13_015_864_320
+    assert parameters_of(SIZES["llama-2-70b"]) == 68_976_648_192
     small = dataclasses.replace(SIZES["small"], vocab_size=32001)
-    assert sum(torch.Size(s).numel() for s in parameter_shapes(small).values()) == 14_945_088
+    assert parameters_of(small) == 14_945_088
 
 
 def test_train_flops_counts_every_matmul():
-    """By hand for D 8, F 12, 2 layers, 2 heads of 4, 1 kv head, V 10."""
+    """By hand for D 8, U 12, 2 layers, 2 heads of 4, 1 kv head, V 10."""
     config = Config(8, 12, 2, 2, 1, vocab_size=10)
-    projections = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12  # q, k and v, o, mlp
+    # q, k and v, o, mlp
+    projections = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12
     assert train_flops(config) == (6 * 2 * projections, 6 * 8 * 10, 6 * 2 * 8)
 
 
@@ -164,20 +204,20 @@ def test_added_rows_are_the_mean_and_the_rest_is_read_exactly(tmp_path, dtype):
     wider = SafetensorsWeights(folder, dataclasses.replace(GQA, vocab_size=122))
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         stored = model.get_parameter(name).detach().to(dtype).float()
+        mean = stored.mean(0).expand(2, -1)
         rows = wider.rows(name, 0, 122)
-        assert torch.equal(rows[:120], stored) and torch.allclose(
-            rows[120:], stored.mean(0).expand(2, -1), atol=1e-6
-        )
-        assert torch.equal(wider.rows(name, 119, 122), rows[119:]) and torch.equal(
-            wider.rows(name, 121, 122), rows[121:]
-        )
+        assert torch.equal(rows[:120], stored)
+        assert torch.allclose(rows[120:], mean, atol=1e-6)
+        assert torch.equal(wider.rows(name, 119, 122), rows[119:])
+        assert torch.equal(wider.rows(name, 121, 122), rows[121:])
 
 
 def edited(folder, **fields):
-    config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(
-        json.dumps({key: value for key, value in config.items() if value != "absent"})
-    )
+    """The folder, with these fields in its config.json; "absent" takes one out."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | fields
+    kept = {key: value for key, value in config.items() if value != "absent"}
+    path.write_text(json.dumps(kept))
     return folder
 
 
@@ -205,49 +245,38 @@ def test_what_is_not_supported_stops_with_the_fields_name(tmp_path, field, value
 
 def test_rope_theta_is_read_from_both_forms_and_a_missing_one_is_said(tmp_path, capsys):
     folder = save(random_model(), tmp_path / "m")
-    assert read_config(edited(folder, rope_parameters="absent", rope_theta=5e5)).rope_theta == 5e5
-    assert (
-        read_config(
-            edited(
-                folder,
-                rope_parameters={"rope_type": "default", "rope_theta": 7e5},
-                rope_theta="absent",
-            )
-        ).rope_theta
-        == 7e5
-    )
+    edited(folder, rope_parameters="absent", rope_theta=5e5)
+    assert read_config(folder).rope_theta == 5e5
+    newer = {"rope_type": "default", "rope_theta": 7e5}
+    edited(folder, rope_parameters=newer, rope_theta="absent")
+    assert read_config(folder).rope_theta == 7e5
     assert capsys.readouterr().err == ""
-    assert (
-        read_config(edited(folder, rope_parameters="absent", rope_theta="absent")).rope_theta == 1e4
-    )
+    edited(folder, rope_parameters="absent", rope_theta="absent")
+    assert read_config(folder).rope_theta == 1e4
     assert "no rope_theta" in capsys.readouterr().err
 
 
-def change(folder, edit):
-    file = folder / "model-00001-of-00001.safetensors"
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
 NORM = "model.norm.weight"
+WRONG_SIZE = f"{NORM} is \\[65\\], config.json says \\[64\\]"
 
 
 @pytest.mark.parametrize(
-    "edit, message",
+    "name, tensor, message",
     [
-        (lambda t: t.pop(NORM), f"no tensor {NORM}"),
-        (
-            lambda t: t.update({NORM: torch.ones(65)}),
-            f"{NORM} is \\[65\\], config.json says \\[64\\]",
-        ),
-        (lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)}), f"{NORM} is stored as I8"),
-        (lambda t: t.update({"model.bogus": torch.ones(1)}), "model.bogus is no part"),
+        (NORM, None, f"no tensor {NORM}"),
+        (NORM, torch.ones(65), WRONG_SIZE),
+        (NORM, torch.ones(64, dtype=torch.int8), f"{NORM} is stored as I8"),
+        ("model.bogus", torch.ones(1), "model.bogus is no part"),
     ],
 )
-def test_a_wrong_tensor_is_named(tmp_path, edit, message):
+def test_a_wrong_tensor_is_named(tmp_path, name, tensor, message):
     folder = save(random_model(), tmp_path / "m")
-    change(folder, edit)
+    tensors = load_file(folder / SHARD)
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         SafetensorsWeights(folder, GQA)
 
@@ -263,7 +292,7 @@ def test_a_broken_json_file_is_named(tmp_path, name, text):
 
 def test_a_missing_or_cut_file_is_named(tmp_path):
     folder = save(random_model(), tmp_path / "m")
-    file = folder / "model-00001-of-00001.safetensors"
+    file = folder / SHARD
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="00001.safetensors"):
         SafetensorsWeights(folder, GQA)
@@ -280,7 +309,7 @@ def test_the_manifest_finds_a_flipped_bit(tmp_path, capsys):
     assert "no manifest.json" in capsys.readouterr().err
     write_manifest(folder)
     check_manifest(folder)
-    file = folder / "model-00001-of-00001.safetensors"
+    file = folder / SHARD
     raw = bytearray(file.read_bytes())
     raw[-9] ^= 64
     file.write_bytes(raw)
