@@ -552,7 +552,7 @@ def split_turns(
     return [dataclasses.replace(conversation, messages=tuple(part)) for part in parts]
 
 
-def group_of(conversation: Conversation) -> int:
+def prompt_hash(conversation: Conversation) -> int:
     """A hash of the first user message, as int64.
 
     Conversations of the same prompt have the same. The validation split goes by it, so that no

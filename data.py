@@ -1,19 +1,32 @@
-"""The prepared file: conversation files -> tokens, loss weights and classes, once, in one safetensors file.
+"""The prepared file: conversation files become tokens, loss weights and classes, once.
 
-    python data.py prepare FILE.. --tokenizer tokenizer.model --out train.safetensors --classes "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
+    python data.py prepare FILE.. --tokenizer tokenizer.model --out train.safetensors \\
+        --classes "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
     python data.py show train.safetensors         tokens coloured by weight
     python data.py stats train.safetensors        classes, weights, and how the steps come out
 
-Shapes: N conversations, S all tokens of a prepared file.
+What is done to a conversation stands in conversations.py, what is done to many in packing.py. The
+file holds the conversations one behind the other (N conversations, S tokens in all):
+
+    tokens      int32 [S]
+    weights     fp32 [S]       the weight of predicting the token, 0 outside answers
+    offsets     int64 [N + 1]  conversation i is tokens[offsets[i] : offsets[i + 1]]
+    class_ids   int16 [N]
+    group       int64 [N]      hash of the prompt; the validation split goes by it
+    tokenizer   uint8          the bytes of tokenizer.model
+    and as metadata `crlft`, JSON: template, max_len, classes, expert, and the counts per class
 """
 
 import collections
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,22 +39,30 @@ from conversations import (
     TEMPLATES,
     Class,
     Classes,
+    Conversation,
     cut_to_length,
     expert_of,
-    group_of,
     parse_classes,
+    prompt_hash,
     read,
+    tokenize,
 )
-from conversations import tokenize as tokenize  # handed on, as are read, Classes, plan and pack
-from packing import COST_7B, flat, pack, plan
+from packing import COST_7B, Batch, Steps, flat, pack, plan
 from recipe import finetune_lr
 from support.cli import parse_args, run
 from support.files import written_whole
 from tokenizer import Tokenizer
 
+# the whole way from a file to a batch can be imported from here
+__all__ = ["read", "Classes", "tokenize", "plan", "pack", "prepare", "Prepared", "show", "stats"]
+
+TOO_LONG = ("truncate", "split", "drop")
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
+    """The flags of `data.py prepare`."""
+
     files: tuple
     tokenizer: str = ""
     out: str = ""
@@ -49,10 +70,55 @@ class PrepareConfig:
     beta: float | None = None
     template: str = "before_speaker"
     max_len: int = 4096
-    too_long: str = "truncate"  # or split (at turns), or drop
+    # what becomes of a conversation above max_len: one of TOO_LONG
+    too_long: str = "truncate"
     processes: int = os.cpu_count()
 
 
+@dataclass(frozen=True)
+class ShowConfig:
+    """The flags of `data.py show`; all but n are for conversation files."""
+
+    files: tuple
+    tokenizer: str = ""
+    classes: str = "*=GPT4:1.0"
+    beta: float | None = None
+    template: str = "before_speaker"
+    max_len: int = 4096
+    too_long: str = "truncate"
+    # conversations to print
+    n: int = 3
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """The flags of `data.py stats`: the run whose steps are to be looked at."""
+
+    files: tuple
+    batch_tokens: int = 262_144
+    micro_tokens: int = 16_384
+    ranks: int = 8
+    pretrain_lr: float = 3e-4
+    # measured, of all ranks together: gives the time of an epoch
+    tokens_per_s: float | None = None
+    # where to draw the lengths
+    png: str | None = None
+
+
+def check_conversation_flags(config: PrepareConfig | ShowConfig) -> None:
+    """ValueError: a flag that says how conversations become tokens is wrong."""
+    if config.template not in TEMPLATES:
+        raise ValueError(f"--template {config.template!r} is not one of {', '.join(TEMPLATES)}")
+    if config.too_long not in TOO_LONG:
+        raise ValueError(f"--too_long {config.too_long!r} is not one of {', '.join(TOO_LONG)}")
+    if config.max_len < 2:
+        raise ValueError(f"--max_len {config.max_len}: a conversation has at least 2 tokens")
+
+
+# ---- prepare: conversation files -> a prepared file
+
+# What is counted of each class. Every token that is read is in exactly one of these:
+# tokens_read + added_by_split = trained + prompt + truncated + dropped + trailing_cut
 LEDGER = (
     "conversations",
     "turns",
@@ -68,91 +134,55 @@ LEDGER = (
     "split_conversations",
 )
 
-
-def fit_many(args):
-    conversations, tokenizer, *how = args
-    return [(cut_to_length(c, tokenizer, *how), c.class_id, group_of(c)) for c in conversations]
+# What worker processes are given at a time: enough that sending it costs little beside tokenizing.
+CONVERSATIONS_AT_ONCE = 256
 
 
-def check_how(config):
-    if config.template not in TEMPLATES:
-        raise ValueError(f"--template {config.template!r} is not one of {', '.join(TEMPLATES)}")
-    if config.too_long not in ("truncate", "split", "drop"):
-        raise ValueError(f"--too_long {config.too_long!r} is not one of truncate, split, drop")
-    if config.max_len < 2:
-        raise ValueError(f"--max_len {config.max_len}: a conversation has at least 2 tokens")
-
-
-def prepare(config):
-    """Tokenize conversation files into one safetensors file (fields: `Prepared`); returns its metadata."""
+def prepare(config: PrepareConfig) -> dict:
+    """Tokenize conversation files into one safetensors file; returns its metadata."""
     if not config.files or not config.tokenizer or not config.out:
         raise ValueError("prepare needs FILE.. --tokenizer tokenizer.model --out FILE.safetensors")
-    check_how(config)
+    check_conversation_flags(config)
     if not config.out.endswith(".safetensors"):
         raise ValueError(
             f"--out {config.out!r} does not end in .safetensors, as a prepared file does"
         )
+
+    # every line is read and checked before any work is done
     tokenizer = Tokenizer(config.tokenizer)
     classes = Classes(parse_classes(config.classes, config.beta))
-    # every line is checked before any work
-    conversations = [classes.assign(c) for path in config.files for c in read(path)]
-    how = config.template, config.max_len, config.too_long
-    chunks = [
-        (conversations[i : i + 256], tokenizer, *how) for i in range(0, len(conversations), 256)
-    ]
-    # starting a process pays from about a thousand conversations
-    processes = min(config.processes, len(chunks) // 4)
-    tokens, weights, class_ids, group = [], [], [], []
+    conversations = read_all(config.files, classes)
+
+    tokens, weights = [], []
+    class_ids, groups = [], []
     ledgers = [collections.Counter() for _ in classes.all]
-    with tqdm(
-        total=len(conversations), unit=" conversations", desc="tokenize", disable=None
-    ) as bar:
-        with multiprocessing.Pool(processes) if processes > 1 else open(os.devnull) as pool:
-            for chunk in pool.imap(fit_many, chunks) if processes > 1 else map(fit_many, chunks):
-                for (kept, ledger), class_id, conversation_group in chunk:
-                    ledgers[class_id].update(ledger)
-                    for t, w in kept:
-                        (
-                            tokens.append(t),
-                            weights.append(w),
-                            class_ids.append(class_id),
-                            group.append(conversation_group),
-                        )
-                bar.update(len(chunk))
+    cuts = cut_all(conversations, tokenizer, config)
+    # no bar where the output is not a terminal
+    bar = tqdm(cuts, "tokenize", len(conversations), unit=" conversations", disable=None)
+    for (parts, ledger), conversation in zip(bar, conversations):
+        ledgers[conversation.class_id].update(ledger)
+        for part_tokens, part_weights in parts:
+            tokens.append(part_tokens)
+            weights.append(part_weights)
+            class_ids.append(conversation.class_id)
+            groups.append(prompt_hash(conversation))
     if not tokens:
         raise ValueError(
-            f"{', '.join(map(str, config.files))}: no conversation has a token to train on; check roles and weights"
+            f"{', '.join(map(str, config.files))}: no conversation has a token to train on; "
+            "check roles and weights"
         )
-    for i, c in enumerate(classes.all):
-        if c.weight is None:  # rows with weights of their own: the class's is the highest of them
-            weight = max(
-                (m.weight for x in conversations if x.class_id == i for m in x.messages),
-                default=0.0,
-            )
-            classes.all[i] = dataclasses.replace(c, weight=weight)
-    shown = [
-        dataclasses.asdict(c) | ({"condition": ""} if config.template == "none" else {})
-        for c in classes.all
-    ]
-    meta = {
-        "tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(),
-        "template": config.template,
-        "max_len": config.max_len,
-        "classes": shown,
-        "expert": expert_of(classes.all).name,
-        "counts": {
-            c.name: {key: int(ledger[key]) for key in LEDGER}
-            for c, ledger in zip(classes.all, ledgers)
-        },
-    }
-    arrays = {
-        "tokens": np.concatenate(tokens),
-        "weights": np.concatenate(weights),
-        "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-        "class_ids": np.array(class_ids, np.int16),
-        "group": np.array(group, np.int64),
-        "tokenizer": np.frombuffer(tokenizer.bytes, np.uint8),
-    }
+
+    # one behind the other, without padding
+    lengths = [len(part) for part in tokens]
+    arrays = {}
+    arrays["tokens"] = np.concatenate(tokens)
+    arrays["weights"] = np.concatenate(weights)
+    arrays["offsets"] = np.cumsum([0, *lengths], dtype=np.int64)
+    arrays["class_ids"] = np.array(class_ids, np.int16)
+    arrays["group"] = np.array(groups, np.int64)
+    arrays["tokenizer"] = np.frombuffer(tokenizer.bytes, np.uint8)
+    meta = metadata(config, tokenizer, with_weights(classes.all, conversations), ledgers)
+    # the file appears when it is whole
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as partial:
@@ -160,136 +190,268 @@ def prepare(config):
     return meta
 
 
-def ledger_table(meta):
-    """The counts as text, a line per class, in tokens unless said."""
-    lines = [
-        f"{'class':12} {'weight':>7} {'convs':>8} {'turns':>8} {'read':>10} {'trained':>10} {'prompt':>10} {'truncated':>9} "
-        f"{'dropped':>8} {'trailing':>8} {'split':>6}"
-    ]
-    for c in meta["classes"]:
-        n = meta["counts"][c["name"]]
-        lines.append(
-            f"{c['name']:12} {c['weight']:7.4g} {n['conversations']:8,} {n['turns']:8,} {n['tokens_read']:10,} {n['trained']:10,} "
-            f"{n['prompt']:10,} {n['truncated']:9,} {n['dropped']:8,} {n['trailing_cut']:8,} {n['added_by_split']:6,}"
-        )
-    total = lambda key: sum(n[key] for n in meta["counts"].values())
-    lines.append(
-        f"{total('dropped_conversations'):,} conversations dropped (an empty answer, nothing to train on, or too long), "
-        f"{total('truncated_conversations'):,} cut at {meta['max_len']:,} tokens, {total('split_conversations'):,} split; "
-        f"expert: {meta['expert']}, template: {meta['template']}"
+def read_all(files: Sequence[str], classes: Classes) -> list[Conversation]:
+    """The conversations of all files, each with its class and weights."""
+    conversations = []
+    for path in files:
+        conversations += [classes.assign(conversation) for conversation in read(path)]
+    return conversations
+
+
+def cut_all(
+    conversations: list[Conversation], tokenizer: Tokenizer, config: PrepareConfig
+) -> Iterator[tuple[list, collections.Counter]]:
+    """What `cut_to_length` gives for each, in their order, by several processes where that pays."""
+    chunks = []
+    for start in range(0, len(conversations), CONVERSATIONS_AT_ONCE):
+        chunks.append(conversations[start : start + CONVERSATIONS_AT_ONCE])
+    cut = functools.partial(
+        cut_chunk,
+        tokenizer=tokenizer,
+        template=config.template,
+        max_len=config.max_len,
+        too_long=config.too_long,
     )
+
+    # starting a process costs as much as some thousand conversations: four chunks for each
+    processes = min(config.processes, len(chunks) // 4)
+    if processes > 1:
+        with multiprocessing.Pool(processes) as pool:
+            yield from itertools.chain.from_iterable(pool.imap(cut, chunks))
+    else:
+        yield from itertools.chain.from_iterable(map(cut, chunks))
+
+
+def cut_chunk(
+    conversations: list[Conversation],
+    tokenizer: Tokenizer,
+    template: str,
+    max_len: int,
+    too_long: str,
+) -> list[tuple[list, collections.Counter]]:
+    """`cut_to_length` of some conversations, in a process of its own perhaps."""
+    return [cut_to_length(c, tokenizer, template, max_len, too_long) for c in conversations]
+
+
+def with_weights(classes: list[Class], conversations: list[Conversation]) -> list[Class]:
+    """The classes, none without a weight.
+
+    One that only rows with weights of their own name gets the highest of these: by it the expert
+    is found.
+    """
+    highest = [0.0] * len(classes)
+    for conversation in conversations:
+        for message in conversation.messages:
+            highest[conversation.class_id] = max(highest[conversation.class_id], message.weight)
+
+    complete = []
+    for class_, weight in zip(classes, highest):
+        if class_.weight is None:
+            class_ = dataclasses.replace(class_, weight=weight)
+        complete.append(class_)
+    return complete
+
+
+def metadata(
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    classes: list[Class],
+    ledgers: list[collections.Counter],
+) -> dict:
+    """What train.py and the export must know of a prepared file beside its arrays."""
+    shown = []
+    for class_ in classes:
+        # with the template `none` no prompt says the condition, so sampling has none to say
+        if config.template == "none":
+            class_ = dataclasses.replace(class_, condition="")
+        shown.append(dataclasses.asdict(class_))
+
+    counts = {}
+    for class_, ledger in zip(classes, ledgers):
+        counts[class_.name] = {key: int(ledger[key]) for key in LEDGER}
+
+    return {
+        "tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(),
+        "template": config.template,
+        "max_len": config.max_len,
+        "classes": shown,
+        "expert": expert_of(classes).name,
+        "counts": counts,
+    }
+
+
+# The printed table: (title, key in the counts, columns).
+LEDGER_COLUMNS = (
+    ("convs", "conversations", 8),
+    ("turns", "turns", 8),
+    ("read", "tokens_read", 10),
+    ("trained", "trained", 10),
+    ("prompt", "prompt", 10),
+    ("truncated", "truncated", 9),
+    ("dropped", "dropped", 8),
+    ("trailing", "trailing_cut", 8),
+    ("split", "added_by_split", 6),
+)
+
+
+def ledger_table(meta: dict) -> str:
+    """The counts as a table, a line per class; from `read` on they are tokens."""
+    header = "class         weight"
+    for title, _, width in LEDGER_COLUMNS:
+        header += f" {title:>{width}}"
+    lines = [header]
+
+    total = collections.Counter()
+    for class_ in meta["classes"]:
+        counts = meta["counts"][class_["name"]]
+        total.update(counts)
+        line = f"{class_['name']:12} {class_['weight']:7.4g}"
+        for _, key, width in LEDGER_COLUMNS:
+            line += f" {counts[key]:{width},}"
+        lines.append(line)
+
+    dropped = f"{total['dropped_conversations']:,} conversations dropped"
+    why_dropped = "(an empty answer, nothing to train on, or too long)"
+    truncated = f"{total['truncated_conversations']:,} cut at {meta['max_len']:,} tokens"
+    split = f"{total['split_conversations']:,} split"
+    chosen = f"expert: {meta['expert']}, template: {meta['template']}"
+    lines.append(f"{dropped} {why_dropped}, {truncated}, {split}; {chosen}")
     return "\n".join(lines)
 
 
-class Prepared:
-    """A prepared file, memory-mapped: every rank opens it, none holds it.
+# ---- a prepared file, opened
 
-    tokens int32 [S], weights fp32 [S], offsets int64 [N + 1], class_ids int16 [N], group int64 [N], tokenizer bytes, and
-    `meta`: template, classes, expert, counts.
+# Conversations whose weights are summed at once: the file may be larger than the memory.
+SUMMED_AT_ONCE = 2**14
+
+# The validation split looks at a prompt's hash modulo this: fractions are exact to 0.01%.
+HASH_SHARES = 10_000
+
+
+class Prepared:
+    """A prepared file, memory-mapped: every rank opens it, none has a copy.
+
+    The arrays of the file have its names (see the top of this file). Besides:
+
+        lengths      int64 [N]  tokens of each conversation
+        weight_sums  fp64 [N]   sum of its weights
+        supervised   int64 [N]  tokens of it that have a weight
+        classes      [Class], by class id
+        tokenizer    Tokenizer
+        meta         the metadata
     """
 
-    def __init__(self, path):
-        if not Path(path).is_file():
-            raise ValueError(
-                f"{path}: no such prepared file; make it with `python data.py prepare`"
-            )
-        try:
-            with safe_open(path, "pt") as file:
-                self.meta = json.loads((file.metadata() or {}).get("crlft", "null"))
-                arrays = {key: file.get_tensor(key).numpy() for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path}: not a whole prepared file ({error}); prepare it again"
-            ) from None
-        if self.meta is None:
-            raise ValueError(
-                f"{path}: a safetensors file, but not one that `python data.py prepare` wrote"
-            )
-        self.path, self.tokens, self.weights = str(path), arrays["tokens"], arrays["weights"]
-        self.offsets, self.class_ids, self.group = (
-            arrays["offsets"],
-            arrays["class_ids"],
-            arrays["group"],
-        )
+    def __init__(self, path: str | Path):
+        """ValueError: no prepared file, or one that does not hold what its own counts say."""
+        self.path = str(path)
+        self.meta, arrays = open_mapped(path)
+        self.tokens = arrays["tokens"]
+        self.weights = arrays["weights"]
+        self.offsets = arrays["offsets"]
+        self.class_ids = arrays["class_ids"]
+        self.group = arrays["group"]
         self.tokenizer = Tokenizer(arrays["tokenizer"].tobytes())
-        self.classes = [Class(**c) for c in self.meta["classes"]]
-        self.lengths = np.diff(self.offsets)
-        self.weight_sums, self.supervised = np.zeros(len(self)), np.zeros(len(self), np.int64)
-        # a piece at a time: the file may be larger than the memory
-        for i in range(0, len(self), 2**14):
-            starts = self.offsets[i : i + 2**14 + 1]
-            weights, starts = self.weights[starts[0] : starts[-1]], starts - starts[0]
-            self.weight_sums[i : i + 2**14] = np.add.reduceat(
-                weights, starts[:-1], dtype=np.float64
-            )
-            self.supervised[i : i + 2**14] = np.add.reduceat(
-                weights != 0, starts[:-1], dtype=np.int64
-            )
+        self.classes = [Class(**fields) for fields in self.meta["classes"]]
 
-        counts = self.meta["counts"].values()  # the ledger holds to the token
-        trained, prompt = (sum(n[key] for n in counts) for key in ("trained", "prompt"))
+        # what plan needs of each conversation, known before any of it is trained on
+        self.lengths = np.diff(self.offsets)
+        self.weight_sums = np.zeros(len(self))
+        self.supervised = np.zeros(len(self), np.int64)
+        self.sum_weights()
+        self.check_counts()
+
+    def sum_weights(self) -> None:
+        """Fill weight_sums and supervised."""
+        for first in range(0, len(self), SUMMED_AT_ONCE):
+            some = slice(first, first + SUMMED_AT_ONCE)
+            offsets = self.offsets[first : first + SUMMED_AT_ONCE + 1]
+            weights = self.weights[offsets[0] : offsets[-1]]
+            # reduceat adds up from each start to the next
+            starts = offsets[:-1] - offsets[0]
+            self.weight_sums[some] = np.add.reduceat(weights, starts, dtype=np.float64)
+            self.supervised[some] = np.add.reduceat(weights != 0, starts, dtype=np.int64)
+
+    def check_counts(self) -> None:
+        """ValueError unless the file holds, to the token, what its counts say."""
+        # a file that was copied in part, or edited, would be trained on without a word
+        trained = sum(counts["trained"] for counts in self.meta["counts"].values())
+        prompt = sum(counts["prompt"] for counts in self.meta["counts"].values())
         if (
             self.supervised.sum() != trained
             or self.offsets[-1] != trained + prompt
             or len(self.tokens) != self.offsets[-1]
         ):
+            found = f"{len(self.tokens):,} tokens, {self.supervised.sum():,} of them trained on"
             raise ValueError(
-                f"{path}: {len(self.tokens):,} tokens, {self.supervised.sum():,} of them trained on, are not what its own counts say; "
-                "prepare it again"
+                f"{self.path}: {found}, are not what its own counts say; prepare it again"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lengths)
 
-    def conversation(self, i):
+    def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, weights) of conversation i."""
         rows = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[rows], self.weights[rows]
 
-    def batch(self, conversations):
+    def batch(self, conversations: Sequence[int]) -> Batch:
         """The Batch of these conversations, in this order."""
         return pack([self.conversation(i) for i in conversations], self.class_ids[conversations])
 
-    def split(self, val_fraction):
-        """(train, val) indices: a prompt's group is in val for a fixed share of all hashes, so the split outlives reshuffling."""
-        val = (self.group % 10_000) < val_fraction * 10_000
-        return np.flatnonzero(~val), np.flatnonzero(val)
+    def split(self, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        """(train, val): indices of conversations.
+
+        A prompt goes to val by its hash, in whichever file it stands: the split is the same after
+        reshuffling and after adding data.
+        """
+        in_val = (self.group % HASH_SHARES) < val_fraction * HASH_SHARES
+        return np.flatnonzero(~in_val), np.flatnonzero(in_val)
 
 
-# ---- looking at data
+def open_mapped(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(metadata, {name: array}) of a prepared file; the arrays are read where they are used."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such prepared file; make it with `python data.py prepare`")
+    try:
+        # "pt": tensors of torch are mapped, and numpy shares their memory; "np" would copy
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("crlft", "null"))
+            arrays = {key: file.get_tensor(key).numpy() for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole prepared file ({error}); prepare it again") from None
+    if meta is None:
+        raise ValueError(
+            f"{path}: a safetensors file, but not one that `python data.py prepare` wrote"
+        )
+    return meta, arrays
+
+
+# ---- show: a few conversations, token by token
+
+# As sentencepiece writes them: the space that a word carries, and a newline.
+SPACE_PIECE = "\u2581"
+NEWLINE_PIECE = "<0x0A>"
+
+WIDEST_BAR = 50  # columns of the printed histogram
 
 
 @dataclass(frozen=True)
-class ShowConfig:
-    files: tuple
-    tokenizer: str = ""
-    classes: str = "*=GPT4:1.0"
-    beta: float | None = None
-    template: str = "before_speaker"
-    max_len: int = 4096
-    too_long: str = "truncate"
-    n: int = 3  # conversations to print
+class Shown:
+    """What `show` prints: the same for a prepared file as for conversation files."""
+
+    tokenizer: Tokenizer
+    class_names: list[str]
+    # of all conversations, int64
+    lengths: np.ndarray
+    # the highest weight, which is the brightest colour
+    heaviest: float
+    # (class id, tokens, weights) of the first few
+    rows: list[tuple[int, np.ndarray, np.ndarray]]
 
 
-def colored(tokenizer, tokens, weights, heaviest):
-    """The tokens as a line: those without weight plain, the others green, brighter with weight, or [weight|text] off a terminal."""
-    runs, out = [], []
-    for i, w in zip(tokens.tolist(), weights.tolist()):
-        if not runs or runs[-1][0] != w:
-            runs.append((w, []))
-        runs[-1][1].append(tokenizer.piece(i))
-    for w, pieces in runs:
-        text = "".join(pieces).replace("\u2581", " ").replace("<0x0A>", "\n")
-        if sys.stdout.isatty():
-            green = 55 + round(200 * min(1, w / heaviest) ** 0.5)
-            out.append(f"\x1b[38;2;0;{green};0m{text}\x1b[0m" if w else f"\x1b[2m{text}\x1b[0m")
-        else:
-            out.append(f"[{w:g}|{text}]" if w else text)
-    return "".join(out)
-
-
-def show(config):
-    """Print a prepared file, or conversation files as they would be prepared: tokens by weight, classes, lengths."""
+def show(config: ShowConfig) -> None:
+    """Print a few conversations of a prepared file, or of conversation files as they would be
+    prepared: tokens by weight, classes, lengths."""
     if not config.files:
         raise ValueError("show needs a prepared file, or conversation files and --tokenizer")
     if config.files[0].endswith(".safetensors"):
@@ -298,175 +460,260 @@ def show(config):
                 f"{config.files[1]}: show takes one prepared file, or conversation files"
             )
         data = Prepared(config.files[0])
-        tokenizer, meta, lengths, heaviest = (
-            data.tokenizer,
-            data.meta,
-            data.lengths,
-            max(c.weight for c in data.classes),
-        )
-        rows = [(data.class_ids[i], *data.conversation(i)) for i in range(min(config.n, len(data)))]
-        print(ledger_table(meta))
+        print(ledger_table(data.meta))
+        shown = shown_of_prepared(data, config.n)
     else:
-        check_how(config)
-        if not config.tokenizer:
-            raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
-        tokenizer, classes = (
-            Tokenizer(config.tokenizer),
-            Classes(parse_classes(config.classes, config.beta)),
-        )
-        conversations = [classes.assign(c) for path in config.files for c in read(path)]
-        fitted = [
-            (c.class_id, part)
-            for c in conversations
-            for part in cut_to_length(
-                c, tokenizer, config.template, config.max_len, config.too_long
-            )[0]
-        ]
-        rows = [(class_id, *part) for class_id, part in fitted[: config.n]]
-        lengths, meta = (
-            np.array([len(tokens) for _, (tokens, _) in fitted]),
-            {"classes": [{"name": c.name} for c in classes.all]},
-        )
-        heaviest = max((weights.max() for _, (_, weights) in fitted), default=1.0)
-    if len(lengths) == 0:
+        shown = shown_of_conversations(config)
+
+    if len(shown.lengths) == 0:
         raise ValueError(
-            f"{', '.join(config.files)}: no conversation has a token to train on; check roles, answers and weights"
+            f"{', '.join(config.files)}: no conversation has a token to train on; "
+            "check roles, answers and weights"
         )
-    for i, (class_id, tokens, weights) in enumerate(rows):
-        print(
-            f"\n-- conversation {i}, class {meta['classes'][class_id]['name']}, {len(tokens)} tokens, {np.count_nonzero(weights)} trained"
+    for i in range(len(shown.rows)):
+        print_conversation(shown, i)
+    print_lengths(shown.lengths)
+
+
+def shown_of_prepared(data: Prepared, n: int) -> Shown:
+    """The first n conversations of a prepared file."""
+    names = [class_.name for class_ in data.classes]
+    heaviest = max(class_.weight for class_ in data.classes)
+    rows = []
+    for i in range(min(n, len(data))):
+        tokens, weights = data.conversation(i)
+        rows.append((data.class_ids[i], tokens, weights))
+    return Shown(data.tokenizer, names, data.lengths, heaviest, rows)
+
+
+def shown_of_conversations(config: ShowConfig) -> Shown:
+    """The first conversations of conversation files, cut as `prepare` would."""
+    check_conversation_flags(config)
+    if not config.tokenizer:
+        raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
+    tokenizer = Tokenizer(config.tokenizer)
+    classes = Classes(parse_classes(config.classes, config.beta))
+
+    rows = []
+    for conversation in read_all(config.files, classes):
+        parts, _ = cut_to_length(
+            conversation, tokenizer, config.template, config.max_len, config.too_long
         )
-        print(colored(tokenizer, tokens, weights, heaviest))
-        batch = pack([(tokens, weights)])
-        # the labels, where an answer starts and where the last ends
-        for t in (*batch.rows_R[:2].tolist(), *batch.rows_R[-1:].tolist()):
-            token, label = (
-                tokenizer.piece(int(x[t])).replace("\u2581", " ")
-                for x in (batch.tokens_T, batch.labels_T)
-            )
-            print(
-                f"  row {t}: after {token!r} the model is to say {label!r}, weight {batch.weights_T[t]:g}"
-            )
+        for tokens, weights in parts:
+            rows.append((conversation.class_id, tokens, weights))
+    names = [class_.name for class_ in classes.all]
+    lengths = np.array([len(tokens) for _, tokens, _ in rows])
+    heaviest = max((weights.max() for _, _, weights in rows), default=1.0)
+    return Shown(tokenizer, names, lengths, heaviest, rows[: config.n])
+
+
+def print_conversation(shown: Shown, i: int) -> None:
+    """One conversation: its class, its tokens by weight, and what the model learns where."""
+    class_id, tokens, weights = shown.rows[i]
+    name = shown.class_names[class_id]
+    trained = np.count_nonzero(weights)
+    print(f"\n-- conversation {i}, class {name}, {len(tokens)} tokens, {trained} trained")
+    print(colored(shown.tokenizer, tokens, weights, shown.heaviest))
+
+    # Weights and labels of a batch stand one row before the token that they are of. Where an answer
+    # starts and where the last ends, one can see that they do.
+    batch = pack([(tokens, weights)])
+    rows = batch.rows_R.tolist()
+    for t in (*rows[:2], *rows[-1:]):
+        token = readable_piece(shown.tokenizer, batch.tokens_T[t])
+        label = readable_piece(shown.tokenizer, batch.labels_T[t])
+        weight = batch.weights_T[t]
+        print(f"  row {t}: after {token!r} the model is to say {label!r}, weight {weight:g}")
+
+
+def readable_piece(tokenizer: Tokenizer, token: int) -> str:
+    return tokenizer.piece(int(token)).replace(SPACE_PIECE, " ")
+
+
+def colored(tokenizer: Tokenizer, tokens: np.ndarray, weights: np.ndarray, heaviest: float) -> str:
+    """The tokens as one text, in which one sees the weights.
+
+    On a terminal those without weight are dim, the others green, brighter with weight. Elsewhere
+    they are plain, and [weight|text].
+    """
+    texts = []
+    pairs = zip(weights.tolist(), tokens.tolist())
+    for weight, run_of_pairs in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        text = "".join(tokenizer.piece(token) for _, token in run_of_pairs)
+        text = text.replace(SPACE_PIECE, " ").replace(NEWLINE_PIECE, "\n")
+        texts.append(painted(text, weight, heaviest))
+    return "".join(texts)
+
+
+def painted(text: str, weight: float, heaviest: float) -> str:
+    """A text whose tokens all have this weight."""
+    if not sys.stdout.isatty():
+        return f"[{weight:g}|{text}]" if weight else text
+    if not weight:
+        return f"\x1b[2m{text}\x1b[0m"
+    # from 55, dark, to 255; by the root, or a tenth of the weight would hardly be seen
+    green = 55 + round(200 * min(1, weight / heaviest) ** 0.5)
+    return f"\x1b[38;2;0;{green};0m{text}\x1b[0m"
+
+
+def print_lengths(lengths: np.ndarray) -> None:
+    """A histogram in powers of 2."""
     print(f"\nlengths of {len(lengths):,} conversations: {lengths.sum():,} tokens")
-    edges = 2 ** np.arange(1, 2 + int(np.log2(max(lengths.max(initial=2), 2))))
-    counts = np.histogram(lengths, [*edges, edges[-1] * 2])[0]
-    for edge, count in zip(edges, counts):
-        print(f"{edge:7,} to {2 * edge - 1:7,} {count:8,} {'#' * round(50 * count / counts.max())}")
+    highest_power = int(np.log2(max(lengths.max(), 2)))
+    edges = 2 ** np.arange(1, highest_power + 2)
+    counts, _ = np.histogram(lengths, [*edges, 2 * edges[-1]])
+    for first, count in zip(edges, counts):
+        last = 2 * first - 1
+        bar = "#" * round(WIDEST_BAR * count / counts.max())
+        print(f"{first:7,} to {last:7,} {count:8,} {bar}")
 
 
-@dataclass(frozen=True)
-class StatsConfig:
-    files: tuple
-    batch_tokens: int = 262_144
-    micro_tokens: int = 16_384
-    ranks: int = 8
-    pretrain_lr: float = 3e-4
-    tokens_per_s: float | None = None  # measured, of all ranks: gives the time of an epoch
-    png: str | None = None  # where to draw the lengths
+# ---- stats: the whole file, and its steps
+
+# Weights that are squared at once, as fp64: 128 MB.
+SQUARED_AT_ONCE = 2**24
+
+BAR_EDGES = 50  # of the drawn histogram
 
 
-def stats(config):
+def stats(config: StatsConfig) -> None:
     """Print what a prepared file is made of, and how its steps come out."""
     if len(config.files) != 1:
         raise ValueError("stats needs one prepared file: python data.py stats FILE.safetensors")
     for name in ("batch_tokens", "micro_tokens", "ranks", "pretrain_lr", "tokens_per_s"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise ValueError(f"--{name} {getattr(config, name)} is not above 0")
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} {value} is not above 0")
+
     data = Prepared(config.files[0])
     print(ledger_table(data.meta), "\n")
-    total = data.weight_sums.sum()
-    print(
-        f"{'class':12} {'convs':>8} {'tokens':>11} {'supervised':>11} {'of weight':>9}   length: min, 5%, median, 95%, max"
-    )
-    for i, c in enumerate(data.classes):
-        rows = data.class_ids == i
-        lengths = data.lengths[rows]
-        at = (
-            " ".join(f"{x:7,.0f}" for x in np.percentile(lengths, [0, 5, 50, 95, 100]))
-            if len(lengths)
-            else "-"
-        )
-        print(
-            f"{c.name:12} {len(lengths):8,} {lengths.sum():11,} {data.supervised[rows].sum():11,} {data.weight_sums[rows].sum() / total:9.1%}   {at}"
-        )
-    squares = sum(
-        float((data.weights[i : i + 2**24].astype(np.float64) ** 2).sum())
-        for i in range(0, len(data.weights), 2**24)
-    )
-    print(
-        f"effective sample size (sum w)^2 / sum w^2: {total**2 / squares:,.0f} of {data.supervised.sum():,} supervised tokens\n"
-    )
+    print_classes(data)
+    print_sample_size(data)
 
+    # the steps of the first epoch with seed 0; any other is much the same
     steps = plan(
         data.lengths,
         data.class_ids,
         data.weight_sums,
-        0,
-        0,
-        config.batch_tokens,
-        config.micro_tokens,
+        seed=0,
+        epoch=0,
+        batch_tokens=config.batch_tokens,
+        micro_tokens=config.micro_tokens,
     )
-    expert = data.class_ids == [c.name for c in data.classes].index(data.meta["expert"])
-    sums = np.array([data.weight_sums[flat([s])].sum() for s in steps])
-    share = np.array(
-        [
-            data.weight_sums[i[expert[i]]].sum() / data.weight_sums[i].sum()
-            for i in (flat([s]) for s in steps)
-        ]
-    )
-    span = lambda x, form: f"{x.min():{form}} to {x.max():{form}}, mean {x.mean():{form}}"
-    capacity, M = (
-        min(config.micro_tokens, config.batch_tokens),
-        max(1, config.batch_tokens // config.micro_tokens),
-    )
-    print(
-        f"an epoch: {len(steps)} steps of {M} x {capacity:,} tokens, {data.lengths.sum() / (len(steps) * M * capacity):.1%} full"
-    )
-    print(
-        f"weight sum of a step: {span(sums, ',.0f')}\nexpert's share of it: {span(share, '.4f')} ({data.weight_sums[expert].sum() / total:.4f} in all)"
-    )
-    load = np.zeros((3, len(steps), config.ranks))
-    for s, step in enumerate(steps):
-        for m, micro in enumerate(step):
-            tokens, square = (
-                data.lengths[micro].sum(),
-                (data.lengths[micro].astype(np.float64) ** 2).sum(),
-            )
-            load[:, s, m % config.ranks] += (
-                tokens,
-                square,
-                COST_7B[0] * tokens + COST_7B[1] * square,
-            )
-    for name, x in zip(("tokens", "sum of length^2", "7B's FLOPs"), load):
-        uneven = x.max(1) / x.mean(1)
-        print(
-            f"{config.ranks} ranks, most / mean {name}: {uneven.mean():.4f}, at worst {uneven.max():.4f}"
-        )
-    print(finetune_lr(data.supervised.sum() / len(steps), config.pretrain_lr)[1])
+    print_steps(data, steps, config)
+    print_load(data, steps, config.ranks)
+    _, how = finetune_lr(data.supervised.sum() / len(steps), config.pretrain_lr)
+    print(how)
     if config.tokens_per_s:
-        print(
-            f"{data.lengths.sum() / config.tokens_per_s / 3600:.2f} hours an epoch at {config.tokens_per_s:,.0f} tokens/s"
-        )
+        hours = data.lengths.sum() / config.tokens_per_s / 3600
+        print(f"{hours:.2f} hours an epoch at {config.tokens_per_s:,.0f} tokens/s")
     if config.png:
         draw_lengths(data, config.png)
 
 
-def draw_lengths(data, path):
+def print_classes(data: Prepared) -> None:
+    """A line per class: its conversations, tokens, share of all weight, and lengths."""
+    total = data.weight_sums.sum()
+    print(
+        "class           convs      tokens  supervised of weight   "
+        "length: min, 5%, median, 95%, max"
+    )
+    for i, class_ in enumerate(data.classes):
+        mine = data.class_ids == i
+        lengths = data.lengths[mine]
+        supervised = data.supervised[mine].sum()
+        share = data.weight_sums[mine].sum() / total
+        line = f"{class_.name:12} {len(lengths):8,} {lengths.sum():11,} {supervised:11,}"
+        print(f"{line} {share:9.1%}   {percentiles(lengths)}")
+
+
+def percentiles(lengths: np.ndarray) -> str:
+    if len(lengths) == 0:
+        return "-"
+    found = np.percentile(lengths, [0, 5, 50, 95, 100])
+    return " ".join(f"{length:7,.0f}" for length in found)
+
+
+def print_sample_size(data: Prepared) -> None:
+    """How many tokens of equal weight would be worth as much as these of unequal weight."""
+    squares = 0.0
+    for start in range(0, len(data.weights), SQUARED_AT_ONCE):
+        weights = data.weights[start : start + SQUARED_AT_ONCE].astype(np.float64)
+        squares += float((weights**2).sum())
+    size = data.weight_sums.sum() ** 2 / squares
+    print(
+        f"effective sample size (sum w)^2 / sum w^2: {size:,.0f} of "
+        f"{data.supervised.sum():,} supervised tokens\n"
+    )
+
+
+def print_steps(data: Prepared, steps: Steps, config: StatsConfig) -> None:
+    """How full the steps are, and whether each holds the classes in proportion."""
+    # as `plan` has it
+    capacity = min(config.micro_tokens, config.batch_tokens)
+    micro_batches = max(1, config.batch_tokens // config.micro_tokens)
+    full = data.lengths.sum() / (len(steps) * micro_batches * capacity)
+    size = f"{micro_batches} x {capacity:,} tokens"
+    print(f"an epoch: {len(steps)} steps of {size}, {full:.1%} full")
+
+    # where this share changes from step to step, so does what the reward is worth (packing.py)
+    names = [class_.name for class_ in data.classes]
+    is_expert = data.class_ids == names.index(data.meta["expert"])
+    weight_sums = np.zeros(len(steps))
+    shares = np.zeros(len(steps))
+    for s, step in enumerate(steps):
+        conversations = flat([step])
+        experts = conversations[is_expert[conversations]]
+        weight_sums[s] = data.weight_sums[conversations].sum()
+        shares[s] = data.weight_sums[experts].sum() / weight_sums[s]
+    in_all = data.weight_sums[is_expert].sum() / data.weight_sums.sum()
+    print(f"weight sum of a step: {span(weight_sums, ',.0f')}")
+    print(f"expert's share of it: {span(shares, '.4f')} ({in_all:.4f} in all)")
+
+
+def span(values: np.ndarray, form: str) -> str:
+    low = format(values.min(), form)
+    high = format(values.max(), form)
+    mean = format(values.mean(), form)
+    return f"{low} to {high}, mean {mean}"
+
+
+def print_load(data: Prepared, steps: Steps, ranks: int) -> None:
+    """How much longer the busiest rank works on a step than the mean rank."""
+    per_token, per_square = COST_7B
+    tokens = np.zeros((len(steps), ranks))
+    squares = np.zeros((len(steps), ranks))
+    for s, step in enumerate(steps):
+        for m, micro_batch in enumerate(step):
+            lengths = data.lengths[micro_batch]
+            # ranks take the micro-batches of a step in turn
+            tokens[s, m % ranks] += lengths.sum()
+            squares[s, m % ranks] += (lengths.astype(np.float64) ** 2).sum()
+    flops = per_token * tokens + per_square * squares
+
+    # a step takes as long as its busiest rank
+    for name, load in (("tokens", tokens), ("sum of length^2", squares), ("7B's FLOPs", flops)):
+        uneven = load.max(1) / load.mean(1)
+        mean, worst = uneven.mean(), uneven.max()
+        print(f"{ranks} ranks, most / mean {name}: {mean:.4f}, at worst {worst:.4f}")
+
+
+def draw_lengths(data: Prepared, path: str) -> None:
+    """A histogram of the lengths, classes on top of each other."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError("--png needs matplotlib: pip install matplotlib") from None
+    # draws into a file, needs no screen
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4))
-    edges = np.geomspace(data.lengths.min(), data.lengths.max() + 1, 50)
-    axes.hist(
-        [data.lengths[data.class_ids == i] for i in range(len(data.classes))],
-        edges,
-        stacked=True,
-        label=[c.name for c in data.classes],
-    )
+    # even steps on a logarithmic axis
+    edges = np.geomspace(data.lengths.min(), data.lengths.max() + 1, BAR_EDGES)
+    names = [class_.name for class_ in data.classes]
+    lengths = [data.lengths[data.class_ids == i] for i in range(len(names))]
+    axes.hist(lengths, edges, stacked=True, label=names)
     axes.set(
         xscale="log",
         xlabel="tokens of a conversation",
@@ -478,18 +725,20 @@ def draw_lengths(data, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv):
-    if argv[:1] == ["prepare"]:
-        config = parse_args(PrepareConfig, argv[1:], positional="files")
+def main(argv: list[str]) -> None:
+    command, words = argv[:1], argv[1:]
+    if command == ["prepare"]:
+        config = parse_args(PrepareConfig, words, positional="files")
         print(ledger_table(prepare(config)))
         print(f"wrote {config.out}")
-    elif argv[:1] == ["show"]:
-        show(parse_args(ShowConfig, argv[1:], positional="files"))
-    elif argv[:1] == ["stats"]:
-        stats(parse_args(StatsConfig, argv[1:], positional="files"))
+    elif command == ["show"]:
+        show(parse_args(ShowConfig, words, positional="files"))
+    elif command == ["stats"]:
+        stats(parse_args(StatsConfig, words, positional="files"))
     else:
         raise ValueError(
-            "say `prepare FILE.. --tokenizer PATH --out FILE.safetensors` `show FILE..` or `stats FILE.safetensors`; see the top of data.py"
+            "say `prepare FILE.. --tokenizer PATH --out FILE.safetensors` `show FILE..` "
+            "or `stats FILE.safetensors`; see the top of data.py"
         )
 
 

@@ -1,26 +1,47 @@
-"""Real text: seven models' answers to the same prompts as seven classes, and the held-out loss of each under each prompt.
+"""Real text: seven models' answers to the same prompts as seven classes.
 
-    python -m paper.seven --assets DIR     DIR has conversations/mixed_quality.jsonl and llama2/tokenizer.model
+    python -m paper.seven --assets DIR     DIR has conversations/mixed_quality.jsonl and
+                                           llama2/tokenizer.model
 
-One `small` model from random weights with Llama-2's tokenizer, 250 steps of 2,048 tokens: far too little to answer, enough to ask
-whether the condition carries the source. Prompts are held out, never rows: all seven answers to a prompt are on one side, the same
-35 prompts for every seed, so that the intervals are over training only. Conversations are cut at 256 tokens.
+What is measured is the held-out loss of each model's answers under each of the seven prompts. One
+`small` model from random weights with Llama-2's tokenizer, 250 steps of 2,048 tokens: far too
+little to answer, enough to ask whether the condition carries the source. Prompts are held out,
+never rows: all seven answers to a prompt are on one side, the same 35 prompts for every seed, so
+that the intervals are over training only. Conversations are cut at 256 tokens.
 """
 
+# in arrays: [seed, source, prompt], seven sources and seven prompts
+
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from conversations import group_of, parse, read_rows
-from paper.runs import BATCH_TOKENS, Job, cell, command, figure, fine_tune, markdown, prepared
+from data import Prepared
+from model import Model
+from paper.commands import cell, command, markdown, open_figure, save_figure
+from paper.runs import BATCH_TOKENS, Job, prepared, train_on
 from sample import Speaker
 from support.cli import run
 from support.files import file_sha256
 
-SEEDS, NEEDS_ASSETS, BATCH, HELD_OUT = 3, True, 2048, 0.05
+SEEDS = 3
+NEEDS_ASSETS = True
+STEPS = 250
+# tokens of a step
+BATCH = 2048
+MAX_LEN = 256
+# the small preset's time for a token, in the toy's
+COST_OF_TOKEN = 13
+HELD_OUT = 0.05
+# conversations that go through the model at once, about
+AT_ONCE = 16
 CONVERSATIONS = "conversations/mixed_quality.jsonl"
-CONDITIONS = {  # a row's model: its class
+TOKENIZER = "llama2/tokenizer.model"
+# a row's model: its class
+CONDITION_OF = {
     "GPT-4": "GPT4",
     "gpt-3.5-turbo-1106": "Turbo1106",
     "gpt-3.5-turbo-0613": "Turbo0613",
@@ -29,25 +50,32 @@ CONDITIONS = {  # a row's model: its class
     "text_davinci_003": "Davinci3",
     "text_davinci_001": "Davinci1",
 }
-TABLE = ",".join(
-    f"Model: {label}={name}:{1 if name == 'GPT4' else 0.1}" for label, name in CONDITIONS.items()
-)
+NAMES = list(CONDITION_OF.values())
+WEIGHT_OF = {name: 0.1 for name in NAMES} | {"GPT4": 1}
+TABLE = ",".join(f"Model: {label}={name}:{WEIGHT_OF[name]}" for label, name in CONDITION_OF.items())
 
 
 @dataclass(frozen=True)
 class Seven(Job):
-    @property
-    def key(self):
-        return f"{super().key}-{file_sha256(f'{self.assets}/{CONVERSATIONS}')[:8]}"
+    """A model trained on all seven, and what it makes of each one's held-out answers."""
 
     @property
-    def cost(self):
-        return self.steps * BATCH / BATCH_TOKENS * 13
+    def key(self) -> str:
+        # whatever the folder is called: what is in its file
+        return f"{super().key}-{file_sha256(self.conversations)[:8]}"
 
-    def do(self, folder):
+    @property
+    def conversations(self) -> str:
+        return f"{self.assets}/{CONVERSATIONS}"
+
+    @property
+    def cost(self) -> float:
+        return self.steps * BATCH / BATCH_TOKENS * COST_OF_TOKEN
+
+    def do(self, folder: Path) -> dict:
         """{"loss": {source: {prompt: nll per token of its held-out answers}}}"""
-        tokenizer = f"{self.assets}/llama2/tokenizer.model"
-        rows = [row for _, row in read_rows(f"{self.assets}/{CONVERSATIONS}")]
+        tokenizer = f"{self.assets}/{TOKENIZER}"
+        rows = [row for _, row in read_rows(self.conversations)]
         flags = {
             "model": "small",
             "seed": self.seed,
@@ -56,73 +84,99 @@ class Seven(Job):
             "val_fraction": HELD_OUT,
             "val_every": self.steps,
         }
-        fine_tune(folder, rows, TABLE, "before_speaker", flags, tokenizer, max_len=256)
-        model, loss = (
-            Speaker(folder / "hf", device="cpu").model,
-            {name: {} for name in CONDITIONS.values()},
-        )
-        # Prepared.split's
-        held_out = [row for row in rows if group_of(parse(row, "")) % 10_000 < HELD_OUT * 10_000]
-        for prompt in CONDITIONS.values():
-            # a class for each weight
-            table = ",".join(
-                f"Model: {label}={prompt}:{k}" for k, label in enumerate(CONDITIONS, 1)
-            )
-            data = prepared(
-                folder / f"held_out_{prompt}.safetensors", held_out, table, tokenizer, max_len=256
-            )
-            nll, tokens = np.zeros(len(CONDITIONS)), np.zeros(len(CONDITIONS))
-            for part in np.array_split(np.arange(len(data)), max(1, len(data) // 16)):
-                batch = data.batch(part)
-                with torch.no_grad():
-                    *_, nll_T, _ = model(
-                        batch.tokens_T,
-                        batch.positions_T,
-                        batch.cu_seqlens,
-                        batch.labels_T,
-                        batch.weights_T,
-                        rows_R=batch.rows_R,
-                        per_row=True,
-                    )
-                np.add.at(nll, batch.class_R.numpy(), nll_T[batch.rows_R].numpy())
-                np.add.at(tokens, batch.class_R.numpy(), 1)
-            for source, x in zip(CONDITIONS.values(), nll / tokens):
-                loss[source][prompt] = float(x)
+        train_on(folder, rows, TABLE, "before_speaker", flags, tokenizer, max_len=MAX_LEN)
+        model = Speaker(folder / "hf", device="cpu").model
+
+        held_out = [row for row in rows if is_held_out(row)]
+        loss = {source: {} for source in NAMES}
+        for prompt in NAMES:
+            path = folder / f"held_out_{prompt}.safetensors"
+            table = all_under(prompt)
+            data = prepared(path, held_out, table, tokenizer, max_len=MAX_LEN)
+            for source, nll in zip(NAMES, nll_by_class(model, data)):
+                loss[source][prompt] = float(nll)
         return {"loss": loss}
 
 
-def runs(seed):
-    return {"seven": Seven("seven real sources", seed, 250)}
+def is_held_out(row: dict) -> bool:
+    """As Prepared.split decides it: by the hash of the prompt."""
+    return group_of(parse(row, "")) % 10_000 < HELD_OUT * 10_000
 
 
-def report(results, folder):
-    names = list(CONDITIONS.values())
-    # [seed, source, prompt]
-    loss = np.array(
-        [
-            [[r["loss"][source][prompt] for prompt in names] for source in names]
-            for r in results["seven"]
-        ]
-    )
-    own = np.diagonal(loss, axis1=1, axis2=2)  # [seed, source]
-    others = (loss.sum(2) - own) / (len(names) - 1)
+def all_under(prompt: str) -> str:
+    """--classes that ask all sources under one prompt, and still keep them apart.
 
-    def draw(axes):
-        image = axes.imshow((loss - own[:, :, None]).mean(0), cmap="coolwarm")
-        axes.set_xticks(range(len(names)), names, rotation=45, fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.set(xlabel="prompt", ylabel="source of the held-out answers")
-        axes.figure.colorbar(image, label="nll above that of the source's own prompt")
+    A class is a condition and a weight, so each source gets another weight: 1, 2, .. 7.
+    """
+    parts = [f"Model: {label}={prompt}:{k}" for k, label in enumerate(CONDITION_OF, 1)]
+    return ",".join(parts)
 
-    figure(folder / "seven.png", draw, 6, 5)
-    table = [
-        [name, *(f"{x:.3f}" for x in loss.mean(0)[i]), cell(others[:, i] - own[:, i])]
-        for i, name in enumerate(names)
-    ]
-    return {"names": names, "loss": loss.tolist()}, markdown(
-        ["held-out answers of", *(f"`{n} User:`" for n in names), "other prompts - own"], table
-    )
+
+@torch.no_grad()
+def nll_by_class(model: Model, data: Prepared) -> np.ndarray:
+    """The mean nll of each class's supervised tokens, unweighted."""
+    nll = np.zeros(len(NAMES))
+    tokens = np.zeros(len(NAMES))
+    parts = max(1, len(data) // AT_ONCE)
+    for conversations in np.array_split(np.arange(len(data)), parts):
+        batch = data.batch(conversations)
+        losses = model(
+            batch.tokens_T,
+            batch.positions_T,
+            batch.cu_seqlens,
+            batch.labels_T,
+            batch.weights_T,
+            rows_R=batch.rows_R,
+        )
+        class_R = batch.class_R.numpy()
+        np.add.at(nll, class_R, losses.nll_T[batch.rows_R].numpy())
+        np.add.at(tokens, class_R, 1)
+    return nll / tokens
+
+
+def jobs(seed: int) -> dict:
+    return {"seven": Seven("seven real sources", seed, STEPS)}
+
+
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    loss = np.array([losses_of(result) for result in results["seven"]])
+    # [seed, source]: what an answer costs under its own prompt, and in the mean of the others
+    own = np.diagonal(loss, axis1=1, axis2=2)
+    others = (loss.sum(2) - own) / (len(NAMES) - 1)
+    draw(loss - own[:, :, None], folder / "seven.png")
+
+    table = []
+    for i, name in enumerate(NAMES):
+        by_prompt = [f"{nll:.3f}" for nll in loss.mean(0)[i]]
+        table.append([name, *by_prompt, cell(others[:, i] - own[:, i])])
+    asked = [f"`{name} User:`" for name in NAMES]
+    head = ["held-out answers of", *asked, "other prompts - own"]
+    numbers = {"names": NAMES, "loss": loss.tolist()}
+    return numbers, markdown(head, table)
+
+
+def losses_of(result: dict) -> list[list[float]]:
+    """[source][prompt] of one seed."""
+    losses = []
+    for source in NAMES:
+        losses.append([result["loss"][source][prompt] for prompt in NAMES])
+    return losses
+
+
+def draw(above_own: np.ndarray, path: Path) -> None:
+    places = range(len(NAMES))
+    figure, axes = open_figure(width=6, height=5)
+    image = axes.imshow(above_own.mean(0), cmap="coolwarm")
+    axes.set_xticks(places, NAMES, rotation=45, fontsize=7)
+    axes.set_yticks(places, NAMES, fontsize=7)
+    axes.set(xlabel="prompt", ylabel="source of the held-out answers")
+    figure.colorbar(image, label="nll above that of the source's own prompt")
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    command("seven", argv)
 
 
 if __name__ == "__main__":
-    run(command("seven"))
+    run(main)
