@@ -5,9 +5,9 @@
     python sample.py out/demo/hf --input prompts.jsonl --output answers.jsonl
     python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT3     Fig. 5
 
-C-RLFT trains on good and mixed answers, each under its own condition; at inference only the
-expert's condition is used (Sec. 3.2), and that is the default here. --condition asks as if
-another source were to answer: Fig. 5 shows how much worse it then is.
+C-RLFT trains on an expert's answers and on mixed ones, each source under its own condition. At
+inference only the expert's is used (Sec. 3.2): that is the default here. --condition asks as
+another source would be asked; Fig. 5 shows how much worse the answers then are.
 
 prompts.jsonl has a {"prompt": ..} or {"messages": [{"role", "content"}, ..]} per line;
 answers.jsonl has the same rows with "response" and "finish" ("stop" or "length").
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -137,6 +138,14 @@ def store_by_columns(model: torch.nn.Module) -> None:
 # ---- the model and how it is spoken to
 
 
+class Answer(NamedTuple):
+    """The token ids of an answer, without the id that ended it."""
+
+    ids: list[int]
+    # "stop": the model ended it; "length": max_new or the context did
+    finish: str
+
+
 class Speaker:
     """A model with the tokenizer, template and condition it is spoken to with."""
 
@@ -228,7 +237,7 @@ class Speaker:
 
         # All prompts go through the model once, packed as in training; the cache keeps their keys
         # and values, so that from then on a step costs one token of each.
-        logits_BV, cache = self.read_prompts(prompts, steps=max(room))
+        logits_BV, cache = self.prefill(prompts, steps=max(room))
 
         ended = [False] * len(prompts)
         for step in range(1, max(room) + 1):
@@ -248,7 +257,7 @@ class Speaker:
                 return
             logits_BV = self.model.decode(tokens_B, cache)
 
-    def read_prompts(self, prompts: list[list[int]], steps: int) -> tuple[torch.Tensor, KVCache]:
+    def prefill(self, prompts: list[list[int]], steps: int) -> tuple[torch.Tensor, KVCache]:
         """(logits_BV after each prompt, a cache with all of them and room for `steps` more)."""
         weight = self.model.lm_head.weight
         # pack wants tokens and loss weights; nothing is learned here, so these are 0
@@ -261,20 +270,20 @@ class Speaker:
         logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
         return logits_BV, cache
 
-    def answer(self, prompts: list[list[int]], config: SampleConfig) -> list[tuple]:
-        """[(ids, finish)] of a list of prompts' ids, finish "stop" or "length"."""
+    def answer(self, prompts: list[list[int]], config: SampleConfig) -> list[Answer]:
+        """The answers to B prompts, made side by side."""
         steps = list(self.generate(prompts, config))
         answers = []
         for b in range(len(prompts)):
             ids = [step[b] for step in steps if step[b] is not None]
             if ids[-1] in self.stops:
-                answers.append((ids[:-1], "stop"))
+                answers.append(Answer(ids[:-1], "stop"))
             else:
-                answers.append((ids, "length"))
+                answers.append(Answer(ids, "length"))
         return answers
 
     def answer_each(self, prompts: list[list[int]], config: SampleConfig) -> Iterator[tuple]:
-        """Yield (index, (ids, finish)) for any number of prompts, with a progress bar."""
+        """Yield (index, Answer) for any number of prompts, batch by batch, with a progress bar."""
         # prompts of like length share a batch, so that the cache has few empty slots
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         tokens = 0
@@ -283,19 +292,21 @@ class Speaker:
             for start in range(0, len(order), config.batch):
                 indices = order[start : start + config.batch]
                 answers = self.answer([prompts[i] for i in indices], config)
-                tokens += sum(len(ids) for ids, _ in answers)
+                tokens += sum(len(answer.ids) for answer in answers)
                 seconds = time.monotonic() - began
                 bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
                 bar.update(len(indices))
                 yield from zip(indices, answers)
 
-    def answer_all(self, prompts: list[list[int]], config: SampleConfig) -> list[tuple]:
-        """[(ids, finish)] of any number of prompts, in their order."""
+    def answer_all(self, prompts: list[list[int]], config: SampleConfig) -> list[Answer]:
+        """The answers to any number of prompts, in their order."""
         answers = dict(self.answer_each(prompts, config))
         return [answers[i] for i in range(len(prompts))]
 
 
-def choose(logits_BV: torch.Tensor, config: SampleConfig, generator) -> torch.Tensor:
+def choose(
+    logits_BV: torch.Tensor, config: SampleConfig, generator: torch.Generator
+) -> torch.Tensor:
     """tokens_B int64, drawn from softmax(logits / temperature).
 
     Only the top_k likeliest tokens, and of these the smallest set of mass top_p, can be drawn.
@@ -400,8 +411,8 @@ def answer_file(speaker: Speaker, config: SampleConfig) -> None:
     # Opened before the work: a folder that cannot be written costs no answers.
     with written_whole(config.output) as partial, open(partial, "w", encoding="utf-8") as file:
         answers = speaker.answer_all(ids, config)
-        for row, (answer, finish) in zip(rows, answers):
-            answered = row | {"response": speaker.text(answer), "finish": finish}
+        for row, answer in zip(rows, answers):
+            answered = row | {"response": speaker.text(answer.ids), "finish": answer.finish}
             file.write(json.dumps(answered, ensure_ascii=False) + "\n")
     print(f"{len(rows)} answers in {config.output}", file=sys.stderr)
 

@@ -155,10 +155,10 @@ def agieval(config: AgievalConfig) -> None:
 
     # a line as soon as its answer is there: a kill costs one batch
     with open(config.out, "a", encoding="utf-8") as file:
-        for i, (answer, finish) in speaker.answer_each(ids, sampling):
-            response = speaker.text(answer)
+        for i, answer in speaker.answer_each(ids, sampling):
+            response = speaker.text(answer.ids)
             letter = agieval_letter(response)
-            found = {"response": response, "letter": letter, "finish": finish}
+            found = {"response": response, "letter": letter, "finish": answer.finish}
             row = waiting[i] | found | settings
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()

@@ -194,9 +194,9 @@ def converse(
             ids = []
             for i in asked:
                 ids.append(speaker.ids(conversations[i], truncate_left=True, max_new=how.max_new))
-            for at, (answer, _) in speaker.answer_each(ids, how):
+            for at, answer in speaker.answer_each(ids, how):
                 i = asked[at]
-                text = speaker.text(answer).strip()
+                text = speaker.text(answer.ids).strip()
                 conversations[i].append(Message("assistant", text))
                 responses[i].append(text)
     return responses
