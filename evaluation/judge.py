@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from conversations import read
+from conversations import Conversation, read
 from evaluation.rows import check_out, require, require_turns, rows_of, write_lines
 from support.files import read_json
 
@@ -184,7 +184,20 @@ def check_request_flags(config: JudgeConfig) -> None:
 
 
 def conversation_requests(config: JudgeConfig) -> Iterator[Request]:
-    """App. G: of each source some conversations, each answer of them by itself, in its context."""
+    """App. G: each answer of the drawn conversations by itself, with what was said before it."""
+    for source, name, conversation in drawn_conversations(config):
+        for turn, message in enumerate(conversation.messages):
+            if message.role == "user":
+                continue
+            before = conversation.messages[:turn]
+            context = "\n\n".join(f"{m.role.capitalize()}: {m.text}" for m in before)
+            user = fill(TABLE_6, {"context": context, "response": message.text})
+            request_id = RequestId("conversation", config.judge, "table-6", name, turn, source)
+            yield Request(request_id, None, user)
+
+
+def drawn_conversations(config: JudgeConfig) -> Iterator[tuple[str, str, Conversation]]:
+    """(source, FILE#N, conversation): of each source --count of them, drawn at random."""
     by_source = {}
     for path in config.files:
         for n, conversation in enumerate(read(path)):
@@ -196,15 +209,7 @@ def conversation_requests(config: JudgeConfig) -> Iterator[Request]:
         drawn = rng.permutation(len(found))[: config.count]
         for at in sorted(drawn.tolist()):
             name, conversation = found[at]
-            for turn, message in enumerate(conversation.messages):
-                if message.role == "assistant":
-                    before = conversation.messages[:turn]
-                    context = "\n\n".join(f"{m.role.capitalize()}: {m.text}" for m in before)
-                    user = fill(TABLE_6, {"context": context, "response": message.text})
-                    request_id = RequestId(
-                        "conversation", config.judge, "table-6", name, turn, source
-                    )
-                    yield Request(request_id, None, user)
+            yield source, name, conversation
 
 
 def question_requests(config: JudgeConfig) -> Iterator[Request]:
