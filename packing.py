@@ -559,7 +559,7 @@ def pick_two(r: int, badness_SM: np.ndarray, layout: Layout) -> tuple[np.ndarray
     else:
         further = r // 2 % (M - 1)
         other = (one + 1 + further) % M
-    # all may be off in the same direction
+    # never one micro-batch with itself: where both are even, argmin may find `one` again
     other = np.where(other == one, (other + 1) % M, other)
     return one, other
 

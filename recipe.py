@@ -1,51 +1,99 @@
-"""Sec. 4.1: the settings of a run, the presets, the learning rate, the steps of every epoch."""
+"""The recipe, Sec. 4.1 of the paper: the settings of a run, its learning rate, and the steps of all
+its epochs.
+
+    AdamW, beta 0.9 and 0.95, eps 1e-5, weight decay 0.1
+    5 epochs of batches of 200k tokens; conversations of at most 4,096 tokens
+    learning rate 6.7e-5, by a cosine down to 10% of it
+
+The paper gives neither warm-up nor clipping: 5% of the steps and a norm of 1 are the public
+trainer's. `finetune_lr` tells how 6.7e-5 follows from the size of a batch.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from packing import flat, plan
+from packing import Steps, flat, plan
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Defaults are the paper's (Sec. 4.1). None: the model's own, see `resolve`."""
+    """The settings of a run. The defaults are the paper's, where it gives them (Sec. 4.1).
 
-    data: str = ""  # a file that `python data.py prepare` wrote
+    None is for what depends on the model or the machine: `train.resolve` fills it in.
+    """
+
+    # a file that `python data.py prepare` wrote
+    data: str = ""
     # a Hugging Face directory to fine-tune, or a preset to train from random weights
     model: str = ""
+    # a folder for checkpoints, metrics and the trained model
     out: str = ""
-    steps: int | None = None  # instead of epochs
+
+    # optimizer steps of the run, instead of --epochs
+    steps: int | None = None
+    # passes over the data
     epochs: int = 5
-    batch_tokens: int | None = None  # packed tokens of an optimizer step, at most
-    # packed tokens of a micro-batch, at most: what must fit on one GPU
+    # tokens of an optimizer step, at most
+    # default: 262,144, of which 200k have a loss; a preset has its own
+    batch_tokens: int | None = None
+    # tokens of a micro-batch, at most: what must fit on one GPU
+    # default: 16,384, or --batch_tokens if that is less
     micro_tokens: int | None = None
+
+    # the highest learning rate
+    # default: by the supervised tokens of a step; a preset has its own
     lr: float | None = None
-    min_lr: float = 0.1  # share of lr at the end of the cosine
-    warmup: float = 0.05  # share of the steps
+    # the last learning rate, as a share of --lr
+    min_lr: float = 0.1
+    # steps of linear warm-up, as a share of all steps
+    warmup: float = 0.05
+    # AdamW: decay of the mean of the gradients
     beta1: float = 0.9
+    # AdamW: decay of the mean of their squares
     beta2: float = 0.95
+    # AdamW: added to the divisor of the update
     eps: float = 1e-5
+    # AdamW: share of a weight that an update takes away, times the learning rate
     weight_decay: float = 0.1
+    # the highest norm of a gradient; a longer one is scaled down to it
     clip: float = 1.0
+    # of the order of the conversations, and of random weights
     seed: int = 0
-    # of compute: bfloat16 on GPUs, float32 on CPUs; weights and AdamW's moments are fp32
+
+    # of computing: float32 or bfloat16; weights and AdamW's moments are always float32
+    # default: bfloat16 on GPUs, float32 on CPUs
     dtype: str | None = None
-    # of a block in the backward pass: none, cheap (what takes no matmul), all; default on GPUs: all
+    # what a block computes again in the backward pass, to save memory: none, cheap or all
+    # cheap is all that takes no matrix product
+    # default: all on GPUs, none on CPUs
     recompute: str | None = None
-    compile: bool = False  # the blocks, by torch.compile
-    exact: bool = False  # the same bits on any number of ranks: gradients are summed in fp64
-    nonfinite: str = "stop"  # or skip: what to do with a step whose loss or gradient is not finite
-    val_fraction: float = 0.01  # of the prompts
+    # compile the blocks by torch.compile
+    compile: bool = False
+    # the same bits on any number of ranks: gradients are summed in fp64
+    exact: bool = False
+    # what to do with a step whose loss or gradient is not finite: stop or skip
+    nonfinite: str = "stop"
+
+    # share of the prompts that is held out for validation
+    val_fraction: float = 0.01
+    # steps from one validation to the next
     val_every: int = 100
+    # steps from one checkpoint to the next
     save_every: int = 500
-    keep: int = 2  # checkpoints
-    async_save: bool = False  # train on while a copy of the state in host memory is written
-    timeout: int = 1800  # seconds that a rank waits for the others before the job fails
+    # checkpoints to keep
+    keep: int = 2
+    # train on while a checkpoint is written, from a copy of the state in host memory
+    async_save: bool = False
+    # seconds that a rank waits for the others before the run fails
+    timeout: int = 1800
 
 
-PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-training's
+# Training from random weights: (learning rate, tokens of a step). LLaMA-2's are those of its own
+# pre-training; those of the two small models are ours.
+PRESETS = {
     "toy": (2e-3, 1536),
     "small": (1e-3, 4096),
     "llama-2-7b": (3e-4, 2**22),
@@ -53,45 +101,85 @@ PRESETS = {  # (lr, batch_tokens) from random weights; LLaMA's are its pre-train
     "llama-2-34b": (1.5e-4, 2**22),
     "llama-2-70b": (1.5e-4, 2**22),
 }
+
+# What a resumed run may change. All other settings belong to a run's identity: with another value
+# its checkpoint would be continued as something else.
 RESUME_MAY_CHANGE = (
+    # these are names: what lies under them is compared by its content
     "data",
     "model",
     "out",
+    # the number of steps is compared instead
     "epochs",
+    # how fast a step is, and how much memory it takes
     "recompute",
     "compile",
-    "nonfinite",
+    # what is measured and kept on the way
     "val_every",
     "save_every",
     "keep",
     "async_save",
+    # what is done when something fails
+    "nonfinite",
     "timeout",
-)  # data and model by name: their content is compared; epochs: steps says it
+)
 
 
-def finetune_lr(supervised_tokens, pretrain_lr=3e-4):
-    """(lr, how): the base model's pre-training LR at 4M tokens, scaled by the square root of the batch-size ratio (Sec. 4.1).
+# ---- the learning rate
 
-    What counts is supervised tokens per step: 200k of them give the paper's 6.7e-5. LLaMA-2 34B and 70B have 1.5e-4.
+# LLaMA-2 7B and 13B were pre-trained with this learning rate (34B and 70B with 1.5e-4) and with
+# batches of so many tokens.
+PRETRAIN_LR = 3e-4
+PRETRAIN_TOKENS = 4e6
+
+
+def finetune_lr(supervised_tokens: float, pretrain_lr: float = PRETRAIN_LR) -> tuple[float, str]:
+    """(learning rate, how it comes about): the base model's own, scaled by the square root of the
+    ratio of the batch sizes (Sec. 4.1).
+
+    supervised_tokens: the mean number in a step. It is what the paper's 200k tokens count, as we
+    read it: 3e-4 * sqrt(200k / 4M) = 6.7e-5, the paper's learning rate.
     """
-    lr = pretrain_lr * math.sqrt(supervised_tokens / 4e6)
-    return (
-        lr,
-        f"lr {lr:.3g} = {pretrain_lr:g} * sqrt({supervised_tokens:,.0f} supervised tokens a step / 4e6)",
+    lr = pretrain_lr * math.sqrt(supervised_tokens / PRETRAIN_TOKENS)
+    reason = (
+        f"lr {lr:.3g} = {pretrain_lr:g} * "
+        f"sqrt({supervised_tokens:,.0f} supervised tokens a step / 4e6)"
     )
+    return lr, reason
 
 
-def lr_at(step, steps, config):
-    """Learning rate of optimizer step `step`, from 1: linear warm-up, then a cosine from lr to min_lr * lr."""
+def lr_at(step: int, steps: int, config: TrainConfig) -> float:
+    """The learning rate of optimizer step `step` of `steps`, the first being 1.
+
+    Linear up to config.lr, then half a wave of a cosine, from lr to min_lr * lr in the last step.
+    """
     warmup = max(1, round(config.warmup * steps))
     if step <= warmup:
         return config.lr * step / warmup
+    # 1 where the warm-up ends, 0 in the last step
     cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
     return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
 
 
-def epoch_steps(data, conversations, config, epoch, cost):
-    """plan() over these conversations of the data, and proof that each is used once."""
+# ---- the steps
+
+
+class PlanData(Protocol):
+    """What `plan` has to know of a file's conversations, all [N]: a `data.Prepared` has it."""
+
+    lengths: np.ndarray
+    class_ids: np.ndarray
+    weight_sums: np.ndarray
+
+
+def epoch_steps(
+    data: PlanData,
+    conversations: np.ndarray,
+    config: TrainConfig,
+    epoch: int,
+    cost: tuple[float, float],
+) -> Steps:
+    """The steps of one epoch of these conversations: int64, rising, indices into data."""
     planned = plan(
         data.lengths[conversations],
         data.class_ids[conversations],
@@ -102,15 +190,35 @@ def epoch_steps(data, conversations, config, epoch, cost):
         config.micro_tokens,
         cost,
     )
-    steps = [[conversations[micro] for micro in step] for step in planned]
+    # plan numbers what it is given from 0: back to the numbers that data has
+    steps = []
+    for step in planned:
+        steps.append([conversations[micro] for micro in step])
+    # the promise of an epoch: each conversation once
     assert np.array_equal(np.sort(flat(steps)), conversations)
     return steps
 
 
-def all_steps(data, conversations, config, cost):
-    """(steps of the whole run, where each epoch ends): a pure function of data and config, so a resumed run goes on in it."""
-    steps, ends = [], []
-    while len(steps) < config.steps if config.steps else len(ends) < config.epochs:
-        steps += epoch_steps(data, conversations, config, len(ends), cost)
-        ends.append(len(steps))
-    return steps[: config.steps], ends
+def all_steps(
+    data: PlanData, conversations: np.ndarray, config: TrainConfig, cost: tuple[float, float]
+) -> tuple[Steps, list[int]]:
+    """(the steps of the whole run, [the number of steps up to the end of each epoch]).
+
+    They follow from data and config alone. So a resumed run makes them again, and goes on in them
+    where it stopped.
+    """
+    steps = []
+    epoch_ends = []
+    while not is_whole(steps, epoch_ends, config):
+        epoch = len(epoch_ends)
+        steps += epoch_steps(data, conversations, config, epoch, cost)
+        epoch_ends.append(len(steps))
+    # config.steps may end within an epoch; None cuts nothing
+    return steps[: config.steps], epoch_ends
+
+
+def is_whole(steps: Steps, epoch_ends: list[int], config: TrainConfig) -> bool:
+    """Do these steps and epochs make the whole run? --steps goes before --epochs."""
+    if config.steps:
+        return len(steps) >= config.steps
+    return len(epoch_ends) >= config.epochs
