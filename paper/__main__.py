@@ -1,4 +1,4 @@
-"""The whole paper in miniature: every run that any command wants, once, then every table and figure.
+"""The whole paper in miniature: every run that any command wants, then every table and figure.
 
 python -m paper [--assets DIR] [--processes N]
 """
@@ -7,32 +7,37 @@ import importlib
 import json
 import time
 
-from paper.runs import PaperConfig, check, command, perform, place_of, runs_of
-from support.cli import parse_args, run
+from paper.commands import command, is_left_out, jobs_of, place_of, read_config
+from paper.runs import perform
+from support.cli import run
 
 COMMANDS = "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "alpha", "optimum", "classes", "seven"
 
 
-def main(argv):
-    config, began = check(parse_args(PaperConfig, argv)), time.monotonic()
-    modules = [importlib.import_module(f"paper.{name}") for name in COMMANDS]
-    wanted = [
-        one
-        for module in modules
-        if config.assets or not getattr(module, "NEEDS_ASSETS", False)
-        for group in runs_of(module, config).values()
-        for one in group
-    ]
+def main(argv: list[str]) -> None:
+    began = time.monotonic()
+    config = read_config(argv)
+
+    # All runs first, so that the cores are busy to the end. Then each command finds its own.
+    wanted = []
+    for name in COMMANDS:
+        module = importlib.import_module(f"paper.{name}")
+        if not is_left_out(module, config):
+            for group in jobs_of(module, config).values():
+                wanted += group
     done = perform(wanted, config)
-    analysis = sum(command(name)(argv) for name in COMMANDS)
-    hours = (sum(result["cpu_seconds"] for result in done.values()) + analysis) / 3600
-    (place_of(config) / "all.json").write_text(
-        json.dumps({"command": "python -m paper", "runs": len(done), "core_hours": round(hours, 3)})
-        + "\n"
-    )
+    analysis = sum(command(name, argv) for name in COMMANDS)
+
+    # each run once, whoever asked for it
+    runs = sum(result["cpu_seconds"] for result in done.values())
+    hours = (runs + analysis) / 3600
+    content = {"command": "python -m paper", "runs": len(done), "core_hours": round(hours, 3)}
+    path = place_of(config) / "all.json"
+    path.write_text(json.dumps(content) + "\n")
+    minutes = (time.monotonic() - began) / 60
     print(
-        f"{len(done)} runs and their analysis: {hours:.2f} core-hours, processes of one thread ({config.processes} at a time; "
-        f"this call took {(time.monotonic() - began) / 60:.0f} min)"
+        f"{len(done)} runs and their analysis: {hours:.2f} core-hours, processes of one thread",
+        f"({config.processes} at a time; this call took {minutes:.0f} min)",
     )
 
 

@@ -1,46 +1,66 @@
-"""Eq. 3-6 on one axis: the sub-optimal class's weight w = exp((alpha - 1) / beta), from 0 (expert only) to 1 (without reward).
+"""Eq. 3-6 on one axis: the weight of the sub-optimal class, from 0 (expert only) to 1 (no reward).
 
     python -m paper.alpha
 
-alpha and beta enter only through w. The condition stays, every point uses both templates and takes the same number of steps. At w = 0
-the other class has no token with a weight and is left out, so that a step holds twelve times the experts: not the limit of a small w.
+The weight is w = exp((alpha - 1) / beta); alpha and beta enter only through it. The condition
+stays, every point uses both templates and takes the same number of steps. At w = 0 the other class
+has no token with a weight and is left out, so that a step holds twelve times the experts: not the
+limit of a small w.
 """
 
-from paper.runs import TABLE, Run, cell, command, figure, lines, markdown
+from pathlib import Path
+
+from paper.commands import cell, command, lines, markdown, open_figure, save_figure
+from paper.runs import TABLE, FineTune
 from paper.table2 import arm, expert_score, scarce
 from paper.toy import Task
 from support.cli import run
 
 SEEDS = 3
 WEIGHTS = (0, 0.01, 0.03, 0.1, 0.3, 1)
+# these are arms of Table 2
+ARM_OF = {0: "expert only", 0.1: "C-RLFT", 1: "without reward"}
 
 
-def runs(seed):
-    known = {0: arm("expert only", seed), 0.1: arm("C-RLFT", seed), 1: arm("without reward", seed)}
-    return {
-        w: known.get(w) or Run(f"w = {w}", seed, task=Task(seed=seed), classes=TABLE.format(1, w))
-        for w in WEIGHTS
-    }
+def jobs(seed: int) -> dict:
+    """{w: job}"""
+    wanted = {}
+    for w in WEIGHTS:
+        if w in ARM_OF:
+            wanted[w] = arm(ARM_OF[w], seed)
+        else:
+            table = TABLE.format(1, w)
+            wanted[w] = FineTune(f"w = {w}", seed, task=Task(seed=seed), classes=table)
+    return wanted
 
 
-def report(results, folder):
-    rows = {
-        "sampled": {w: [expert_score(r) for r in group] for w, group in results.items()},
-        "greedy": {w: [expert_score(r, "greedy") for r in group] for w, group in results.items()},
-        "scarce skill, sampled": {w: list(map(scarce, group)) for w, group in results.items()},
-    }
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    rows = {"sampled": {}, "greedy": {}, "scarce skill, sampled": {}}
+    for w, group in results.items():
+        rows["sampled"][w] = [expert_score(result) for result in group]
+        rows["greedy"][w] = [expert_score(result, "greedy") for result in group]
+        rows["scarce skill, sampled"][w] = [scarce(result) for result in group]
+    draw(rows, folder / "alpha.png")
+    table = []
+    for label, row in rows.items():
+        table.append([label, *map(cell, row.values())])
+    return rows, markdown(["w", *WEIGHTS], table)
 
-    def draw(axes):
-        lines(axes, range(len(WEIGHTS)), {label: list(row.values()) for label, row in rows.items()})
-        axes.set(xlabel="weight of the sub-optimal class", ylabel="right answers", ylim=(0, 1))
-        axes.set_xticks(range(len(WEIGHTS)), map(str, WEIGHTS))
 
-    figure(folder / "alpha.png", draw)
-    return rows, markdown(
-        ["w", *map(str, WEIGHTS)],
-        [[label, *map(cell, row.values())] for label, row in rows.items()],
-    )
+def draw(rows: dict, path: Path) -> None:
+    # at equal distances: a logarithmic axis has no place for 0
+    places = range(len(WEIGHTS))
+    groups = {label: list(row.values()) for label, row in rows.items()}
+    figure, axes = open_figure()
+    lines(axes, places, groups)
+    axes.set(xlabel="weight of the sub-optimal class", ylabel="right answers", ylim=(0, 1))
+    axes.set_xticks(places, map(str, WEIGHTS))
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    command("alpha", argv)
 
 
 if __name__ == "__main__":
-    run(command("alpha"))
+    run(main)

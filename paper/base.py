@@ -2,17 +2,22 @@
 
     python -m paper.base        its own target, `make paper_base`, beside `make paper`
 
-Everything else on paper/README.md is fine-tuned from a base (`Pretrain` in runs.py), as in the paper. Here the same arms start from
-random weights, with twice the steps and a higher learning rate; or from the base with half the learning rate, or three times the steps.
+Everything else on paper/README.md is fine-tuned from a base (`Pretrain` in runs.py), as in the
+paper. Here the same arms start from random weights, with twice the steps and a higher learning
+rate; or from the base with half the learning rate, or three times the steps.
 """
 
-from paper.runs import BASE_LR, LR, STEPS, bars, cell, command, figure, markdown
-from paper.table2 import ARMS, arm, expert_score
+from pathlib import Path
+
+from paper.commands import bars, cell, command, markdown, open_figure, save_figure
+from paper.runs import BASE_LR, LR, STEPS
+from paper.table2 import ARMS, HOW, arm, expert_score
 from support.cli import run
 
 SEEDS = 3
 NAMES = "C-RLFT", "without reward", "expert only"
-STARTS = {  # name: what differs
+# A way to start, and how its jobs differ from Table 2's.
+STARTS = {
     "pre-trained": {},
     "pre-trained, half the lr": {"lr": LR / 2},
     "pre-trained, 3 x the steps": {"steps": 3 * STEPS},
@@ -20,36 +25,43 @@ STARTS = {  # name: what differs
 }
 
 
-def runs(seed):
-    return {
-        (start, name): arm(name, seed, **flags) for start, flags in STARTS.items() for name in NAMES
-    }
+def jobs(seed: int) -> dict:
+    """{(start, arm): job}"""
+    wanted = {}
+    for start, changes in STARTS.items():
+        for name in NAMES:
+            wanted[start, name] = arm(name, seed, **changes)
+    return wanted
 
 
-def report(results, folder):
-    scores = {
-        how: {key: [expert_score(r, how) for r in group] for key, group in results.items()}
-        for how in ("sampled", "greedy")
-    }
-    figure(
-        folder / "base.png",
-        lambda axes: bars(
-            axes,
-            NAMES,
-            {start: [scores["sampled"][start, name] for name in NAMES] for start in STARTS},
-        ),
-        width=8,
-    )
-    table = [
-        [name, ARMS[name][1], *(cell(scores["sampled"][start, name]) for start in STARTS)]
-        for name in NAMES
-    ]
-    head = ["arm", "paper, %", *STARTS]
-    return {
-        how: {f"{start}: {name}": values for (start, name), values in rows.items()}
-        for how, rows in scores.items()
-    }, markdown(head, table)
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    numbers = {}
+    for how in HOW:
+        numbers[how] = {}
+        for (start, name), group in results.items():
+            numbers[how][f"{start}: {name}"] = [expert_score(result, how) for result in group]
+    sampled = numbers["sampled"]
+    draw(sampled, folder / "base.png")
+
+    table = []
+    for name in NAMES:
+        cells = [cell(sampled[f"{start}: {name}"]) for start in STARTS]
+        table.append([name, ARMS[name].average, *cells])
+    return numbers, markdown(["arm", "paper, %", *STARTS], table)
+
+
+def draw(sampled: dict[str, list], path: Path) -> None:
+    groups = {}
+    for start in STARTS:
+        groups[start] = [sampled[f"{start}: {name}"] for name in NAMES]
+    figure, axes = open_figure(width=8)
+    bars(axes, NAMES, groups)
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    command("base", argv)
 
 
 if __name__ == "__main__":
-    run(command("base"))
+    run(main)

@@ -1,70 +1,88 @@
-"""Beyond the paper: three classes instead of two, and a reward for each answer instead of its source.
+"""Beyond the paper: three classes instead of two, and a reward for each answer, not its source.
 
     python -m paper.classes        and then paper.seven, where --assets names a folder with its data
 
-The paper's future work (Sec. 7) asks for finer rewards. The expert's data are as everywhere; the others are two sources, right 6
-and 2 times in 10, so 4 in 10 together. A weight per answer needs a judge; here it is the task's own check. It takes the place of the
-class's weight, so it says nothing of the source: that is left to the condition.
+The paper's future work (Sec. 7) asks for finer rewards. The expert's data are as everywhere; the
+others are two sources, right 6 and 2 times in 10, so 4 in 10 together. A weight per answer needs a
+judge; here it is the task's own check. It takes the place of the class's weight, so it says nothing
+of the source: that is left to the condition.
 """
 
-from paper.runs import TABLE, Run, bars, cell, command, figure, markdown
+from pathlib import Path
+
+from paper.commands import bars, cell, command, markdown, open_figure, save_figure
+from paper.runs import TABLE, FineTune
+from paper.table2 import HOW
 from paper.toy import Task
 from support.cli import run
 
 SEEDS = 3
+# label, conversations, probability that an answer is right
 SOURCES = (("GPT-4", 300, 1.0), ("GPT-3.5", 1650, 0.6), ("GPT-2", 1650, 0.2))
 THREE = "GPT-4=GPT4:1,GPT-3.5=GPT3:{},*=GPT2:0.1"
+# Rewards 1, 0.5 and 0 have the weights 1, 0.32 and 0.1 when beta = 1 / ln 10.
+MIDDLE = 0.3162
 ARMS = {
     "two classes, the others as one (0.1)": {"classes": TABLE.format(1, 0.1)},
     "three classes (0.1, 0.1)": {"classes": THREE.format(0.1)},
-    # rewards 1, 0.5, 0 with beta = 1 / ln 10
-    "three classes (0.32, 0.1)": {"classes": THREE.format(0.3162)},
-    "three conditions, a weight for each answer": {"classes": THREE.format(0.3162), "wrong": 0.1},
+    "three classes (0.32, 0.1)": {"classes": THREE.format(MIDDLE)},
+    "three conditions, a weight for each answer": {"classes": THREE.format(MIDDLE), "wrong": 0.1},
     "no condition, a weight for each answer": {"classes": "*=GPT4:1", "wrong": 0.1},
 }
-PROMPTS = "GPT4", "GPT3", "GPT2"
+CONDITIONS = "GPT4", "GPT3", "GPT2"
 
 
-def runs(seed):
-    return {
-        name: Run(name, seed, task=Task(sources=SOURCES, seed=seed), **flags)
-        for name, flags in ARMS.items()
-    }
+def jobs(seed: int) -> dict:
+    """{arm: job}"""
+    task = Task(sources=SOURCES, seed=seed)
+    return {name: FineTune(name, seed, task=task, **fields) for name, fields in ARMS.items()}
 
 
-def report(results, folder):
-    rows = {
-        name: {
-            how: {
-                prompt: [r["scores"][prompt][how]["all"] for r in group]
-                for prompt in group[0]["scores"]
-            }
-            for how in ("sampled", "greedy")
-        }
-        for name, group in results.items()
-    }
-    figure(
-        folder / "classes.png",
-        lambda axes: bars(
-            axes,
-            rows,
-            {f"{p} User:": [row["sampled"].get(p, ()) for row in rows.values()] for p in PROMPTS},
-            7,
-        ),
-        width=8,
-    )
-    table = [
-        [
-            name,
-            *(cell(row["sampled"][p]) if p in row["sampled"] else "" for p in PROMPTS),
-            cell(row["greedy"]["GPT4"]),
-        ]
-        for name, row in rows.items()
-    ]
-    return rows, markdown(
-        ["arm", *(f"`{p} User:`" for p in PROMPTS), "`GPT4 User:`, greedy"], table
-    )
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    rows = {name: numbers_of(group) for name, group in results.items()}
+    draw(rows, folder / "classes.png")
+
+    table = []
+    for name, row in rows.items():
+        cells = []
+        for values in by_condition(row):
+            # an arm is asked only under the conditions it was trained with
+            cells.append(cell(values) if values else "")
+        table.append([name, *cells, cell(row["greedy"]["GPT4"])])
+    asked = [f"`{condition} User:`" for condition in CONDITIONS]
+    return rows, markdown(["arm", *asked, "`GPT4 User:`, greedy"], table)
+
+
+def numbers_of(group: list[dict]) -> dict:
+    """{"sampled", "greedy": {condition: [the score of each seed]}} of an arm."""
+    row = {}
+    for how in HOW:
+        row[how] = {}
+        for condition in group[0]["scores"]:
+            scores = [result["scores"][condition][how]["all"] for result in group]
+            row[how][condition] = scores
+    return row
+
+
+def by_condition(row: dict) -> list:
+    """An arm's sampled scores, in the order of CONDITIONS; () where it was not asked."""
+    return [row["sampled"].get(condition, ()) for condition in CONDITIONS]
+
+
+def draw(rows: dict, path: Path) -> None:
+    by_arm = [by_condition(row) for row in rows.values()]
+    groups = {}
+    for condition, values in zip(CONDITIONS, zip(*by_arm)):
+        groups[f"{condition} User:"] = values
+    figure, axes = open_figure(width=8)
+    bars(axes, list(rows), groups, size=7)
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    command("classes", argv)
+    command("seven", argv)
 
 
 if __name__ == "__main__":
-    run(lambda argv: [command(name)(argv) for name in ("classes", "seven")])
+    run(main)

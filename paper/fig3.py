@@ -1,73 +1,89 @@
-"""Fig. 3 in miniature: the scores of the two sources' own answers. No model is asked: the task can be scored exactly.
+"""Fig. 3 in miniature: the scores of the two sources' own answers.
 
     python -m paper.fig3
 
-As in App. G: 128 conversations of each source, every answer scored from 1 to 10 in its conversation, a conversation's score
-the mean. Here the score is 1 + 9 times the share of the letters that stand where the right answer has them.
+No model is asked: the task can be scored exactly. As in App. G: 128 conversations of each source,
+every answer scored from 1 to 10 in its conversation, a conversation's score the mean. Here the
+score is 1 + 9 times the share of the letters that stand where the right answer has them.
 """
 
+import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
-from paper.runs import Job, cell, command, figure, markdown, share
+from paper.commands import cell, command, markdown, open_figure, save_figure
+from paper.runs import Job, share
 from paper.toy import Task, answer, full_questions, make_task
 from support.cli import run
 
 SEEDS = 3
+CONVERSATIONS = 128
+LABELS = "GPT-4", "GPT-3.5"
+# 10, but for rounding
+PERFECT = 9.99
 
 
 @dataclass(frozen=True)
 class Sources(Job):
-    def do(self, folder):
-        """{source: [the score of each of its first 128 conversations]}"""
-        return {
-            "scores": {
-                label: [conversation_score(turns) for turns in chats[:128]]
-                for label, chats in make_task(Task(seed=self.seed))[0].items()
-            }
-        }
+    """The scores of the data themselves."""
+
+    def do(self, folder: Path) -> dict:
+        """{"scores": {source: [the score of each of its first conversations]}}"""
+        sources, _ = make_task(Task(seed=self.seed))
+        scores = {}
+        for label, chats in sources.items():
+            scores[label] = [conversation_score(turns) for turns in chats[:CONVERSATIONS]]
+        return {"scores": scores}
 
 
-def conversation_score(turns):
+def conversation_score(turns: list[tuple]) -> float:
     asked, replies, _ = zip(*turns)
     scores = []
     for question, reply in zip(full_questions(asked, replies), replies):
-        right, given = answer(question).split(), reply.split()
-        scores.append(
-            1 + 9 * sum(a == b for a, b in zip(right, given)) / max(len(right), len(given))
-        )
+        right = answer(question).split()
+        given = reply.split()
+        same = sum(a == b for a, b in zip(right, given))
+        # letters too many and letters too few are errors alike
+        scores.append(1 + 9 * same / max(len(right), len(given)))
     return sum(scores) / len(scores)
 
 
-def runs(seed):
-    return {"sources": Sources("the sources' scores", seed, 1)}
+def jobs(seed: int) -> dict:
+    # one step: it takes no time
+    return {"sources": Sources("the sources' scores", seed, steps=1)}
 
 
-def report(results, folder):
-    rows = {
-        label: [r["scores"][label] for r in results["sources"]] for label in ("GPT-4", "GPT-3.5")
-    }
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    rows = {}
+    for label in LABELS:
+        rows[label] = [result["scores"][label] for result in results["sources"]]
+    draw(rows, folder / "fig3.png")
 
-    def draw(axes):
-        for label, by_seed in rows.items():
-            axes.hist(
-                [x for values in by_seed for x in values],
-                bins=18,
-                range=(1, 10),
-                alpha=0.6,
-                density=True,
-                label=label,
-            )
-        axes.set(xlabel="score of a conversation, 1 to 10", ylabel="density")
-        axes.legend()
-
-    figure(folder / "fig3.png", draw)
-    perfect = lambda scores: share(x > 9.99 for x in scores)
-    table = [
-        [label, cell([sum(v) / len(v) for v in by_seed], 2), cell(map(perfect, by_seed), 2)]
-        for label, by_seed in rows.items()
-    ]
+    table = []
+    for label, by_seed in rows.items():
+        means = [sum(scores) / len(scores) for scores in by_seed]
+        perfect = [share_perfect(scores) for scores in by_seed]
+        table.append([label, cell(means, 2), cell(perfect, 2)])
     return rows, markdown(["source", "mean score", "conversations without an error"], table)
 
 
+def share_perfect(scores: list[float]) -> float:
+    return share(score > PERFECT for score in scores)
+
+
+def draw(rows: dict[str, list], path: Path) -> None:
+    figure, axes = open_figure()
+    for label, by_seed in rows.items():
+        scores = list(itertools.chain(*by_seed))
+        axes.hist(scores, bins=18, range=(1, 10), alpha=0.6, density=True, label=label)
+    axes.set(xlabel="score of a conversation, 1 to 10", ylabel="density")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    command("fig3", argv)
+
+
 if __name__ == "__main__":
-    run(command("fig3"))
+    run(main)

@@ -14,7 +14,7 @@ expert's prompt. All conversations are new to the models, and both sources are a
 skill equally often.
 """
 
-# N conversations, T packed tokens, D width, K directions
+# N conversations (F of them fitted), T packed tokens, D width, K directions
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +33,8 @@ from sample import Speaker
 from support.cli import run
 
 SEEDS = 3
-# conversations of each source
-EACH = 1000
+# label, conversations, probability that an answer is right
+SOURCES = (("GPT-4", 1000, 1.0), ("GPT-3.5", 1000, 0.4))
 # seeds from here on are no model's
 NEW_SEEDS = 10_000
 # conversations that go through the model at once
@@ -64,6 +64,9 @@ VIEWS = {
 }
 
 
+HEAD = ["representation", "linear probe", "silhouette in 2-D"]
+
+
 def jobs(seed: int) -> dict:
     return {name: arm(name, seed) for name in ("SFT on all", "C-RLFT")}
 
@@ -72,9 +75,9 @@ def jobs(seed: int) -> dict:
 
 
 def new_task(result: dict) -> Task:
-    """EACH conversations per source that a model has not been trained on."""
+    """As many conversations of each source, which a model has not been trained on."""
     return Task(
-        sources=(("GPT-4", EACH, 1.0), ("GPT-3.5", EACH, 0.4)),
+        sources=SOURCES,
         scarce=1,
         heldout=0,
         seed=NEW_SEEDS + result["run"]["seed"],
@@ -135,14 +138,17 @@ def probe(states_ND: torch.Tensor, expert_N: torch.Tensor, seed: int) -> float:
     # each dimension at mean 0 and deviation 1, and a constant; the target is 1 or -1
     mean_D = states_ND[fitted].mean(0)
     std_D = states_ND[fitted].std(0) + 1e-9
-    x_ND = torch.cat([(states_ND - mean_D) / std_D, torch.ones(len(states_ND), 1)], 1)
+    scaled_ND = (states_ND - mean_D) / std_D
+    x_ND = torch.cat([scaled_ND, torch.ones(len(scaled_ND), 1)], 1)
     y_N = (2.0 * expert_N - 1).to(x_ND.dtype)
 
+    # (x^T x + ridge) w = x^T y
+    x_FD = x_ND[fitted]
     ridge_DD = RIDGE * len(fitted) * torch.eye(x_ND.shape[1], dtype=x_ND.dtype)
-    square_DD = x_ND[fitted].T @ x_ND[fitted] + ridge_DD
-    w_D = torch.linalg.solve(square_DD, x_ND[fitted].T @ y_N[fitted])
+    w_D = torch.linalg.solve(x_FD.T @ x_FD + ridge_DD, x_FD.T @ y_N[fitted])
     guess_N = x_ND[tested] @ w_D > 0
-    return (guess_N == expert_N[tested]).double().mean().item()
+    right_N = (guess_N == expert_N[tested]).double()
+    return right_N.mean().item()
 
 
 def silhouette(points_NK: torch.Tensor, expert_N: torch.Tensor) -> float:
@@ -155,7 +161,8 @@ def silhouette(points_NK: torch.Tensor, expert_N: torch.Tensor) -> float:
     # a point is no neighbour of itself
     a_N = (distance_NN * own_NN).sum(1) / (own_NN.sum(1) - 1)
     b_N = (distance_NN * ~own_NN).sum(1) / (~own_NN).sum(1)
-    return ((b_N - a_N) / torch.maximum(a_N, b_N)).mean().item()
+    silhouette_N = (b_N - a_N) / torch.maximum(a_N, b_N)
+    return silhouette_N.mean().item()
 
 
 def accuracy_by_errors(result: dict) -> float:
@@ -176,22 +183,24 @@ def has_error(turns: list[tuple]) -> bool:
 def report(results: dict, folder: Path) -> tuple[dict, str]:
     rows = {}
     pictures = {}
+    table = []
     for name, view in VIEWS.items():
-        rows[name] = {"probe": [], "silhouette": []}
+        row = {"probe": [], "silhouette": []}
         for result in results[view.arm]:
             states_ND, expert_N = states_of(result, view)
             points_NK = plane(states_ND)
-            rows[name]["probe"].append(probe(states_ND, expert_N, result["run"]["seed"]))
-            rows[name]["silhouette"].append(silhouette(points_NK, expert_N))
+            row["probe"].append(probe(states_ND, expert_N, result["run"]["seed"]))
+            row["silhouette"].append(silhouette(points_NK, expert_N))
             # the picture is the first seed's
             pictures.setdefault(name, (points_NK, expert_N))
+        rows[name] = row
+        table.append([name, cell(row["probe"]), cell(row["silhouette"])])
     draw(rows, pictures, folder / "fig4.png")
-    table = [[name, cell(row["probe"]), cell(row["silhouette"])] for name, row in rows.items()]
 
     by_errors = [accuracy_by_errors(result) for result in results["C-RLFT"]]
     rows["an error or none"] = by_errors
     table.append(["no representation: an error or none", cell(by_errors), ""])
-    return rows, markdown(["representation", "linear probe", "silhouette in 2-D"], table)
+    return rows, markdown(HEAD, table)
 
 
 def states_of(result: dict, view: View) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,7 +216,8 @@ def draw(rows: dict, pictures: dict, path: Path) -> None:
     for axis, (name, (points_NK, expert_N)) in zip(axes.flat, pictures.items()):
         axis.scatter(*points_NK[expert_N].T, s=2, label="GPT-4")
         axis.scatter(*points_NK[~expert_N].T, s=2, label="GPT-3.5")
-        axis.set_title(f"{name}\nprobe {rows[name]['probe'][0]:.2f}", fontsize=8)
+        accuracy = rows[name]["probe"][0]
+        axis.set_title(f"{name}\nprobe {accuracy:.2f}", fontsize=8)
         axis.set(xticks=(), yticks=())
     axes.flat[0].legend(fontsize=7)
     save_figure(figure, path)

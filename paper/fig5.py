@@ -105,7 +105,7 @@ def log_prob(result: dict, condition: str) -> float:
         data = prepared(path, rows, f"*={condition}:1", tokenizer)
         batch = data.batch(range(len(data)))
     model = Speaker(result["folder"] + "/hf", device="cpu").model
-    nll_sum, *_ = model(
+    losses = model(
         batch.tokens_T,
         batch.positions_T,
         batch.cu_seqlens,
@@ -113,7 +113,7 @@ def log_prob(result: dict, condition: str) -> float:
         batch.weights_T,
         rows_R=batch.rows_R,
     )
-    return -nll_sum.item() / answers
+    return -losses.loss_sum.item() / answers
 
 
 # ---- the page

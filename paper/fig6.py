@@ -2,11 +2,14 @@
 
     python -m paper.fig6
 
-Equal epochs, as in the paper, so that less data is also fewer steps: 60% of the sub-optimal class is two thirds of them, 60% of the
-expert's nearly all.
+Equal epochs, as in the paper, so that less data is also fewer steps: 60% of the sub-optimal class
+is two thirds of them, 60% of the expert's nearly all.
 """
 
-from paper.runs import Run, cell, command, figure, lines, markdown
+from pathlib import Path
+
+from paper.commands import cell, command, lines, markdown, open_figure, save_figure
+from paper.runs import FineTune
 from paper.table2 import arm, expert_score
 from paper.toy import Task
 from support.cli import run
@@ -16,37 +19,52 @@ SHARES = (0.6, 0.7, 0.8, 0.9, 1.0)
 SIDES = "expert", "sub-optimal"
 
 
-def runs(seed):
-    keep = {("expert", x): (x, 1.0) for x in SHARES} | {
-        ("sub-optimal", x): (1.0, x) for x in SHARES
-    }
-    return {
-        key: arm("C-RLFT", seed)
-        if pair == (1, 1)
-        else Run(
-            f"{key[1]:.0%} of the {key[0]} class", seed, steps=None, task=Task(keep=pair, seed=seed)
-        )
-        for key, pair in keep.items()
-    }
+def jobs(seed: int) -> dict:
+    """{(side, share of it that is kept): job}"""
+    wanted = {}
+    for side in SIDES:
+        for share in SHARES:
+            wanted[side, share] = job_of(side, share, seed)
+    return wanted
 
 
-def report(results, folder):
-    values = {key: [expert_score(r) for r in group] for key, group in results.items()}
+def job_of(side: str, share: float, seed: int) -> FineTune:
+    if share == 1:
+        return arm("C-RLFT", seed)
+    keep = (share, 1.0) if side == "expert" else (1.0, share)
+    task = Task(keep=keep, seed=seed)
+    return FineTune(f"{share:.0%} of the {side} class", seed, steps=None, task=task)
 
-    def draw(axes):
-        lines(
-            axes,
-            [100 * x for x in SHARES],
-            {f"of the {side} class": [values[side, x] for x in SHARES] for side in SIDES},
-        )
-        axes.set(xlabel="% of one class", ylabel="right answers, temperature 1", ylim=(0, 1))
 
-    figure(folder / "fig6.png", draw)
-    table = [[f"of the {side} class", *(cell(values[side, x]) for x in SHARES)] for side in SIDES]
-    return {f"{side}, {x}": v for (side, x), v in values.items()}, markdown(
-        ["", *(f"{x:.0%}" for x in SHARES)], table
-    )
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    rows = {}
+    for side in SIDES:
+        rows[side] = {}
+        for share in SHARES:
+            rows[side][share] = [expert_score(result) for result in results[side, share]]
+    draw(rows, folder / "fig6.png")
+
+    numbers = {}
+    table = []
+    for side, row in rows.items():
+        for share, scores in row.items():
+            numbers[f"{side}, {share}"] = scores
+        table.append([f"of the {side} class", *map(cell, row.values())])
+    return numbers, markdown(["", *(f"{share:.0%}" for share in SHARES)], table)
+
+
+def draw(rows: dict, path: Path) -> None:
+    percent = [100 * share for share in SHARES]
+    groups = {f"of the {side} class": list(row.values()) for side, row in rows.items()}
+    figure, axes = open_figure()
+    lines(axes, percent, groups)
+    axes.set(xlabel="% of one class", ylabel="right answers, temperature 1", ylim=(0, 1))
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    command("fig6", argv)
 
 
 if __name__ == "__main__":
-    run(command("fig6"))
+    run(main)

@@ -2,76 +2,88 @@
 
     python -m paper.fig7
 
-`beginning` says it once (`Assistant is GPT4`), the other two in every turn. The paper finds the first much worse. By turn the score
-is the share of right answers where what came before is right, so that later turns are asked of all. Equal epochs.
+`beginning` says it once (`Assistant is GPT4`), the other two in every turn. The paper finds the
+first much worse. By turn the score is the share of right answers where what came before is right,
+so that later turns are asked of all. Equal epochs.
 """
 
-from paper.runs import Run, cell, command, figure, lines, markdown
+from pathlib import Path
+
+from paper.commands import cell, command, lines, markdown, open_figure, save_figure
+from paper.runs import FineTune
 from paper.table2 import arm
 from paper.toy import Task
 from support.cli import run
 
 SEEDS = 3
+# as `--template` calls them
 PLACEMENTS = "before_speaker", "before_assistant", "beginning"
+TURNS = (1, 2, 3)
+HEAD = [
+    "placement",
+    "expert's prompt, score",
+    "turn 1",
+    "turn 2",
+    "turn 3",
+    "the other prompt: turn 1",
+    "turn 2",
+    "turn 3",
+]
 
 
-def runs(seed):
+def jobs(seed: int) -> dict:
+    """{placement: job}"""
+    wanted = {}
+    for placement in PLACEMENTS:
+        task = Task(seed=seed)
+        wanted[placement] = FineTune(placement, seed, steps=None, task=task, template=placement)
+    # an arm of Table 2, whose steps are as many epochs
+    wanted["before_speaker"] = arm("C-RLFT", seed)
+    return wanted
+
+
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    rows = {placement: numbers_of(group) for placement, group in results.items()}
+    draw(rows, folder / "fig7.png")
+
+    table = []
+    for placement, row in rows.items():
+        by_turn = [*row["by turn"], *row["other prompt, by turn"]]
+        table.append([f"`{placement}`", cell(row["all"]), *map(cell, by_turn)])
+    return rows, markdown(HEAD, table)
+
+
+def numbers_of(group: list[dict]) -> dict:
+    """A placement's score, [a value per seed]; by turn, under both prompts, a list of such."""
+    expert = [result["scores"]["GPT4"]["sampled"] for result in group]
+    other = [result["scores"]["GPT3"]["sampled"] for result in group]
     return {
-        p: arm("C-RLFT", seed)
-        if p == "before_speaker"
-        else Run(p, seed, steps=None, task=Task(seed=seed), template=p)
-        for p in PLACEMENTS
+        "all": [score["all"] for score in expert],
+        "by turn": turns_of(expert),
+        "other prompt, by turn": turns_of(other),
     }
 
 
-def report(results, folder):
-    rows, table = {}, []
-    for placement, group in results.items():
-        expert, other = ([r["scores"][name]["sampled"] for r in group] for name in ("GPT4", "GPT3"))
-        turns = [list(map(list, zip(*(r["by_turn"] for r in side)))) for side in (expert, other)]
-        rows[placement] = {
-            "all": [r["all"] for r in expert],
-            "by turn": turns[0],
-            "other prompt, by turn": turns[1],
-        }
-        table.append(
-            [
-                f"`{placement}`",
-                cell(rows[placement]["all"]),
-                *map(cell, turns[0]),
-                *map(cell, turns[1]),
-            ]
-        )
+def turns_of(scores: list[dict]) -> list[list[float]]:
+    """[turn][seed]: the scores have them the other way round."""
+    by_seed = [score["by_turn"] for score in scores]
+    return [list(values) for values in zip(*by_seed)]
 
-    def draw(axes):
-        lines(
-            axes,
-            (1, 2, 3),
-            {
-                f"{p}, {prompt} prompt": row[key]
-                for p, row in rows.items()
-                for prompt, key in (("expert's", "by turn"), ("other", "other prompt, by turn"))
-            },
-        )
-        axes.set(
-            xlabel="turn", ylabel="right answers, temperature 1", xticks=(1, 2, 3), ylim=(0, 1)
-        )
 
-    figure(folder / "fig7.png", draw)
-    return rows, markdown(
-        [
-            "placement",
-            "expert's prompt, score",
-            "turn 1",
-            "turn 2",
-            "turn 3",
-            "the other prompt: turn 1",
-            "turn 2",
-            "turn 3",
-        ],
-        table,
-    )
+def draw(rows: dict, path: Path) -> None:
+    groups = {}
+    for placement, row in rows.items():
+        groups[f"{placement}, expert's prompt"] = row["by turn"]
+        groups[f"{placement}, other prompt"] = row["other prompt, by turn"]
+    figure, axes = open_figure()
+    lines(axes, TURNS, groups)
+    axes.set(xlabel="turn", ylabel="right answers, temperature 1", xticks=TURNS, ylim=(0, 1))
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    command("fig7", argv)
 
 
 if __name__ == "__main__":
-    run(command("fig7"))
+    run(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conversations import group_of, parse, read_rows
+from conversations import parse, prompt_hash, read_rows
 from data import Prepared
 from model import Model
 from paper.commands import cell, command, markdown, open_figure, save_figure
@@ -100,7 +100,7 @@ class Seven(Job):
 
 def is_held_out(row: dict) -> bool:
     """As Prepared.split decides it: by the hash of the prompt."""
-    return group_of(parse(row, "")) % 10_000 < HELD_OUT * 10_000
+    return prompt_hash(parse(row, "")) % 10_000 < HELD_OUT * 10_000
 
 
 def all_under(prompt: str) -> str:
