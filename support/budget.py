@@ -58,8 +58,9 @@ class TrainFlops(NamedTuple):
 
 def train_flops(config: Config) -> TrainFlops:
     """The FLOPs of this model's matmuls and attention. All else is small beside them."""
-    L, D, E = config.num_hidden_layers, config.hidden_size, config.head_dim
+    L, D = config.num_hidden_layers, config.hidden_size
     H, G = config.num_attention_heads, config.num_key_value_heads
+    E = config.head_dim
     U, V = config.intermediate_size, config.vocab_size
     # q and o are as wide as the query heads, k and v as the kv heads
     attention = 2 * D * H * E + 2 * D * G * E
@@ -296,8 +297,9 @@ def print_memory(config: FitConfig, model_config: Config, state: OptimizerState)
     print_row("sum", [f"{total[how]:.2f}" for how in RECOMPUTE])
 
     usable = USABLE_MEMORY * config.gb * 1e9
-    verdicts = ["yes" if total[how] * GIB < usable else "no" for how in RECOMPUTE]
-    print_row(f"within {USABLE_MEMORY:.0%} of {config.gb:g} GB", verdicts)
+    verdict = {True: "yes", False: "no"}
+    fits = [verdict[total[how] * GIB < usable] for how in RECOMPUTE]
+    print_row(f"within {USABLE_MEMORY:.0%} of {config.gb:g} GB", fits)
 
 
 def print_row(title: str, cells: list[str]) -> None:

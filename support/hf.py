@@ -1,9 +1,11 @@
-"""Hugging Face directories in: config, weights, manifest."""
+"""Hugging Face directories in: config, weights, manifest.
+
+A directory may be a stranger's, so everything in it is checked before it is used.
+"""
 
 import dataclasses
 import hashlib
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from model import Config, Model
 from support.files import file_sha256, read_json
 
-UNSUPPORTED = {  # field of config.json: the values under which this file computes the same thing
+# Fields of config.json, and the values under which model.py computes the same thing. Another value
+# would be trained as if it were the first.
+UNSUPPORTED = {
     "model_type": ("llama",),
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -24,176 +28,258 @@ UNSUPPORTED = {  # field of config.json: the values under which this file comput
 }
 
 
-def read_config(folder):
-    """Config of a Hugging Face LLaMA directory. ValueError names the field that model.py does not compute."""
+# ---- config.json
+
+
+def read_config(folder: str | Path) -> Config:
+    """Config of a Hugging Face LLaMA directory. ValueError names the field that does not do."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json; give a Hugging Face LLaMA directory")
     fields = read_json(path)
-    rope = fields.get("rope_parameters") or {}  # transformers 5; 4 has rope_theta at the top level
     for field, allowed in UNSUPPORTED.items():
-        if fields.get(field) not in allowed and field in fields:
+        if field in fields and fields[field] not in allowed:
             raise ValueError(
                 f"{path}: {field} = {fields[field]!r} is not supported, only {allowed[0]!r}"
             )
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported, only 'default'"
-        )
-    fields["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta"))
-    if fields["rope_theta"] is None:
-        print(f"{path}: no rope_theta; taking 10000, LLaMA-2's", file=sys.stderr)
-        fields["rope_theta"] = 10000.0
-    if fields.get("num_key_value_heads") is None:  # as old as LLaMA-1
+    fields["rope_theta"] = rope_theta(fields, path)
+    # directories as old as LLaMA-1 have a key-value head for each query head, and no field for it
+    if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = fields.get("num_attention_heads")
-    names = [field.name for field in dataclasses.fields(Config)]
-    if missing := [name for name in names if name not in fields]:
-        raise ValueError(f"{path}: no {missing[0]}; add the field")
+
+    values = {}
     for field in dataclasses.fields(Config):
-        value = fields[field.name]
-        if not isinstance(value, (int, field.type)) or not value > 0:
-            raise ValueError(
-                f"{path}: {field.name} = {value!r} is not {'a whole number' if field.type is int else 'a number'} above 0; fetch the file again"
-            )
-    config = Config(**{name: fields[name] for name in names})
+        values[field.name] = positive(fields, field, path)
+    config = Config(**values)
+
     if fields.get("head_dim") not in (None, config.head_dim):
         raise ValueError(
-            f"{path}: head_dim = {fields['head_dim']} is not supported, only hidden_size / num_attention_heads"
+            f"{path}: head_dim = {fields['head_dim']} is not supported, "
+            "only hidden_size / num_attention_heads"
         )
-    for a, b in (
+    for whole, part in (
         ("hidden_size", "num_attention_heads"),
         ("num_attention_heads", "num_key_value_heads"),
     ):
-        if fields[a] % fields[b]:
-            raise ValueError(f"{path}: {a} = {fields[a]} is not a multiple of {b} = {fields[b]}")
+        if fields[whole] % fields[part]:
+            raise ValueError(
+                f"{path}: {whole} = {fields[whole]} is not a multiple of {part} = {fields[part]}"
+            )
     return config
 
 
-def parameter_shapes(config):
+def rope_theta(fields: dict, path: Path) -> float:
+    """transformers 4 has it at the top level, transformers 5 in rope_parameters."""
+    rope = fields.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported, "
+            "only 'default'"
+        )
+    theta = rope.get("rope_theta", fields.get("rope_theta"))
+    if theta is None:
+        print(f"{path}: no rope_theta; taking 10000, LLaMA-2's", file=sys.stderr)
+        return 10000.0
+    return theta
+
+
+def positive(fields: dict, field: dataclasses.Field, path: Path) -> int | float:
+    """The number above 0 that config.json has for a field of Config."""
+    if field.name not in fields:
+        raise ValueError(f"{path}: no {field.name}; add the field")
+    value = fields[field.name]
+    # JSON writes some floats without a point
+    if not isinstance(value, (int, field.type)) or not value > 0:
+        kind = "a whole number" if field.type is int else "a number"
+        raise ValueError(
+            f"{path}: {field.name} = {value!r} is not {kind} above 0; fetch the file again"
+        )
+    return value
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the parameters, in their order; takes no memory."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Model(config).named_parameters()}
+        model = Model(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+# ---- sources of weights
 
 
 class RandomWeights:
-    """Fresh weights: norms 1, matrices normal(0, 0.02), the two that feed the residual stream scaled by 1 / sqrt(2 L).
+    """Fresh weights: norms 1, matrices normal with standard deviation 0.02 (as GPT-2's).
 
-    Like SafetensorsWeights a source of rows. A parameter's values depend on its name and the seed, not on who asks.
+    The two matrices that feed the residual stream have 0.02 / sqrt(2 L): each of the L blocks adds
+    to it twice. Like SafetensorsWeights this is a source of rows. A parameter's values depend on
+    its name and the seed, not on who asks, so ranks and shards do not change them.
     """
 
-    def __init__(self, config, seed):
-        self.config, self.seed, self.shapes = config, seed, parameter_shapes(config)
+    def __init__(self, config: Config, seed: int):
+        self.config = config
+        self.seed = seed
+        self.shapes = parameter_shapes(config)
 
-    def rows(self, name, start, stop):
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of the parameter, fp32."""
-        if len(self.shapes[name]) == 1:
+        shape = self.shapes[name]
+        if len(shape) == 1:
             return torch.ones(stop - start)
+        std = 0.02
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+
+        # 7 bytes of a hash: every parameter has a seed of its own, and it fits 64 bits with a sign
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
-        return (torch.randn(self.shapes[name], generator=generator) * std)[start:stop]
+        return (torch.randn(shape, generator=generator) * std)[start:stop]
 
 
 class SafetensorsWeights:
-    """The weights of a Hugging Face directory (one safetensors file, or many and an index), read by rows.
+    """The weights of a Hugging Face directory, by rows: one safetensors file, or many and an index.
 
-    config is the one to train: with more tokens than the files have rows, each added row of embed_tokens and lm_head is the
-    mean of the file's (`<|end_of_turn|>` starts as the average token). ValueError: what is missing, foreign or misshapen.
+    config is of the model to train. It may have more tokens than the files have rows: each added
+    row of embed_tokens and lm_head is the mean of the file's rows, so `<|end_of_turn|>` starts as
+    the average token. ValueError: what is missing, foreign or misshapen.
     """
 
-    def __init__(self, folder, config):
-        folder, self.files = Path(folder), {}
-        self.shapes, file_vocab = parameter_shapes(config), read_config(folder).vocab_size
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = read_json(index).get("weight_map")
-            if not isinstance(files, dict) or not all(
-                isinstance(name, str) for name in files.values()
-            ):
-                raise ValueError(
-                    f"{index}: no weight_map of tensors to files; fetch the file again"
-                )
-            names = sorted(set(files.values()))
-        else:
-            names = ["model.safetensors"]
+    def __init__(self, folder: str | Path, config: Config):
+        folder = Path(folder)
+        file_config = read_config(folder)
+        self.shapes = parameter_shapes(config)
+        names = weight_files(folder)
+        # {tensor: the open file that has it}; a tensor is read when its rows are asked for
+        self.files = {}
         for name in names:
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"{folder}: no {name}; model.py reads safetensors (convert a .bin with transformers)"
-                )
-            try:
-                file = safe_open(folder / name, "pt")
-            except SafetensorError as error:
-                raise ValueError(f"{folder / name}: {error}; fetch the file again") from None
-            self.files |= {
-                key: file for key in file.keys() if not key.endswith("rotary_emb.inv_freq")
-            }
-        shapes = parameter_shapes(dataclasses.replace(config, vocab_size=file_vocab))
-        for key in sorted(shapes.keys() | self.files.keys()):
+            file = open_weights(folder, name)
+            for key in file.keys():
+                # a table that old directories hold, and that model.py computes
+                if not key.endswith("rotary_emb.inv_freq"):
+                    self.files[key] = file
+
+        expected = parameter_shapes(dataclasses.replace(config, vocab_size=file_config.vocab_size))
+        for key in sorted(expected.keys() | self.files.keys()):
             if key not in self.files:
                 raise ValueError(f"{folder}: no tensor {key} in {', '.join(names)}")
-            if key not in shapes:
+            if key not in expected:
                 raise ValueError(
                     f"{folder}: tensor {key} is no part of the model that config.json describes"
                 )
             slice_ = self.files[key].get_slice(key)
-            if tuple(slice_.get_shape()) != shapes[key]:
+            shape, dtype = slice_.get_shape(), slice_.get_dtype()
+            if tuple(shape) != expected[key]:
                 raise ValueError(
-                    f"{folder}: {key} is {slice_.get_shape()}, config.json says {list(shapes[key])}"
+                    f"{folder}: {key} is {shape}, config.json says {list(expected[key])}"
                 )
-            if slice_.get_dtype() not in ("F32", "F16", "BF16"):
+            if dtype not in ("F32", "F16", "BF16"):
                 raise ValueError(
-                    f"{folder}: {key} is stored as {slice_.get_dtype()}; F32, F16 and BF16 are read"
+                    f"{folder}: {key} is stored as {dtype}; F32, F16 and BF16 are read"
                 )
 
-    def rows(self, name, start, stop):
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of the parameter, fp32."""
         slice_ = self.files[name].get_slice(name)
-        have = slice_.get_shape()[0]
-        parts = [slice_[start : min(stop, have)].float()] if start < have else []
-        if stop > have:  # only the two V x D tensors can be short: the constructor checked
-            sum_D = torch.zeros(slice_.get_shape()[1], dtype=torch.float64)
-            # added up as it goes: results kept in a list would pin the allocator's holes, 100 MB of
-            # them
-            for i in range(0, have, 512):
-                sum_D += slice_[i : i + 512].double().sum(0)
-            parts.append((sum_D / have).float().expand(stop - max(start, have), -1))
+        in_file = slice_.get_shape()[0]
+        parts = []
+        if start < in_file:
+            parts.append(slice_[start : min(stop, in_file)].float())
+        # only embed_tokens and lm_head can be short of rows: the constructor has checked
+        if stop > in_file:
+            added = stop - max(start, in_file)
+            parts.append(mean_row(slice_).expand(added, -1))
         return torch.cat(parts)
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Names of the directory's safetensors files."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    files = read_json(index).get("weight_map")
+    is_map = isinstance(files, dict) and all(isinstance(name, str) for name in files.values())
+    if not is_map:
+        raise ValueError(f"{index}: no weight_map of tensors to files; fetch the file again")
+    return sorted(set(files.values()))
+
+
+def open_weights(folder: Path, name: str):
+    """A safetensors file, open and mapped; ValueError where there is none."""
+    if not (folder / name).is_file():
+        raise ValueError(
+            f"{folder}: no {name}; model.py reads safetensors (convert a .bin with transformers)"
+        )
+    try:
+        return safe_open(folder / name, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{folder / name}: {error}; fetch the file again") from None
+
+
+def mean_row(slice_) -> torch.Tensor:
+    """The mean of all rows of a stored matrix, fp32 [width], summed in fp64.
+
+    The sum is added up as the rows are read. Partial sums kept in a list would hold on to holes of
+    the allocator: 100 MB of them for Llama-2.
+    """
+    rows, width = slice_.get_shape()
+    sum_D = torch.zeros(width, dtype=torch.float64)
+    for start in range(0, rows, 512):
+        sum_D += slice_[start : start + 512].double().sum(0)
+    return (sum_D / rows).float()
+
+
+# ---- into a model
+
+
+def whole(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What `local_rows` of support/ranks.py is to a sharded model, without ranks: all rows."""
+    return parameter, 0
+
+
 @torch.no_grad()
-def load_weights(model, source, shard=lambda parameter: (parameter, 0)):
-    """Fill every parameter from the source. `shard(parameter)` -> (the local rows, the first one's index); train.py's knows FSDP."""
+def load_weights(model: Model, source, shard=whole) -> None:
+    """Fill every parameter from the source, a RandomWeights or SafetensorsWeights.
+
+    shard(parameter) -> (the rows to fill here, index of the first); train.py's knows FSDP.
+    """
     for name, parameter in model.named_parameters():
         local, start = shard(parameter)
         if local.numel():
             local.copy_(source.rows(name, start, start + len(local)))
 
 
-def load_model(folder, device="cpu", dtype=torch.float32):
-    """The model of a Hugging Face directory, ready to sample; its manifest is verified when there is one."""
+def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """The model of a Hugging Face directory, ready to sample. Its manifest is verified."""
     check_manifest(folder)
     config = read_config(folder)
     with torch.device("meta"):
         model = Model(config)
-    model.to(dtype).to_empty(device=device)  # in this order: never fp32 on the device
+    # in this order: the device never holds it in fp32
+    model.to(dtype).to_empty(device=device)
     load_weights(model, SafetensorsWeights(folder, config))
     return model.eval().requires_grad_(False)
 
 
-def check_manifest(folder):
-    """ValueError names the first file that is not as manifest.json has it; a directory without one is said."""
+def check_manifest(folder: str | Path) -> None:
+    """ValueError names the first file that is not as manifest.json has it.
+
+    For a directory without a manifest a line is printed.
+    """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        return print(f"{folder}: no manifest.json, files not verified", file=sys.stderr)
+        print(f"{folder}: no manifest.json, files not verified", file=sys.stderr)
+        return
     for name, entry in read_json(path).items():
-        file = path.with_name(name)
-        entry = entry if isinstance(entry, dict) else {}
-        if (
-            not file.is_file()
-            or os.path.getsize(file) != entry.get("bytes")
-            or file_sha256(file) != entry.get("sha256")
-        ):
+        if not is_as_listed(path.with_name(name), entry):
             raise ValueError(
-                f"{file}: missing or not as manifest.json has it; fetch or export the directory again"
+                f"{path.with_name(name)}: missing or not as manifest.json has it; fetch or export "
+                "the directory again"
             )
+
+
+def is_as_listed(file: Path, entry: dict) -> bool:
+    """Whether the file has the bytes and sha256 of its entry; the cheap question comes first."""
+    if not isinstance(entry, dict) or not file.is_file():
+        return False
+    if file.stat().st_size != entry.get("bytes"):
+        return False
+    return file_sha256(file) == entry.get("sha256")

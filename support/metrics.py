@@ -26,7 +26,7 @@ def log(text: str) -> None:
 
 
 def read_metrics(path: Path, until: float = math.inf) -> list[dict]:
-    """The lines of a metrics.jsonl, up to a step. A crash may have torn the last: it is left out."""
+    """The lines of a metrics.jsonl, up to a step; without the last where a crash has torn it."""
     if not path.is_file():
         return []
     lines = []

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,120 +16,137 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+# ---- who am I
 
-def rank():
+
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def barrier():
+def rank_and_world() -> tuple[int, int]:
+    """(this rank, how many there are)."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def local_rows(parameter):
-    """(this rank's rows of the parameter, index of the first): FSDP2 cuts dimension 0 as torch.chunk does."""
+def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(this rank's rows of the parameter, index of the first)."""
     if not hasattr(parameter, "to_local"):
         return parameter, 0
-    rank, world = rank_and_world()
-    return parameter.to_local(), rank * -(-parameter.shape[0] // world)
+    # FSDP2 cuts dimension 0 as torch.chunk does: all parts but the last are equally long.
+    me, world = rank_and_world()
+    rows_of_a_rank = -(-parameter.shape[0] // world)
+    return parameter.to_local(), me * rows_of_a_rank
 
 
-def on_first_rank(function):
-    """What function() returns on rank 0, on every rank; its ValueError likewise."""
-    result = [None, None]
+def on_first_rank(function: Callable[[], object]) -> object:
+    """What function() returns on rank 0, on every rank. Its ValueError is raised on every rank."""
+    result, problem = None, None
     if rank() == 0:
         try:
-            result[0] = function()
+            result = function()
         except ValueError as error:
-            result[1] = error
+            problem = error
     if dist.is_initialized():
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
-    if result[1]:
-        raise result[1]
-    return result[0]
+        sent = [result, problem]
+        dist.broadcast_object_list(sent, device=torch.device("cpu"))
+        result, problem = sent
+    if problem:
+        raise problem
+    return result
 
 
-def meet(wait=timedelta(minutes=30)):
+# ---- meeting
+
+
+def meet(wait: timedelta = timedelta(minutes=30)) -> dist.Store:
     """A part of torchrun's store that only the ranks of this attempt share.
 
-    A restart finds the same store, where the dead ranks' addresses still stand, and agents on several nodes do not count
-    restarts alike. So rank 0 draws a new name and tells it to whoever greets it with a number of its own: an answer to a
-    greeting that a dead rank left is read by nobody.
+    A restart finds the same store, where the addresses of dead ranks still stand; and agents on
+    several nodes do not count restarts alike, so their count cannot name the part. Instead rank 0
+    draws a new name. It tells it to whoever greets it with a number drawn at random: an answer to
+    a greeting that a dead rank left is read by nobody.
     """
     store, me, world = next(dist.rendezvous("env://", timeout=wait))
-    mine = uuid.uuid4().hex
-    if me:
-        store.set(f"hello {me}", mine)
-        fresh = dist.PrefixStore(store.get(f"answer to {mine}").decode(), store)
-        fresh.set(f"here {me}", "")
-        return fresh
-    fresh, missing, until = (
-        dist.PrefixStore(mine, store),
-        set(range(1, world)),
-        time.monotonic() + wait.total_seconds(),
-    )
-    while missing := {other for other in missing if not fresh.check([f"here {other}"])}:
+    drawn = uuid.uuid4().hex
+    if me == 0:
+        return receive(store, drawn, world, wait)
+    store.set(f"hello {me}", drawn)
+    name = store.get(f"answer to {drawn}").decode()
+    shared = dist.PrefixStore(name, store)
+    shared.set(f"here {me}", "")
+    return shared
+
+
+def receive(store: dist.Store, name: str, world: int, wait: timedelta) -> dist.Store:
+    """Rank 0's side of `meet`: tell the name to each greeting until all others have come."""
+    shared = dist.PrefixStore(name, store)
+    until = time.monotonic() + wait.total_seconds()
+    missing = set(range(1, world))
+    while True:
+        missing = {other for other in missing if not shared.check([f"here {other}"])}
+        if not missing:
+            return shared
         for other in missing:
+            # The greeting may be a dead rank's. The one that lives replaces it, and is answered in
+            # a later round.
             if store.check([f"hello {other}"]):
-                store.set(f"answer to {store.get(f'hello {other}').decode()}", mine)
+                greeting = store.get(f"hello {other}").decode()
+                store.set(f"answer to {greeting}", name)
         if time.monotonic() > until:
             raise ValueError(
                 f"ranks {sorted(missing)} did not start within {wait}; look at their nodes"
             )
         time.sleep(0.02)
-    return fresh
 
 
-def cause(error):
-    """What one rank raised, of the collection that torch.distributed.checkpoint makes of it."""
-    return (
-        next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-    )
+def start_group(store: dist.Store | None, alone: bool, timeout: int) -> None:
+    """The process group of all ranks that share the store.
+
+    Without a store there is one process. It gets a group of one if `alone`, for what needs FSDP,
+    and else none. timeout: seconds that a rank waits for the others.
+    """
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if store is not None:
+        me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=limit)
+    elif alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+# ---- failing
 
 
 @contextmanager
-def together(explain):
-    """Yields the ranks' store, None for a process alone. When they fail, the first to fail says why and all leave.
+def together(explain: Callable[[BaseException], str | None]) -> Iterator[dist.Store | None]:
+    """Yields the ranks' store, None for a process alone. When a rank fails, all leave.
 
-    explain(error) -> the line for the user, or None for a traceback. What the others have to say, once a peer is gone, is
-    its echo; and a process group is not taken down in order when half of it is missing, so they leave by _exit.
+    explain(error) -> the line for the user, or None for a traceback.
+
+    When a peer dies, every other rank fails too, with an error that only says so. So only the
+    first rank to fail prints; the others wait two seconds and leave. They leave by os._exit,
+    because taking down a process group with a rank missing hangs.
     """
     store = None
     try:
-        store = meet() if "RANK" in os.environ else None
+        if "RANK" in os.environ:
+            store = meet()
         yield store
     except (Exception, CheckpointException) as error:
         if "RANK" not in os.environ:
             raise
-        error = cause(error)
-        try:
-            first = store.add("failures", 1) == 1
-        except (RuntimeError, AttributeError):
-            # the store is gone with its host, or the ranks have not met: one speaks on each host
-            first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        if first:
-            # a store's timeout is one too
-            lost = "gloo" in str(error) or isinstance(error, dist.DistError)
-            reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0]
-            line = (
-                explain(error)
-                or lost
-                and (
-                    f"rank {os.environ['RANK']} lost another rank, which died, hangs or is out of reach ({reason}); "
-                    "torchrun names it. The same command resumes from the last checkpoint"
-                )
-            )
-            print(
-                f"{Path(sys.argv[0]).name}: {line}" if line else traceback.format_exc(),
-                file=sys.stderr,
-                flush=True,
-            )
+        if is_first_to_fail(store):
+            print(account(cause(error), explain), file=sys.stderr, flush=True)
         else:
-            time.sleep(2)  # torchrun stops all once one has left: the first finishes its sentence
+            # torchrun stops all ranks once one has left: the first gets to the end of its sentence
+            time.sleep(2)
         sys.stdout.flush()
         os._exit(1)
     finally:
@@ -136,31 +154,58 @@ def together(explain):
             dist.destroy_process_group()
 
 
-def start_group(store, alone, timeout):
-    """The process group: of all ranks that share the store; or, where a process is alone and needs one, of itself."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+def cause(error: BaseException) -> BaseException:
+    """What one rank raised, where torch.distributed.checkpoint has collected it from all."""
+    if isinstance(error, CheckpointException):
+        raised, _ = next(iter(error.failures.values()))
+        return raised
+    return error
+
+
+def is_first_to_fail(store: dist.Store | None) -> bool:
+    """True on one rank. Where the store cannot tell, on one rank of each host."""
+    # None: the ranks have not met. RuntimeError: the store is gone with the host that held it.
     if store is not None:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        try:
+            return store.add("failures", 1) == 1
+        except RuntimeError:
+            pass
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def account(error: BaseException, explain: Callable[[BaseException], str | None]) -> str:
+    """What to print of an error, in its handler: a line where there is one, or the traceback."""
+    line = explain(error)
+    # A DistError is also what a store raises when its time is over.
+    if not line and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+        # without gloo's file name in brackets, and its first sentence only
+        reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0]
+        line = (
+            f"rank {os.environ['RANK']} lost another rank, which died, hangs or is out of reach "
+            f"({reason}); torchrun names it. The same command resumes from the last checkpoint"
         )
-    elif alone:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if line:
+        return f"{Path(sys.argv[0]).name}: {line}"
+    return traceback.format_exc()
 
 
 class Signals:
-    """Ctrl-C and SIGTERM (preemption) ask the loop to save and leave; a second one, or one outside the loop, does not wait."""
+    """Within `with`: Ctrl-C and SIGTERM (preemption) ask the loop to save and leave.
+
+    A second signal does not wait for that, nor does one before the loop (in_loop is False).
+    """
 
     def __enter__(self):
-        self.received, self.in_loop = None, False
-        self.before = {
-            number: signal.signal(number, self.receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.received = None
+        self.in_loop = False
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.receive)
         return self
 
     def receive(self, number, _frame):
-        if not self.in_loop:  # nothing is there to be saved
+        # nothing is there to be saved
+        if not self.in_loop:
             raise KeyboardInterrupt
         self.received = number
         signal.signal(number, signal.SIG_DFL)
