@@ -1,12 +1,18 @@
-"""How batches are formed: our step plan beside padding, length-grouped padding and the public trainer's kind of multipack.
+"""Ways to form batches: our step plan beside padding, padding by length, and the public trainer's
+kind of multipack.
 
-    python -m paper.packing                               70,000 ShareGPT-like lengths, 8 and 64 ranks of 16,384 tokens, and
-                                                          what dividing a step's loss by the step's own weights does
-    python -m paper.packing --data train.safetensors      and the lengths of a prepared file
+    python -m paper.packing                             70,000 ShareGPT-like lengths
+    python -m paper.packing --data train.safetensors    and the lengths of a prepared file
 
-What is compared, per optimizer step of `ranks` x 16,384 tokens:
-    fill     real tokens / tokens computed            dropped   conversations left out of the epoch
-    FLOPs    the busiest rank's / the mean rank's     share     the expert's part of a step's loss weight, lowest and highest
+A step is `ranks` x 16,384 tokens, with 8 ranks and with 64. What is compared:
+
+    steps     of an epoch
+    fill      real tokens / tokens computed, padding included
+    dropped   conversations that the epoch leaves out
+    FLOPs     the busiest rank's / the mean rank's: mean over the steps, and the worst step
+    share     the expert's part of a step's loss weight, lowest and highest
+
+Last comes what dividing a step's loss by the step's own weights does to small steps.
 """
 
 import json
@@ -14,193 +20,295 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data import Prepared
-from packing import COST_7B, flat, plan
+from packing import COST_7B, Steps, flat, plan
 from support.cli import parse_args, run
 
+# tokens of a micro-batch
 CAPACITY = 16_384
 
 
 @dataclass(frozen=True)
 class PackingConfig:
+    # a prepared file, to compare the ways on its lengths, too
     data: str | None = None
-    conversations: int = 70_000  # of ShareGPT-like lengths
+    # number of ShareGPT-like lengths
+    conversations: int = 70_000
+    # the file of the results
     out: str = "results/packing.json"
 
 
-def sharegpt_like(n, seed, mean=1500, sigma=0.8, low=16, high=4096):
-    """(lengths, class ids, weight sums): log-normal lengths cut at `high`; 6 in 70 are the expert's (class 0), weights 1 and 0.1."""
+class Corpus(NamedTuple):
+    """What is packed, all [N]. Class 0 is the expert's."""
+
+    lengths: np.ndarray  # int64
+    class_ids: np.ndarray  # int64
+    weight_sums: np.ndarray  # fp64, of each conversation's loss weights
+
+
+def sharegpt_like(
+    n: int,
+    seed: int,
+    mean: float = 1500,
+    sigma: float = 0.8,
+    low: int = 16,
+    high: int = 4096,
+) -> Corpus:
+    """n log-normal lengths, cut at low and high so that their mean is `mean`.
+
+    6 conversations in 70 are the expert's, with weight 1 for a token; the others have 0.1.
+    """
     z = np.random.default_rng(seed).standard_normal(n)
-    mu_low, mu_high = 4.0, 10.0
-    for _ in range(60):  # the mu whose cut distribution has this mean
+
+    def cut_lengths(mu: float) -> np.ndarray:
+        return np.clip(np.exp(mu + sigma * z), low, high)
+
+    # The mu that gives this mean, by bisection: the mean rises with mu. 60 halvings reach the last
+    # bit of a float.
+    mu_low = 4.0
+    mu_high = 10.0
+    for _ in range(60):
         mu = (mu_low + mu_high) / 2
-        below = np.clip(np.exp(mu + sigma * z), low, high).mean() < mean
-        mu_low, mu_high = (mu, mu_high) if below else (mu_low, mu)
-    lengths = np.clip(np.exp(mu + sigma * z), low, high).astype(np.int64)
-    class_ids = (np.random.default_rng(seed + 9).random(n) >= 6 / 70).astype(np.int64)
-    return lengths, class_ids, np.where(class_ids == 0, 1.0, 0.1) * lengths
+        if cut_lengths(mu).mean() < mean:
+            mu_low = mu
+        else:
+            mu_high = mu
+    lengths = cut_lengths(mu).astype(np.int64)
+
+    is_other = np.random.default_rng(seed + 9).random(n) >= 6 / 70
+    token_weight = np.where(is_other, 0.1, 1.0)
+    return Corpus(lengths, is_other.astype(np.int64), token_weight * lengths)
 
 
-def padded(lengths, ranks, grouped):
-    """[step][rank] conversations in rows of one length, so many rows that the longest fits: shuffled, or sorted within 50 batches."""
+# ---- the ways
+
+
+WAYS = (
+    "padded, shuffled",
+    "padded, grouped by length",
+    "multipack, first-fit decreasing",
+    "ours",
+)
+
+
+def form(way: str, corpus: Corpus, ranks: int) -> Steps:
+    """The steps of an epoch, formed in one of WAYS; each step has a micro-batch for each rank."""
+    if way == "padded, shuffled":
+        return padded(corpus.lengths, ranks, grouped=False)
+    if way == "padded, grouped by length":
+        return padded(corpus.lengths, ranks, grouped=True)
+    if way == "multipack, first-fit decreasing":
+        return multipack(corpus.lengths, ranks)
+    return plan(*corpus, 0, 0, ranks * CAPACITY, CAPACITY)
+
+
+def padded(lengths: np.ndarray, ranks: int, grouped: bool) -> Steps:
+    """[step][rank]: rows that are all padded to their longest, as many as fit a micro-batch.
+
+    grouped: the shuffled conversations are sorted by length within windows of 50 steps, so that
+    rows of a micro-batch are nearly equal.
+    """
     order = np.random.default_rng(0).permutation(len(lengths))
     if grouped:
         window = 50 * ranks * (CAPACITY // int(lengths.mean()))
-        order = np.concatenate(
-            [
-                w[np.argsort(-lengths[w], kind="stable")]
-                for w in np.split(order, range(window, len(order), window))
-            ]
-        )
-    batches, start, longest = [], 0, 0
-    for i, n in enumerate(lengths[order].tolist()):
-        if (i - start + 1) * max(longest, n) > CAPACITY:
+        order = sorted_in_windows(order, lengths, window)
+
+    batches = []
+    start = 0
+    longest = 0
+    for i, length in enumerate(lengths[order].tolist()):
+        rows = i - start + 1
+        if rows * max(longest, length) > CAPACITY:
             batches.append(order[start:i])
-            start, longest = i, 0
-        longest = max(longest, n)
+            start = i
+            longest = 0
+        longest = max(longest, length)
     batches.append(order[start:])
     return [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
 
 
-def multipack(lengths, ranks):
-    """[step][rank]: as many conversations of the shuffled row as first-fit decreasing gets into a step's bins; the last step,
-    incomplete, is dropped."""
+def sorted_in_windows(order: np.ndarray, lengths: np.ndarray, window: int) -> np.ndarray:
+    """The same order in windows of so many conversations, the longest first within each."""
+    parts = []
+    for part in np.split(order, range(window, len(order), window)):
+        longest_first = np.argsort(-lengths[part], kind="stable")
+        parts.append(part[longest_first])
+    return np.concatenate(parts)
+
+
+def multipack(lengths: np.ndarray, ranks: int) -> Steps:
+    """[step][rank], as the public trainer does it. A step takes as many conversations of the
+    shuffled row as first-fit decreasing gets into its micro-batches. The last step, which is
+    incomplete, is dropped.
+    """
     order = np.random.default_rng(0).permutation(len(lengths))
-
-    def first_fit(window):
-        room, bins = np.full(ranks, CAPACITY), [[] for _ in range(ranks)]
-        for i in window[np.argsort(-lengths[window], kind="stable")]:
-            b = int(np.argmax(room >= lengths[i]))
-            if room[b] < lengths[i]:
-                return None
-            room[b] -= lengths[i]
-            bins[b].append(i)
-        return bins
-
-    steps, start, total = [], 0, np.cumsum(lengths[order])
+    total = np.cumsum(lengths[order])
+    steps = []
+    start = 0
     while True:
         done = total[start - 1] if start else 0
-        low, high = 1, int(np.searchsorted(total, done + ranks * CAPACITY, "right")) - start
-        while low < high:  # the longest window that fits, by bisection
+        # the most conversations that first-fit takes, by bisection between 1 and what has no gaps
+        low = 1
+        high = int(np.searchsorted(total, done + ranks * CAPACITY, "right")) - start
+        while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if first_fit(order[start : start + middle]) else (low, middle - 1)
-            )
+            if first_fit(lengths, order[start : start + middle], ranks):
+                low = middle
+            else:
+                high = middle - 1
         if start + low >= len(order):
             return steps
-        steps.append([np.array(b, np.int64) for b in first_fit(order[start : start + low])])
+        steps.append(first_fit(lengths, order[start : start + low], ranks))
         start += low
 
 
-def measure(steps, seconds, lengths, class_ids, weight_sums, ranks, pad):
-    """One row of the table."""
-    flops, computed = np.zeros((len(steps), ranks)), 0
+def first_fit(lengths: np.ndarray, window: np.ndarray, ranks: int) -> list[np.ndarray] | None:
+    """The conversations of the window in a micro-batch for each rank: the longest first, each into
+    the first that has room. None where one fits nowhere.
+    """
+    room = np.full(ranks, CAPACITY)
+    members = [[] for _ in range(ranks)]
+    longest_first = np.argsort(-lengths[window], kind="stable")
+    for i in window[longest_first]:
+        # argmax finds the first True, or 0 where there is none
+        rank = int(np.argmax(room >= lengths[i]))
+        if room[rank] < lengths[i]:
+            return None
+        room[rank] -= lengths[i]
+        members[rank].append(i)
+    return [np.array(conversations, np.int64) for conversations in members]
+
+
+# ---- what they come to
+
+
+def measure(
+    steps: Steps, corpus: Corpus, ranks: int, is_padded: bool, seconds: float
+) -> dict[str, float]:
+    """One row of the table; seconds: what it took to form the steps."""
+    linear, quadratic = COST_7B
+    flops_SR = np.zeros((len(steps), ranks))
+    computed = 0
     for s, step in enumerate(steps):
-        for r, rows in enumerate(step):
-            if len(rows):
-                n = np.full(len(rows), lengths[rows].max()) if pad else lengths[rows]
-                computed += n.sum() if pad else CAPACITY
-                flops[s, r % ranks] += (
-                    COST_7B[0] * n.sum() + COST_7B[1] * (n.astype(np.float64) ** 2).sum()
-                )
+        for number, micro in enumerate(step):
+            if len(micro) == 0:
+                continue
+            lengths = corpus.lengths[micro]
+            # A padded row is computed to its end; a packed micro-batch always is of CAPACITY.
+            if is_padded:
+                lengths = np.full(len(micro), lengths.max())
+                computed += lengths.sum()
+            else:
+                computed += CAPACITY
+            squares = lengths.astype(np.float64) ** 2
+            rank = number % ranks
+            flops_SR[s, rank] += linear * lengths.sum() + quadratic * squares.sum()
+
     used = flat(steps)
-    share = [
-        weight_sums[i[class_ids[i] == 0]].sum() / weight_sums[i].sum()
-        for i in (flat([s]) for s in steps)
-    ]
-    uneven = flops.max(1) / flops.mean(1)
-    return {
+    uneven = flops_SR.max(1) / flops_SR.mean(1)
+    shares = [expert_share(corpus, flat([step])) for step in steps]
+    fill = corpus.lengths[used].sum() / computed
+    row = {
         "steps": len(steps),
-        "fill": lengths[used].sum() / computed,
-        "dropped": len(lengths) - len(used),
+        "fill": fill,
+        "dropped": len(corpus.lengths) - len(used),
         "flops_mean": uneven.mean(),
         "flops_worst": uneven.max(),
-        "share_low": min(share),
-        "share_high": max(share),
+        "share_low": min(shares),
+        "share_high": max(shares),
         "seconds": seconds,
     }
+    return {key: float(value) for key, value in row.items()}
 
 
-def compare(name, lengths, class_ids, weight_sums, ranks):
-    ways = {
-        "padded, shuffled": (lambda: padded(lengths, ranks, False), True),
-        "padded, grouped by length": (lambda: padded(lengths, ranks, True), True),
-        "multipack, first-fit decreasing": (lambda: multipack(lengths, ranks), False),
-        "ours": (
-            lambda: plan(lengths, class_ids, weight_sums, 0, 0, ranks * CAPACITY, CAPACITY),
-            False,
-        ),
-    }
+def expert_share(corpus: Corpus, conversations: np.ndarray) -> float:
+    """The expert's part of the loss weight of these conversations."""
+    weights = corpus.weight_sums[conversations]
+    is_expert = corpus.class_ids[conversations] == 0
+    return weights[is_expert].sum() / weights.sum()
+
+
+def compare(name: str, corpus: Corpus, ranks: int) -> dict[str, dict[str, float]]:
+    """{way: its row}, printed as a table on the way."""
+    print(f"\n{name}, {ranks} ranks")
     print(
-        f"\n{name}, {ranks} ranks\n{'':34}{'steps':>6} {'fill':>7} {'dropped':>8} {'FLOPs':>7} {'worst':>7} {'share':>14} {'seconds':>8}"
+        f"{'':34}{'steps':>6} {'fill':>7} {'dropped':>8} {'FLOPs':>7} {'worst':>7} "
+        f"{'share':>14} {'seconds':>8}"
     )
-    results = {}
-    for way, (form, pad) in ways.items():
+    rows = {}
+    for way in WAYS:
         began = time.perf_counter()
-        steps = form()
-        if not steps:  # multipack drops the last, incomplete step, and there was no other
+        steps = form(way, corpus, ranks)
+        seconds = time.perf_counter() - began
+        # multipack drops the last step, which may be the only one
+        if not steps:
             print(f"{way:34}     0")
             continue
-        r = results[way] = measure(
-            steps, time.perf_counter() - began, lengths, class_ids, weight_sums, ranks, pad
-        )
-        print(
-            f"{way:34}{r['steps']:6} {r['fill']:7.4f} {r['dropped']:8} {r['flops_mean']:7.4f} {r['flops_worst']:7.4f} "
-            f"{r['share_low']:6.3f} {r['share_high']:6.3f} {r['seconds']:8.2f}",
-            flush=True,
-        )
-    return {key: {k: float(v) for k, v in value.items()} for key, value in results.items()}
+        row = measure(steps, corpus, ranks, way.startswith("padded"), seconds)
+        rows[way] = row
+        used = f"{row['steps']:6.0f} {row['fill']:7.4f} {row['dropped']:8.0f}"
+        flops = f"{row['flops_mean']:7.4f} {row['flops_worst']:7.4f}"
+        share = f"{row['share_low']:6.3f} {row['share_high']:6.3f}"
+        print(f"{way:34}{used} {flops} {share} {seconds:8.2f}", flush=True)
+    return rows
 
 
-def small_steps(lengths, class_ids, weight_sums, draws=2000):
-    """The expert's mean part of the weight of a step of n shuffled conversations, and what it is over all data.
+def small_steps(corpus: Corpus, draws: int = 2000) -> dict[str, float]:
+    """{n: the expert's mean part of the weight of a step of n shuffled conversations}, and "all".
 
-    A step's loss is divided by the step's own weight sum, so this part, not the one over the data, is what training sees: the
-    mean of a ratio is not the ratio of the means.
+    A step's loss is divided by the step's own weight sum. So this part is what training sees, and
+    not the part in all data: the mean of a ratio is not the ratio of the means.
     """
-    expert, rng = np.where(class_ids == 0, weight_sums, 0.0), np.random.default_rng(0)
+    is_expert = corpus.class_ids == 0
+    expert_sums = np.where(is_expert, corpus.weight_sums, 0.0)
+    rng = np.random.default_rng(0)
     shares = {}
     for n in (8, 64, 175):
-        step = rng.integers(len(lengths), size=(draws, n))
-        shares[str(n)] = (expert[step].sum(1) / weight_sums[step].sum(1)).mean()
-    shares["all"] = expert.sum() / weight_sums.sum()
+        # n conversations for each of the steps
+        drawn = rng.integers(len(corpus.lengths), size=(draws, n))
+        share = expert_sums[drawn].sum(1) / corpus.weight_sums[drawn].sum(1)
+        shares[str(n)] = share.mean()
+    shares["all"] = expert_sums.sum() / corpus.weight_sums.sum()
+
+    listed = ", ".join(f"{n}: {share:.3f}" for n, share in shares.items())
     print(
         "the expert's part of a step's weight, mean over steps of n shuffled conversations: "
-        + ", ".join(f"{n}: {x:.3f}" for n, x in shares.items())
+        + listed
     )
     return shares
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     config = parse_args(PackingConfig, argv)
     data = Prepared(config.data) if config.data else None
-    kinds = {
-        f"{config.conversations:,} ShareGPT-like lengths": sharegpt_like(config.conversations, 0)
-    }
+    name = f"{config.conversations:,} ShareGPT-like lengths"
+    corpora = {name: sharegpt_like(config.conversations, 0)}
     if data:
-        kinds[f"{len(data):,} conversations of {Path(config.data).name}"] = (
-            data.lengths,
-            (data.class_ids != 0).astype(np.int64),
-            data.weight_sums,
-        )
+        name = f"{len(data):,} conversations of {Path(config.data).name}"
+        is_other = (data.class_ids != 0).astype(np.int64)
+        corpora[name] = Corpus(data.lengths, is_other, data.weight_sums)
+
+    plans = {}
+    for name, corpus in corpora.items():
+        plans[name] = {ranks: compare(name, corpus, ranks) for ranks in (8, 64)}
+    shares = {name: small_steps(corpus) for name, corpus in corpora.items()}
     results = {
         "command": " ".join(["python -m paper.packing", *argv]),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "plans": {
-            name: {ranks: compare(name, *kind, ranks) for ranks in (8, 64)}
-            for name, kind in kinds.items()
-        },
-        "expert_share_of_steps": {name: small_steps(*kind) for name, kind in kinds.items()},
+        "plans": plans,
+        "expert_share_of_steps": shares,
     }
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {config.out}")
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
