@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -175,7 +176,7 @@ def publish(name: str, config: PaperConfig, content: dict) -> None:
 # ---- statistics and tables
 
 
-def interval(values) -> tuple[float, float | None]:
+def interval(values: Iterable[float]) -> tuple[float, float | None]:
     """(mean, half width of its 95% interval by Student's t), None for the width of one value."""
     values = list(values)
     mean = statistics.fmean(values)
@@ -184,7 +185,7 @@ def interval(values) -> tuple[float, float | None]:
     return mean, T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def cell(values, digits: int = 3) -> str:
+def cell(values: Iterable[float], digits: int = 3) -> str:
     """`0.812 +- 0.034` of a value per seed."""
     mean, half = interval(values)
     text = f"{mean:.{digits}f}"
@@ -192,6 +193,7 @@ def cell(values, digits: int = 3) -> str:
 
 
 def markdown(head: list, rows: list[list]) -> str:
+    """The table, a line a row."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -220,7 +222,7 @@ def save_figure(figure, path: Path) -> None:
     print(f"wrote {path}")
 
 
-def intervals(rows) -> tuple[list[float], list[float]]:
+def intervals(rows: Iterable[list[float]]) -> tuple[list[float], list[float]]:
     """(means, half widths) of rows of values; 0 for the width of one value."""
     means = []
     halves = []

@@ -25,6 +25,7 @@ import random
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def train_on(
 
     The tokenizer is the toy's, which all runs share, unless another is given.
     """
-    tokenizer = tokenizer or folder.parent.parent / "tokenizer.model"
+    tokenizer = tokenizer or tokenizer_path(folder.parent.parent)
     data = prepared(
         folder / "train.safetensors", rows, classes, tokenizer, template, max_len=max_len
     )
@@ -361,8 +362,8 @@ def unbroken(outcome: list[list[bool]]) -> float:
     return share(counted)
 
 
-def share(rights) -> float:
-    """Of those that are true; 0 of none."""
+def share(rights: Iterable[bool]) -> float:
+    """The share of those that are true; 0 of none."""
     rights = list(rights)
     return sum(rights) / max(1, len(rights))
 
@@ -395,7 +396,7 @@ def perform(jobs: list[Job], config) -> dict[Job, dict]:
         f"{config.processes} cores, about {minutes:.0f} min",
         flush=True,
     )
-    make_tokenizer(Path(config.out) / "tokenizer.model")
+    make_tokenizer(tokenizer_path(Path(config.out)))
     return done | make({job: folders[job] for job in todo}, config.processes)
 
 
@@ -407,8 +408,13 @@ def found(folder: Path) -> dict | None:
         return None
 
 
+def tokenizer_path(out: Path) -> Path:
+    """Of the toy's tokenizer, which is made once, as runs are: other code makes another."""
+    return out / f"tokenizer-{code_of(Job)[:16]}.model"
+
+
 def make_tokenizer(path: Path) -> None:
-    """The toy's tokenizer, shared by all runs, unless it is there."""
+    """Train the toy's tokenizer, which all runs share, unless it is there."""
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -416,7 +422,8 @@ def make_tokenizer(path: Path) -> None:
     rows = []
     for chats in sources.values():
         rows += [sharegpt(turns) for turns in chats]
-    train_tokenizer(rows, path, ("GPT4", "GPT3", "GPT2"))
+    with written_whole(path) as partial:
+        train_tokenizer(rows, partial, ("GPT4", "GPT3", "GPT2"))
 
 
 def make(todo: dict[Job, Path], processes: int) -> dict[Job, dict]:
