@@ -1,12 +1,14 @@
 """What makes a run survive: checkpoints that are whole or absent.
 
-A checkpoint is written by torch.distributed.checkpoint into step-N.partial, every rank its shards; listed with the sizes and
-sha256 of what was written in its MANIFEST.json, flushed to the disk, and made visible by one rename to step-N. Whatever dies in
-between, a reader finds the old checkpoints or the new one, never half of it. (The file `latest` is for people: a resumed run goes
+A checkpoint is written by torch.distributed.checkpoint into step-N.partial, every rank its shards.
+MANIFEST.json lists the size and sha256 of each file as it was written. All is flushed to the disk,
+and then one rename to step-N makes it visible. Whatever dies in between, a reader finds the old
+checkpoints or the new one, never half of it. (The file `latest` is for people: a resumed run goes
 by names and manifests.)
 
-It holds model, optimizer, step and, in `identity`, what the run is made of. The plan's position is the step, because the plan is
-a pure function of data and settings, and nothing after the initial weights draws a random number: there is no other state.
+It holds model, optimizer, step and, in `identity`, what the run is made of. There is no other
+state: the plan's position is the step, because the plan is a pure function of data and settings,
+and nothing after the initial weights draws a random number.
 """
 
 import hashlib
@@ -17,6 +19,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,14 +36,23 @@ from torch.utils._pytree import tree_map
 from support.files import file_sha256, fsync, written_whole
 from support.ranks import cause, rank
 
-# a single process is no accident
+# A run of one process has no process group on purpose.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+# Bytes that the writer copies ahead while it writes; its own default.
+COPY_AHEAD = 10_000_000
+
+
+# ---- files that are hashed as they are written
 
 
 class HashedFile(io.BufferedWriter):
-    def __init__(self, path, mode):
+    """A file that counts and hashes what is written to it."""
+
+    def __init__(self, path: Path, mode: str):
         super().__init__(io.FileIO(path, mode))
-        self.bytes, self.hash = 0, hashlib.sha256()
+        self.bytes = 0
+        self.hash = hashlib.sha256()
 
     def write(self, data):
         self.bytes += memoryview(data).nbytes
@@ -49,225 +61,282 @@ class HashedFile(io.BufferedWriter):
 
 
 class HashedFiles(FileSystem):
-    """Knows sizes and sha256 of the files it wrote without reading them back: what the disk then holds is checked against them."""
+    """Knows size and sha256 of every file it wrote, without reading it back.
+
+    So what the disk holds later is compared with what was meant, not with what it held before.
+    """
 
     def __init__(self):
+        # {name: {"bytes": .., "sha256": ..}}
         self.files = {}
 
     @contextmanager
-    def create_stream(self, path, mode):
+    def create_stream(self, path: Path, mode: str):
         with HashedFile(path, mode) as stream:
             yield stream
         fsync(path)
         self.files[path.name] = {"bytes": stream.bytes, "sha256": stream.hash.hexdigest()}
 
-    def rename(self, path, new_path):
+    def rename(self, path: Path, new_path: Path):
         super().rename(path, new_path)
         self.files[new_path.name] = self.files.pop(path.name)
 
 
-def state_of(model, optimizer):
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
+# ---- what stands on the disk
 
 
-def steps(root):
+def steps(root: str | Path) -> list[int]:
     """The steps that have a checkpoint by name, newest first."""
-    names = os.listdir(root) if Path(root).is_dir() else []
-    return sorted(
-        (int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))), reverse=True
-    )
+    if not Path(root).is_dir():
+        return []
+    found = []
+    for name in os.listdir(root):
+        match = re.fullmatch(r"step-(\d+)", name)
+        if match:
+            found.append(int(match[1]))
+    return sorted(found, reverse=True)
 
 
-def digest(manifest):
+def digest(manifest: dict) -> str:
+    """The sha256 of a manifest without the field that holds it."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def fault(path, share=slice(None)):
-    """Why this checkpoint can't be trusted, as far as this share of its files goes, or None.
+def fault(path: Path, share: slice = slice(None)) -> str | None:
+    """Why this checkpoint cannot be trusted, as far as this share of its files goes; or None.
 
     OSError: a file could not be read, which says nothing about the checkpoint.
     """
+    # Whatever a damaged manifest holds, this is a fault of the checkpoint and no error here.
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())
         if manifest.pop("sha256") != digest(manifest):
             return "MANIFEST.json changed"
-        files = {
-            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
-        }
+        expected = {}
+        for name, entry in manifest["files"].items():
+            expected[name] = entry["bytes"], entry["sha256"]
         if path.name != f"step-{manifest['step']}":
             return "MANIFEST.json is of another checkpoint"
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"MANIFEST.json missing or changed ({error})"
-    for name in sorted(files)[share]:
-        file = path / name
-        if (
-            not file.is_file()
-            or file.stat().st_size != files[name][0]
-            or file_sha256(file) != files[name][1]
-        ):
+
+    for name in sorted(expected)[share]:
+        if not is_as_written(path / name, *expected[name]):
             return f"{name} missing or changed"
     return None
+
+
+def is_as_written(file: Path, size: int, sha256: str) -> bool:
+    if not file.is_file() or file.stat().st_size != size:
+        return False
+    return file_sha256(file) == sha256
+
+
+def state_of(model, optimizer) -> dict:
+    """What a checkpoint holds of the two, each rank its shards."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def to_host(state: dict) -> dict:
+    """A copy in host memory, which training does not change."""
+
+    def copy(value):
+        return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+    return tree_map(copy, state)
+
+
+# ---- the checkpoints of a run
 
 
 class Checkpoints:
     """The checkpoints of one run, in the folder root; the last `keep` stay.
 
-    identity: a JSON dict of what a run must share with this one to resume from it. background: training goes on while a copy
-    of the state in host memory is written; what goes wrong there is raised by the next save or wait.
+    identity: a JSON dict of what a run must share with this one to resume from it. background:
+    training goes on while a copy of the state in host memory is written; what goes wrong there is
+    raised by the next save or wait. timeout: seconds that a rank waits for the others.
     """
 
-    def __init__(self, root, identity, keep, background=False, timeout=1800):
-        self.root, self.identity, self.keep = Path(root), identity, keep
-        # Its own group: what a background save has to tell the other ranks must not meet the step's
-        # collectives.
-        self.group = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-            if dist.is_initialized()
-            else None
-        )
-        self.thread, self.pending = ThreadPoolExecutor(1) if background else None, None
+    def __init__(
+        self,
+        root: str | Path,
+        identity: dict,
+        keep: int,
+        background: bool = False,
+        timeout: int = 1800,
+    ):
+        self.root = Path(root)
+        self.identity = identity
+        self.keep = keep
+        # Their own process group: what a save in the background has to tell the other ranks must
+        # not get between a step's collectives.
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.pending = None
 
-    def gather(self, value):
-        """Every rank's value, in order."""
+    # -- talking to the other ranks
+
+    def gather(self, value) -> list:
+        """Every rank's value, in the ranks' order."""
         if self.group is None:
             return [value]
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, self.group)
         return values
 
-    def agree(self, function=None):
-        """Call function, on the ranks that have one; an OSError there is raised on all."""
+    def first_problem(self, problem: str | None) -> str | None:
+        """A problem that some rank has, the same on all ranks; None where none has any."""
+        return next(filter(None, self.gather(problem)), None)
+
+    def agree(self, function: Callable, *args, here: bool = True) -> None:
+        """Call function(*args) where `here`. An OSError on one rank is raised on all of them."""
         problem = None
-        try:
-            if function:
-                function()
-        except OSError as error:
-            problem = str(error)
-        if problem := next(filter(None, self.gather(problem)), None):
+        if here:
+            try:
+                function(*args)
+            except OSError as error:
+                problem = str(error)
+        problem = self.first_problem(problem)
+        if problem:
             raise OSError(problem)
 
-    def save(self, step, model, optimizer):
+    # -- saving
+
+    def save(self, step: int, model, optimizer) -> None:
         """Write checkpoint step-N, every rank its shards. OSError: the old ones are untouched."""
         self.wait()
         state = state_of(model, optimizer)
         if self.thread is None:
-            return self._write(step, state)
-        state = tree_map(
-            lambda x: x.to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, state
-        )
-        self.pending = self.thread.submit(self._write, step, state)
+            self._write(step, state)
+        else:
+            self.pending = self.thread.submit(self._write, step, to_host(state))
 
-    def wait(self):
+    def wait(self) -> None:
         """Until the last save has its name, or has raised its OSError."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
+        pending = self.pending
+        self.pending = None
+        if pending is not None:
             pending.result()
 
-    def _write(self, step, state):
-        root, final, partial = (
-            self.root,
-            self.root / f"step-{step}",
-            self.root / f"step-{step}.partial",
-        )
-        first = rank() == 0
-
-        def begin():
-            for left in root.glob("step-*.partial"):  # of a save that was killed
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-
-        def find():
-            if not partial.is_dir():
-                raise OSError(
-                    f"rank {rank()} does not see the folder that rank 0 made: --out must lie on a file system that all ranks share"
-                )
-
-        def publish():
-            manifest = partial / "MANIFEST.json"
-            content = {"step": step, "identity": self.identity, "files": files}
-            manifest.write_text(json.dumps({"sha256": digest(content)} | content, indent=1))
-            for path in (manifest, partial):
-                fsync(path)
-            partial.rename(final)
-            fsync(root)
-            with written_whole(root / "latest") as name:
-                name.write_text(final.name)
-            for old in [root / f"step-{s}" for s in steps(root)[self.keep :]] + list(
-                root.glob("*.broken")
-            ):
-                shutil.rmtree(old)
-
+    def _write(self, step: int, state: dict) -> None:
+        """Partial folder, shards, manifest, name; the ranks go from one to the next together."""
+        final = self.root / f"step-{step}"
+        partial = self.root / f"step-{step}.partial"
+        is_first = rank() == 0
         try:
-            self.agree(begin if first else None)
-            self.agree(find)
-            # HashedFiles flushes to the disk. A state in host memory needs no copying ahead, which
-            # would be done on GPU 0 by any thread.
-            writer = FileSystemWriter(
-                partial, sync_files=False, per_thread_copy_ahead=0 if self.thread else 10_000_000
-            )
-            writer.fs = HashedFiles()
-            dcp.save(
-                state, storage_writer=writer, process_group=self.group, no_dist=self.group is None
-            )
-            files = {
-                name: entry
-                for written in self.gather(writer.fs.files)
-                for name, entry in written.items()
-            }
-            self.agree(publish if first else None)
+            self.agree(self._make_folder, partial, here=is_first)
+            self.agree(self._require_folder, partial)
+            files = self._write_shards(partial, state)
+            self.agree(self._publish, partial, final, step, files, here=is_first)
         except (OSError, RuntimeError, CheckpointException) as error:
-            if first:
+            if is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             reason = cause(error)
-            if "gloo" in str(reason):  # another rank is gone
+            # gloo's errors mean that another rank is gone: nothing is wrong with the disk
+            if "gloo" in str(reason):
                 raise RuntimeError(str(reason)) from error
             raise OSError(
                 f"{final} could not be written ({reason}); the checkpoints before it are whole"
             ) from error
 
-    def newest(self):
+    def _make_folder(self, partial: Path) -> None:
+        # what a save that was killed has left
+        for left in self.root.glob("step-*.partial"):
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+
+    def _require_folder(self, partial: Path) -> None:
+        if not partial.is_dir():
+            raise OSError(
+                f"rank {rank()} does not see the folder that rank 0 made: --out must lie on a file "
+                "system that all ranks share"
+            )
+
+    def _write_shards(self, partial: Path, state: dict) -> dict:
+        """This rank's shards; returns {name: size and sha256} of the files of all ranks."""
+        # HashedFiles flushes to the disk, so the writer need not. Of a state in host memory it
+        # must copy nothing ahead: the thread would do that through GPU 0, on every rank.
+        copy_ahead = 0 if self.thread else COPY_AHEAD
+        writer = FileSystemWriter(partial, sync_files=False, per_thread_copy_ahead=copy_ahead)
+        writer.fs = HashedFiles()
+        alone = self.group is None
+        dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=alone)
+        files = {}
+        for written in self.gather(writer.fs.files):
+            files |= written
+        return files
+
+    def _publish(self, partial: Path, final: Path, step: int, files: dict) -> None:
+        """Manifest, flush, rename; then the old ones go. The order is what a power cut needs."""
+        manifest = partial / "MANIFEST.json"
+        content = {"step": step, "identity": self.identity, "files": files}
+        manifest.write_text(json.dumps({"sha256": digest(content)} | content, indent=1))
+        fsync(manifest)
+        fsync(partial)
+        partial.rename(final)
+        fsync(self.root)
+        with written_whole(self.root / "latest") as latest:
+            latest.write_text(final.name)
+
+        for old in steps(self.root)[self.keep :]:
+            shutil.rmtree(self.root / f"step-{old}")
+        for broken in self.root.glob("*.broken"):
+            shutil.rmtree(broken)
+
+    # -- resuming
+
+    def newest(self) -> tuple[Path | None, int]:
         """(path, step) of the newest whole checkpoint, or (None, 0) where there is none at all.
 
-        The ranks share the work of hashing. A broken one is said, renamed to step-N.broken and passed over. ValueError: all are
-        broken, or the first entry of `identity` in which the run that wrote it differs.
+        The ranks share the work of hashing. For a broken one a line is printed; it is renamed to
+        step-N.broken and passed over. ValueError: all are broken, or the run that wrote it has
+        another `identity`; the first entry that is not equal is named.
         """
+        # as rank 0 sees the folder, so that all ranks look at the same checkpoints
         there, broken = self.gather((steps(self.root), list(self.root.glob("*.broken"))))[0]
         for step in there:
             path = self.root / f"step-{step}"
-            problems = self.gather(
-                fault(path, slice(rank(), None, dist.get_world_size() if self.group else 1))
-            )
-            if problem := next(filter(None, problems), None):
-                if rank() == 0:
-                    print(f"{path}: {problem}; taking the one before", file=sys.stderr)
-                    shutil.rmtree(f"{path}.broken", ignore_errors=True)
-                    path.rename(f"{path}.broken")
-                continue
-            theirs = json.loads((path / "MANIFEST.json").read_text())["identity"]
-            # Keys that the code which wrote it did not know yet.
-            unknown = [key for key in self.identity if key not in theirs]
-            for key in self.identity | theirs:
-                if key not in unknown and theirs.get(key) != self.identity.get(key):
-                    raise ValueError(
-                        f"{path} is of a run with {key} {theirs.get(key)!r}, this one has {self.identity.get(key)!r}; "
-                        "use its value, or another --out"
-                    )
-            if unknown and rank() == 0:
-                print(
-                    f"{path} does not hold {', '.join(unknown)} of the run that wrote it: "
-                    "this could not be compared",
-                    file=sys.stderr,
-                )
-            return path, step
+            every_nth = dist.get_world_size() if self.group else 1
+            problem = self.first_problem(fault(path, slice(rank(), None, every_nth)))
+            if problem is None:
+                self._require_same_run(path)
+                return path, step
+            if rank() == 0:
+                print(f"{path}: {problem}; taking the one before", file=sys.stderr)
+                shutil.rmtree(f"{path}.broken", ignore_errors=True)
+                path.rename(f"{path}.broken")
         if there or broken:
             raise ValueError(
                 f"{self.root}: no checkpoint there is whole; move the folder away to begin again"
             )
         return None, 0
 
-    def load(self, path, model, optimizer):
-        """Fill model and optimizer, sharded as they are now, from a checkpoint that any number of ranks wrote."""
+    def _require_same_run(self, path: Path) -> None:
+        """ValueError where the run that wrote the checkpoint differs in its identity."""
+        theirs = json.loads((path / "MANIFEST.json").read_text())["identity"]
+        # An older version of the code wrote it, which did not know these keys.
+        unknown = [key for key in self.identity if key not in theirs]
+        if unknown and rank() == 0:
+            print(
+                f"{path} does not hold {', '.join(unknown)} of the run that wrote it: "
+                "this could not be compared",
+                file=sys.stderr,
+            )
+        for key in self.identity | theirs:
+            if key not in unknown and theirs.get(key) != self.identity.get(key):
+                raise ValueError(
+                    f"{path} is of a run with {key} {theirs.get(key)!r}, this one has "
+                    f"{self.identity.get(key)!r}; use its value, or another --out"
+                )
+
+    def load(self, path: Path, model, optimizer) -> None:
+        """Fill model and optimizer from a checkpoint that any number of ranks wrote.
+
+        Each rank reads the shards that it holds now.
+        """
         state = state_of(model, optimizer)
         dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
         set_state_dict(
