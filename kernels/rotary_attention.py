@@ -48,11 +48,12 @@ LOG2E = math.log2(math.e)
 HEAD_SIZES = 32, 64, 128
 
 # Tiles of (forward, dq, dk and dv): rows a program owns, rows it reads at a time, warps, stages of
-# the software pipeline. From the ahead-of-time report (no spill, within shared memory); not yet
-# measured on a GPU.
+# the software pipeline. sm_90: the fastest of 10 each on one H100, 2026-11-27
+# (results/gpu_tune.json); the others from the ahead-of-time report (no spill, within shared
+# memory), not measured.
 LAUNCH = {
     "sm_80": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-    "sm_90": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)),
+    "sm_90": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
     "sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
     "gfx942": ((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
     # small: conversations cross many borders
@@ -177,18 +178,22 @@ def _turn(b_lo, b_hi, cos, sin, o_t, m_t, way, C: tl.constexpr):
 
 
 @triton.jit
-def _rotate_kernel(x, y, cos, sin, T, A: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
-    """y = R x, for BT rows of one of A heads."""
+def _rotate_kernel(x, y, cos, sin, A: tl.constexpr, E: tl.constexpr, BA: tl.constexpr):
+    """y = R x, for BA heads of one row: contiguous memory, and one load of its cos and sin."""
     C: tl.constexpr = E // 2
-    # int64: T * A * E passes 2^31 at long contexts
-    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    m_t = o_t < T
-    o_x = tl.program_id(1).to(tl.int64) * E + o_t[:, None] * (A * E) + tl.arange(0, C)
-    b_lo = tl.load(x + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, C]
-    b_hi = tl.load(x + o_x + C, mask=m_t[:, None], other=0.0).to(tl.float32)
-    b_lo, b_hi = _turn(b_lo, b_hi, cos, sin, o_t, m_t, 1, C)
-    tl.store(y + o_x, b_lo.to(y.dtype.element_ty), mask=m_t[:, None])
-    tl.store(y + o_x + C, b_hi.to(y.dtype.element_ty), mask=m_t[:, None])
+    i_t = tl.program_id(0).to(tl.int64)  # int64: T * A * E passes 2^31 at long contexts
+    o_a = tl.program_id(1).to(tl.int64) * BA + tl.arange(0, BA)
+    m_a = (o_a < A)[:, None]
+    o_c = tl.arange(0, C)
+    b_cos = tl.load(cos + i_t * C + o_c)[None, :]  # [1, C]
+    b_sin = tl.load(sin + i_t * C + o_c)[None, :]
+    o_x = i_t * (A * E) + o_a[:, None] * E + o_c
+    b_lo = tl.load(x + o_x, mask=m_a, other=0.0).to(tl.float32)  # [BA, C]
+    b_hi = tl.load(x + o_x + C, mask=m_a, other=0.0).to(tl.float32)
+    b_turned_lo = b_lo * b_cos - b_hi * b_sin
+    b_turned_hi = b_hi * b_cos + b_lo * b_sin
+    tl.store(y + o_x, b_turned_lo.to(y.dtype.element_ty), mask=m_a)
+    tl.store(y + o_x + C, b_turned_hi.to(y.dtype.element_ty), mask=m_a)
 
 
 @triton.jit
@@ -228,11 +233,12 @@ def _fwd_tiles(
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
         b_k, b_v = _load_tile(k, v, o_n, length, MASK, stride, E)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
         if MASK:
             b_s = tl.where(o_m[:, None] >= o_n, b_s, float("-inf"))
-        b_new = tl.maximum(b_m, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
+        # scaled after the maximum: then scale and subtraction are one instruction an element
+        b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+        b_p = tl.exp2(b_s * scale - b_new[:, None])
         b_scale = tl.exp2(b_m - b_new)
         b_l = b_l * b_scale + tl.sum(b_p, 1)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_scale[:, None], input_precision="ieee")
@@ -280,17 +286,6 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _delta_kernel(o, do, delta, T, H: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
-    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    i_h = tl.program_id(1).to(tl.int64)
-    m_t = o_t < T
-    o_te = o_t[:, None] * (H * E) + i_h * E + tl.arange(0, E)
-    b_o = tl.load(o + o_te, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, E]
-    b_do = tl.load(do + o_te, mask=m_t[:, None], other=0.0).to(tl.float32)
-    tl.store(delta + i_h * T + o_t, tl.sum(b_o * b_do, 1), mask=m_t)
-
-
-@triton.jit
 def _dq_tiles(
     b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, scale,
     MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr,
@@ -310,10 +305,11 @@ def _dq_tiles(
 
 @triton.jit
 def _dq_kernel(
-    q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, norm, T, N,
+    q, k, v, o, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, norm, T, N,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """q and k are rotated. norm = 1 / sqrt(E), scale = norm * log2(e)."""
+    """q and k are rotated. norm = 1 / sqrt(E), scale = norm * log2(e). The program that owns a row
+    also writes its delta, which the other backward kernel reads."""
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
         return
@@ -327,8 +323,10 @@ def _dq_kernel(
         return
     b_q = tl.load(q + o_te, mask=m_m[:, None], other=0.0)  # [BM, E]
     b_do = tl.load(do + o_te, mask=m_m[:, None], other=0.0)
+    b_o = tl.load(o + o_te, mask=m_m[:, None], other=0.0)
     b_lse = tl.load(lse + i_h * T + o_t, mask=m_m, other=0.0)  # [BM]
-    b_delta = tl.load(delta + i_h * T + o_t, mask=m_m, other=0.0)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(delta + i_h * T + o_t, b_delta, mask=m_m)
     k += start * (G * E) + i_h // (H // G) * E
     v += start * (G * E) + i_h // (H // G) * E
     end = tl.minimum(first + BM, length)
@@ -418,7 +416,8 @@ def _rotate(x, cos, sin):
     """R x, a copy."""
     T, A, E = x.shape
     y = torch.empty_like(x)
-    _rotate_kernel[(triton.cdiv(T, 32), A)](x, y, cos, sin, T, A, E, 32)
+    BA = min(triton.next_power_of_2(A), 32)
+    _rotate_kernel[(T, triton.cdiv(A, BA))](x, y, cos, sin, A, E, BA, num_warps=8)
     return y
 
 
@@ -477,15 +476,15 @@ def rotary_attention_bwd_op(
     q, v, cos, sin, cu_seqlens, do = (x.contiguous() for x in (q, v, cos, sin, cu_seqlens, do))
 
     q = _rotate(q, cos, sin)
-    delta = torch.empty_like(lse)
-    _delta_kernel[(triton.cdiv(T, 32), H)](o, do, delta, T, H, E, 32)
-    inputs = (q, k, v, do, lse, delta, cos, sin, cu_seqlens)
+    tables = (cos, sin, cu_seqlens)
     sizes = (scale, norm, T, N, H, G, E)
 
+    # dq first: it also writes delta
     BM, tiles = _launch(q, 1)
     plan = _plan(cu_seqlens, T, BM)
     dq = torch.empty_like(q)
-    _dq_kernel[(len(plan), H)](*inputs, plan, dq, *sizes, **tiles)
+    delta = torch.empty_like(lse)
+    _dq_kernel[(len(plan), H)](q, k, v, o, do, lse, delta, *tables, plan, dq, *sizes, **tiles)
 
     # here the rows that a program owns are keys
     BN, tiles = _launch(q, 2)
@@ -494,7 +493,7 @@ def rotary_attention_bwd_op(
         plan = _plan(cu_seqlens, T, BN)
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
-    _dkv_kernel[(len(plan), G)](*inputs, plan, dk, dv, *sizes, **tiles)
+    _dkv_kernel[(len(plan), G)](q, k, v, do, lse, delta, *tables, plan, dk, dv, *sizes, **tiles)
     return dq, dk, dv
 
 

@@ -333,7 +333,8 @@ def test_softmax_beyond_2_31_elements(monkeypatch):
 
 
 def test_attention_beyond_2_31_elements(monkeypatch):
-    """A conversation at the end of 2^18 others' rows, 64 heads of 128: the bits of the same conversation alone."""
+    """A conversation at the end of 2^18 others' rows, 64 heads of 128: the bits of the same
+    conversation alone."""
     H, E, length, before = 64, 128, 20, 2**18
     T, cos, sin, cu_near = checks.packing([length], 0, E)
     q, k, v, do = (checks.fresh((length, H, E), torch.float16, i, "cpu") for i in range(4))
@@ -342,95 +343,50 @@ def test_attention_beyond_2_31_elements(monkeypatch):
         q, rotated, v, cos, sin, cu_near, o, lse, do
     )
     rotated_q = rotary_attention._rotate(q, cos, sin)
-    T, N = before + length, 2
-    far_q, far_k, far_v, far_do, far_o, far_rotated, far_rotated_q = (
-        at_the_end(x, T) for x in (q, k, v, do, o, rotated, rotated_q)
-    )
-    far_cos, far_sin = at_the_end(cos, T), at_the_end(sin, T)
-    cu_seqlens, plan = (
-        torch.tensor([0, before, T], dtype=torch.int32),
-        torch.tensor([[1, 0]], dtype=torch.int32),
-    )
-    empty = lambda: strict.far((T, H, E), torch.float16)
-    shapes, tiles, one = dict(H=H, G=H, E=E), dict(BM=32, BN=16), [(0, H - 1, 0)]
+    T = before + length
+    N = 2
+    far_q, far_k, far_v, far_do = (at_the_end(x, T) for x in (q, k, v, do))
+    far_o, far_rotated, far_rotated_q = (at_the_end(x, T) for x in (o, rotated, rotated_q))
+    tables = [at_the_end(cos, T), at_the_end(sin, T), torch.tensor([0, before, T]).int()]
+    plan = torch.tensor([[1, 0]], dtype=torch.int32)
     norm = E**-0.5
     scale = norm * rotary_attention.LOG2E
-    out = empty()
-    far_run(
-        monkeypatch,
-        rotary_attention._rotate_kernel,
-        (T // 32 + 1, H),
-        [(T // 32, H - 1, 0)],
-        [far_k, out, far_cos, far_sin, T, H, E, 32],
-        {},
-    )
-    assert torch.equal(out[T // 32 * 32 :, -1], rotated[T // 32 * 32 - T :, -1])
-    out, far_lse = empty(), strict.far((H, T), torch.float32)
-    args = [
-        far_q,
-        far_rotated,
-        far_v,
-        far_cos,
-        far_sin,
-        cu_seqlens,
-        plan,
-        out,
-        far_lse,
-        scale,
-        T,
-        N,
-    ]
-    far_run(monkeypatch, rotary_attention._fwd_kernel, (1, H), one, args, shapes | tiles)
-    assert torch.equal(out[-length:, -1], o[:, -1]) and torch.equal(far_lse[-1, -length:], lse[-1])
+    sizes = [T, N, H, H, E]
+    last_head = [(0, H - 1, 0)]
+
+    out = strict.far((T, H, E), torch.float16)
+    kernel = rotary_attention._rotate_kernel
+    last_row = [(T - 1, H // 32 - 1, 0)]
+    arguments = [far_k, out, *tables[:2], H, E, 32]
+    far_run(monkeypatch, kernel, (T, H // 32), last_row, arguments, {})
+    assert torch.equal(out[-1, -32:], rotated[-1, -32:])
+
+    out = strict.far((T, H, E), torch.float16)
+    far_lse = strict.far((H, T), torch.float32)
+    kernel = rotary_attention._fwd_kernel
+    arguments = [far_q, far_rotated, far_v, *tables, plan, out, far_lse, scale, *sizes]
+    far_run(monkeypatch, kernel, (1, H), last_head, arguments, {"BM": 32, "BN": 16})
+    assert torch.equal(out[-length:, -1], o[:, -1])
+    assert torch.equal(far_lse[-1, -length:], lse[-1])
+
+    out = strict.far((T, H, E), torch.float16)
     delta = strict.far((H, T), torch.float32)
-    far_run(
-        monkeypatch,
-        rotary_attention._delta_kernel,
-        (T // 32 + 1, H),
-        [(T // 32, H - 1, 0)],
-        [far_o, far_do, delta, T, H, E, 32],
-        {},
-    )
-    assert torch.allclose(
-        delta[-1, T // 32 * 32 :],
-        (o.float() * do.float()).sum(-1)[T // 32 * 32 - T :, -1],
-        rtol=1e-4,
-    )
-    delta[-1, -length:] = (o.float() * do.float()).sum(-1)[:, -1]
-    back = [
-        far_rotated_q,
-        far_rotated,
-        far_v,
-        far_do,
-        far_lse,
-        delta,
-        far_cos,
-        far_sin,
-        cu_seqlens,
-        plan,
-    ]
-    out = empty()
-    far_run(
-        monkeypatch,
-        rotary_attention._dq_kernel,
-        (1, H),
-        one,
-        [*back, out, scale, norm, T, N],
-        shapes | tiles,
-    )
+    kernel = rotary_attention._dq_kernel
+    inputs = [far_rotated_q, far_rotated, far_v, far_o, far_do, far_lse, delta, *tables]
+    arguments = [*inputs, plan, out, scale, norm, *sizes]
+    far_run(monkeypatch, kernel, (1, H), last_head, arguments, {"BM": 32, "BN": 16})
     assert torch.allclose(out[-length:, -1].float(), dq[:, -1].float(), rtol=1e-2, atol=1e-3)
-    out, other = empty(), empty()
-    far_run(
-        monkeypatch,
-        rotary_attention._dkv_kernel,
-        (1, H),
-        one,
-        [*back, out, other, scale, norm, T, N],
-        shapes | dict(BM=16, BN=32),
-    )
-    assert torch.equal(other[-length:, -1], dv[:, -1]) and torch.allclose(
-        out[-length:, -1].float(), dk[:, -1].float(), rtol=1e-2, atol=1e-3
-    )
+    exact_delta = (o.float() * do.float()).sum(-1)[:, -1]
+    assert torch.allclose(delta[-1, -length:], exact_delta, rtol=1e-4)
+
+    out = strict.far((T, H, E), torch.float16)
+    other = strict.far((T, H, E), torch.float16)
+    kernel = rotary_attention._dkv_kernel
+    inputs = [far_rotated_q, far_rotated, far_v, far_do, far_lse, delta, *tables]
+    arguments = [*inputs, plan, out, other, scale, norm, *sizes]
+    far_run(monkeypatch, kernel, (1, H), last_head, arguments, {"BM": 16, "BN": 32})
+    assert torch.equal(other[-length:, -1], dv[:, -1])
+    assert torch.allclose(out[-length:, -1].float(), dk[:, -1].float(), rtol=1e-2, atol=1e-3)
 
 
 @triton.jit
