@@ -5,7 +5,9 @@ import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
@@ -13,15 +15,164 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from conversations import role_texts
+from model import Config, Model
 from support.files import file_sha256
 from support.hf import SafetensorsWeights, check_manifest, parameter_shapes
 from support.ranks import barrier, local_rows, rank
-from tokenizer import EOT
+from tokenizer import EOT, Tokenizer
+
+# Bytes of a weight file, at most.
+SHARD_BYTES = 5 * 2**30
+# How sentencepiece writes a space in its pieces.
+SPACE = "\u2581"
+
+# ---- the whole directory
 
 
-def config_json(config, dtype, bos_id, eos_id):
-    """config.json as transformers 4 and 5 and vLLM read it: both spell rope and dtype their own way."""
-    dtype = str(dtype).removeprefix("torch.")
+def export(folder: Path, model: Model, config: Config, data, dtype: torch.dtype) -> None:
+    """Write the Hugging Face directory, read it back, compare every value, then give it its name.
+
+    data: the Prepared file that was trained on; its tokenizer and metadata go along.
+    """
+    unfinished = folder.with_name("hf.partial")
+    is_first = rank() == 0
+    if is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+    try:
+        write_weights(unfinished, config, whole_parameters(model), dtype, write=is_first)
+        if is_first:
+            write_configs(unfinished, config, data.tokenizer, dtype)
+            write_tokenizer(unfinished, data.tokenizer, data.meta | {"prompts": prompts_of(data)})
+            write_manifest(unfinished)
+            check_manifest(unfinished)
+        # the other ranks read what rank 0 has written
+        barrier()
+        check_values(unfinished, folder, model, config, dtype)
+        barrier()
+        if is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+    except (OSError, SafetensorError):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def whole_parameters(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor). Under FSDP each is gathered when its turn comes."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            parameter = parameter.full_tensor()
+        yield name, parameter
+
+
+def prompts_of(data) -> str:
+    """First user messages by 32 bits of their hash: evaluate.py asks what was trained on."""
+    prompts = np.unique(data.group).astype(np.uint32)
+    return base64.b64encode(prompts.tobytes()).decode()
+
+
+def check_values(
+    written_in: Path, folder: Path, model: Model, config: Config, dtype: torch.dtype
+) -> None:
+    """Each rank compares its rows with those in the files. folder: for the message."""
+    written = SafetensorsWeights(written_in, config)
+    for name, parameter in model.named_parameters():
+        local, start = local_rows(parameter)
+        if local.numel():
+            theirs = written.rows(name, start, start + len(local))
+            ours = local.detach().to("cpu", dtype).float()
+            same = torch.equal(theirs, ours)
+            assert same, f"{folder}: {name} reads back other values than were written"
+
+
+def write_manifest(folder: str | Path) -> None:
+    """manifest.json: {file: {bytes, sha256}} of all that stands in the folder."""
+    manifest = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.name != "manifest.json":
+            manifest[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    write_json(Path(folder) / "manifest.json", manifest)
+
+
+def write_json(path: Path, content: dict) -> None:
+    # As it is, not escaped: pieces of a tokenizer and conditions are not all ASCII.
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+# ---- weights
+
+
+def write_weights(
+    folder: str | Path,
+    config: Config,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    write: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the tensors as model-0000i-of-0000n.safetensors and an index.
+
+    tensors: (name, tensor) in the order of named_parameters. Only one file's are in memory at a
+    time. Under FSDP every rank goes through them (each is a collective), and one rank writes.
+    """
+    sizes = {}
+    for name, shape in parameter_shapes(config).items():
+        sizes[name] = math.prod(shape) * dtype.itemsize
+    file_of = weight_map(sizes, shard_bytes)
+    left_in = {}
+    for file in file_of.values():
+        left_in[file] = left_in.get(file, 0) + 1
+
+    shard = {}
+    for name, tensor in tensors:
+        if write:
+            shard[name] = tensor.detach().to("cpu", dtype).contiguous()
+            file = file_of[name]
+            left_in[file] -= 1
+            if left_in[file] == 0:
+                save_file(shard, Path(folder) / file, metadata={"format": "pt"})
+                shard = {}
+        # or it would stay in memory while the next one is gathered
+        del tensor
+    if write:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+        write_json(Path(folder) / "model.safetensors.index.json", index)
+
+
+def weight_map(sizes: dict[str, int], shard_bytes: int) -> dict[str, str]:
+    """{tensor: file}: in order, a new file where the next tensor would overfill the last."""
+    number_of = {}
+    number = 1
+    filled = 0
+    for name, size in sizes.items():
+        if filled and filled + size > shard_bytes:
+            number += 1
+            filled = 0
+        number_of[name] = number
+        filled += size
+    file_of = {}
+    for name, i in number_of.items():
+        file_of[name] = f"model-{i:05d}-of-{number:05d}.safetensors"
+    return file_of
+
+
+# ---- config
+
+
+def write_configs(folder: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json."""
+    write_json(folder / "config.json", config_json(config, dtype, tokenizer.bos, tokenizer.eos))
+    generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eot, tokenizer.eos]}
+    write_json(folder / "generation_config.json", generation)
+
+
+def config_json(config: Config, dtype: torch.dtype, bos_id: int, eos_id: int) -> dict:
+    """config.json as transformers 4 and 5 and vLLM read it.
+
+    transformers 4 reads rope_theta and torch_dtype, 5 reads rope_parameters and dtype.
+    """
+    dtype_name = str(dtype).removeprefix("torch.")
     return dataclasses.asdict(config) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -32,168 +183,37 @@ def config_json(config, dtype, bos_id, eos_id):
         "head_dim": config.head_dim,
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "torch_dtype": dtype,
-        "dtype": dtype,
+        "torch_dtype": dtype_name,
+        "dtype": dtype_name,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
     }
 
 
-def write_weights(folder, config, tensors, dtype, write=True, shard_bytes=5 * 2**30):
-    """Write (name, tensor) pairs as model-0000i-of-0000n.safetensors and index, a shard in memory at a time.
+# ---- tokenizer
 
-    tensors comes in the order of named_parameters. Under FSDP every rank iterates (each pair is a collective), one writes.
+
+def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> None:
+    """tokenizer.model, tokenizer.json, tokenizer_config.json and crlft.json.
+
+    meta: what a prepared file says of itself. The chat template is the expert's, so whoever
+    chats without a wish of their own talks to the expert.
     """
-    size = {
-        name: math.prod(shape) * dtype.itemsize for name, shape in parameter_shapes(config).items()
-    }
-    file_of, number, filled = {}, 1, 0
-    for name in size:
-        if filled and filled + size[name] > shard_bytes:
-            number, filled = number + 1, 0
-        file_of[name], filled = number, filled + size[name]
-    file_of = {name: f"model-{i:05d}-of-{number:05d}.safetensors" for name, i in file_of.items()}
-    shard = {}
-    for name, tensor in tensors:
-        if write:
-            shard[name] = tensor.detach().to("cpu", dtype).contiguous()
-            if len(shard) == list(file_of.values()).count(file_of[name]):
-                save_file(shard, Path(folder) / file_of[name], metadata={"format": "pt"})
-                shard = {}
-        del tensor
-    if write:
-        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": file_of}
-        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    folder = Path(folder)
+    (expert,) = [c for c in meta["classes"] if c["name"] == meta["expert"]]
+    of_library = tokenizer_json(tokenizer)
+    added = {}
+    for token in of_library["added_tokens"]:
+        token = dict(token)
+        added[str(token.pop("id"))] = token
 
-
-def write_manifest(folder):
-    """manifest.json: {file: {bytes, sha256}} of all that stands in the folder."""
-    files = sorted(p for p in Path(folder).iterdir() if p.name != "manifest.json")
-    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-    (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1))
-
-
-def chat_template(template, condition):
-    """The Jinja form of `encode`, from the same table, for transformers and vLLM."""
-    user, assistant, opening = role_texts(template, condition)
-    # a JSON string is a Jinja string, whatever the condition holds
-    text = lambda x: json.dumps(x, ensure_ascii=False)
-    return (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + "
-        + text(EOT)
-        + " }}{% endif %}"
-        + ("{{ " + text(opening + EOT) + " }}" if opening else "")
-        + "{% for m in messages %}"
-        + "{% if m['role'] == 'user' %}{{ "
-        + text(user + " ")
-        + " + m['content'] + "
-        + text(EOT)
-        + " }}"
-        + "{% elif m['role'] == 'assistant' %}{{ "
-        + text(assistant + " ")
-        + " + m['content'] + "
-        + text(EOT)
-        + " }}"
-        + "{% elif not loop.first %}{{ raise_exception('a system message stands first') }}{% endif %}{% endfor %}"
-        + "{% if add_generation_prompt %}{{ "
-        + text(assistant)
-        + " }}{% endif %}"
-    )
-
-
-def tokenizer_json(tokenizer):
-    """tokenizer.json for the `tokenizers` library: the sentencepiece vocabulary, and the merges that its scores imply.
-
-    Sentencepiece's BPE joins the neighbours whose union has the best score; a merge list says the same thing as pairs in
-    order of that score, every way to cut a piece in two being a pair.
-    """
-    sp, size = tokenizer.sp, tokenizer.eot
-    pieces = [sp.id_to_piece(i) for i in range(size)]
-    normal = [i for i in range(size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    scores = [sp.get_score(i) for i in normal]
-    known, merges = {pieces[i] for i in normal}, []
-    for i, score in zip(normal, scores):
-        cuts = [(pieces[i][:k], pieces[i][k:]) for k in range(1, len(pieces[i]))]
-        merges += [(-score, -len(a), -len(b), a, b) for a, b in cuts if a in known and b in known]
-    # equal scores (Llama-2's runs of spaces): the longest left part first, as joining from the left
-    # gives it
-    merges.sort()
-    special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
-    added = [(i, pieces[i]) for i in special] + [(size, EOT)]
-    flags = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    bos = pieces[tokenizer.bos]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": text} | flags for i, text in added],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "\u2581"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[sp.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": any(map(sp.is_byte, range(size))),
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": [f"{a} {b}" for *_, a, b in merges],
-        },
-    }
-
-
-def write_tokenizer(folder, tokenizer, meta):
-    """tokenizer.model, tokenizer.json, tokenizer_config.json (with the expert's chat template) and crlft.json of an export."""
-    folder, sp = Path(folder), tokenizer.sp
-    names = {
-        f"{kind}_token": sp.id_to_piece(i)
-        for kind, i in (("bos", tokenizer.bos), ("eos", tokenizer.eos), ("unk", sp.unk_id()))
-    }
-    json_ = tokenizer_json(tokenizer)
-    added = {str(t["id"]): {key: t[key] for key in t if key != "id"} for t in json_["added_tokens"]}
-    expert = next(c for c in meta["classes"] if c["name"] == meta["expert"])
     # The general class takes tokenizer.json as it stands. LlamaTokenizer of transformers 5 puts a
     # rule of its own in place of ours (a text that starts with a space loses one); legacy says to
     # older readers that a space follows a special token.
-    config = names | {
+    config = {
+        "bos_token": tokenizer.sp.id_to_piece(tokenizer.bos),
+        "eos_token": tokenizer.sp.id_to_piece(tokenizer.eos),
+        "unk_token": tokenizer.sp.id_to_piece(tokenizer.sp.unk_id()),
         "tokenizer_class": "PreTrainedTokenizerFast",
         "legacy": True,
         "add_bos_token": True,
@@ -206,65 +226,144 @@ def write_tokenizer(folder, tokenizer, meta):
         "chat_template": chat_template(meta["template"], expert["condition"]),
     }
     (folder / "tokenizer.model").write_bytes(tokenizer.bytes)
-    for name, content in (
-        ("tokenizer.json", json_),
-        ("tokenizer_config.json", config),
-        ("crlft.json", meta),
-    ):
-        (folder / name).write_text(
-            json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+    write_json(folder / "tokenizer.json", of_library)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "crlft.json", meta)
 
 
-def export(folder, model, model_config, data, dtype):
-    """Write the Hugging Face directory, read it back, compare every value, then give it its name."""
-    unfinished, first, tokenizer = (
-        folder.with_name("hf.partial"),
-        rank() == 0,
-        data.tokenizer,
+# What `encode` of conversations.py does, in Jinja. Each $name is a string literal; $opening a
+# statement, or nothing.
+JINJA = Template(
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + $eot }}{% endif %}"
+    "$opening"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ $user + m['content'] + $eot }}"
+    "{% elif m['role'] == 'assistant' %}{{ $assistant + m['content'] + $eot }}"
+    "{% elif not loop.first %}{{ raise_exception('a system message stands first') }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ $begun }}{% endif %}"
+)
+
+
+def chat_template(template: str, condition: str) -> str:
+    """The Jinja form of `encode`, from the same table, for transformers and vLLM."""
+    user, assistant, opening = role_texts(template, condition)
+    return JINJA.substitute(
+        eot=quoted(EOT),
+        opening="{{ " + quoted(opening + EOT) + " }}" if opening else "",
+        user=quoted(user + " "),
+        assistant=quoted(assistant + " "),
+        begun=quoted(assistant),
     )
-    if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-    try:
-        whole = (
-            (name, p.full_tensor() if hasattr(p, "full_tensor") else p)
-            for name, p in model.named_parameters()
-        )
-        write_weights(unfinished, model_config, whole, dtype, write=first)
-        if first:
-            generation = {
-                "bos_token_id": tokenizer.bos,
-                "eos_token_id": [tokenizer.eot, tokenizer.eos],
-            }
-            for name, content in (
-                ("config.json", config_json(model_config, dtype, tokenizer.bos, tokenizer.eos)),
-                ("generation_config.json", generation),
-            ):
-                (unfinished / name).write_text(json.dumps(content, indent=1))
-            # first user messages by 32 bits of their hash: evaluate.py asks what was trained on
-            prompts = np.unique(data.group).astype(np.uint32)
-            write_tokenizer(
-                unfinished,
-                tokenizer,
-                data.meta | {"prompts": base64.b64encode(prompts.tobytes()).decode()},
-            )
-            write_manifest(unfinished)
-            check_manifest(unfinished)
-        barrier()
-        written = SafetensorsWeights(unfinished, model_config)
-        for name, parameter in model.named_parameters():
-            local, start = local_rows(parameter)
-            if local.numel():
-                same = torch.equal(
-                    written.rows(name, start, start + len(local)),
-                    local.detach().to("cpu", dtype).float(),
-                )
-                assert same, f"{folder}: {name} reads back other values than were written"
-        barrier()
-        if first:
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-    except (OSError, SafetensorError):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+
+
+def quoted(text: str) -> str:
+    """A JSON string is a Jinja string literal, whatever the condition holds."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """tokenizer.json for the `tokenizers` library, from a sentencepiece BPE vocabulary.
+
+    It must give the same ids to every text: the vocabulary as it is, the merges that the scores
+    imply, and around them what sentencepiece does to a text before and after.
+    """
+    sp, size = tokenizer.sp, tokenizer.eot
+    pieces = [sp.id_to_piece(i) for i in range(size)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    bos = pieces[tokenizer.bos]
+    bos_token = {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}
+
+    # Tokens that are never found inside a text: control and unknown, and ours behind all others.
+    special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
+    added = [added_token(i, pieces[i]) for i in special]
+    added.append(added_token(size, EOT))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": NORMALIZER,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": begun_sequence(bos, "A", 0),
+            "pair": begun_sequence(bos, "A", 0) + begun_sequence(bos, "B", 1),
+            "special_tokens": {bos: bos_token},
+        },
+        "decoder": DECODER,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[sp.unk_id()],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": any(sp.is_byte(i) for i in range(size)),
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges(sp, pieces),
+        },
+    }
+
+
+# A space in front of the text, and every space as sentencepiece writes it; back again in DECODER.
+NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
+
+
+def added_token(id_: int, content: str) -> dict:
+    return {
+        "id": id_,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+
+
+def begun_sequence(bos: str, name: str, type_id: int) -> list[dict]:
+    """A text after the token that begins it."""
+    return [
+        {"SpecialToken": {"id": bos, "type_id": type_id}},
+        {"Sequence": {"id": name, "type_id": type_id}},
+    ]
+
+
+def merges(sp, pieces: list[str]) -> list[str]:
+    """["left right", ..] in the order in which BPE is to join neighbours.
+
+    Sentencepiece joins the two neighbours whose union has the best score. A merge list says the
+    same with pairs in the order of that score, where each way to cut a piece in two is a pair.
+    """
+    score_of = {}
+    for i, piece in enumerate(pieces):
+        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)):
+            score_of[piece] = sp.get_score(i)
+    found = []
+    for piece, score in score_of.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in score_of and right in score_of:
+                # Where scores are equal (Llama-2's runs of spaces) the longest left part goes
+                # first: that is what joining from the left gives.
+                found.append((-score, -len(left), -len(right), left, right))
+    found.sort()
+    return [f"{left} {right}" for *_, left, right in found]
