@@ -53,8 +53,7 @@ def tokens_of(arm: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def loss_of(arm: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(nll [R], weights [R], the loss), by pack and the training kernel."""
-    conversations = tokens_of(arm)
-    batch = pack(conversations)
+    batch = pack(tokens_of(arm))
     p_R = torch.tensor(POLICY["GPT4"] + POLICY["GPT3"])
     R = len(p_R)
     V = toy_tokenizer().eot + 1
@@ -62,15 +61,15 @@ def loss_of(arm: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # A model that says just this: log p for the label, log(1 - p) for <unk>, whose id is 0, and
     # nothing for any other token. Softmax of these is p for the label, so nll = -log p.
     logits_RV = torch.full((R, V), -torch.inf)
-    rows_R = torch.arange(R)
+    each_R = torch.arange(R)
     labels_R = batch.labels_T[batch.rows_R]
     logits_RV[:, 0] = (1 - p_R).log()
-    logits_RV[rows_R, labels_R] = p_R.log()
+    logits_RV[each_R, labels_R] = p_R.log()
 
     # The kernel takes hidden states and the matrix of the head. With one hidden direction for each
     # supervised row the matrix holds the logits themselves; finite ones, and exp(-1e4) is 0, too.
     hidden_TR = torch.zeros(len(batch.tokens_T), R)
-    hidden_TR[batch.rows_R, rows_R] = 1.0
+    hidden_TR[batch.rows_R, each_R] = 1.0
     matrix_VR = logits_RV.clamp(min=-1e4).T.contiguous()
     loss_sum, nll_T, _ = linear_cross_entropy(hidden_TR, matrix_VR, batch.labels_T, batch.weights_T)
 
