@@ -79,7 +79,7 @@ class Side:
     folder: Path
     scratch: Path  # where its commands write
 
-    def python(self, *words: object, stdin: str = "", **env: str) -> str:
+    def python(self, *words: object, stdin: str = "", may_fail: bool = False, **env: str) -> str:
         """What python prints on these words, as a user of the checkout would type them."""
         command = [sys.executable, *map(str, words)]
         done = subprocess.run(
@@ -90,10 +90,12 @@ class Side:
             capture_output=True,
             text=True,
         )
-        if done.returncode:
+        if done.returncode and not may_fail:
             said = (done.stderr.strip() or done.stdout.strip() or "nothing said").splitlines()
             raise FailedError(f"`{' '.join(command[1:4])} ..` failed: {said[-1]}")
-        return done.stdout.replace(str(self.scratch), "SCRATCH")
+        said = done.stdout.replace(str(self.scratch), "SCRATCH")
+        # What BEFORE made for both has the same name on both sides.
+        return said.replace(str(self.scratch.parent / "before"), "SCRATCH")
 
     def environment(self) -> dict[str, str]:
         """One thread, no GPU, nothing of the caller's; the checkout stays as it is."""
@@ -158,7 +160,7 @@ def difference(before: bytes | str | None, after: bytes | str | None) -> str:
 
 def around(text: str, other: str, width: int = 100) -> str:
     """The text from a little before the place where the other leaves it."""
-    start = max(0, len(os.path.commonprefix([text, other])) - width // 3)
+    start = max(0, len(os.path.commonprefix([text, other])) - width // 2)
     return text[start : start + width]
 
 
@@ -562,7 +564,9 @@ def resumed(c: Comparison, name: str, ranks: int) -> None:
             # Without this line a run that began anew would pass: its bytes are the same.
             took = "resuming from" in output and "step-10" in output
             said = "from step-10" if took else "from the beginning"
-        return files_of(run / "hf") | {"metrics": metrics_of(run), "it resumes": said}
+        found = files_of(run / "hf") | {"it resumes": said}
+        # On other ranks the log's sums are added in another order; the weights of --exact are not.
+        return found | ({"metrics": metrics_of(run)} if ranks == RUNS[name][0] else {})
 
     c.both(f"old: checkpoint of {name}, on {ranks}", make)
 
@@ -642,6 +646,12 @@ def texts(c: Comparison) -> None:
 # ---- cubins
 
 
+def short(content: object) -> str:
+    """Sixteen digits that stand for a text, bytes or anything that prints itself."""
+    code = content if isinstance(content, bytes) else str(content).encode()
+    return hashlib.sha256(code).hexdigest()[:16]
+
+
 def record_kernels(folder: str) -> None:
     """From here on a line for each kernel that Triton compiles, in a file of this process."""
     from triton.compiler.compiler import CompiledKernel
@@ -650,26 +660,30 @@ def record_kernels(folder: str) -> None:
 
     def record(self: CompiledKernel, src: object, *args: object) -> None:
         begin(self, src, *args)
-        target = self.metadata.target
-        kind = "amdgcn" if target.backend == "hip" else "cubin"
-        code = self.asm[kind]
-        digest = hashlib.sha256(code if isinstance(code, bytes) else code.encode()).hexdigest()
-        options = self.metadata._asdict()
-        # The hash is of the source, which a change of form changes.
-        del options["hash"], options["target"]
-        line = {
-            "kernel": self.name,
-            "target": str(target.arch),
-            "signature": list(src.signature.values()),  # by position: a parameter's name is form
-            "constants": sorted((key, str(value)) for key, value in src.constants.items()),
-            "attributes": sorted((key, str(value)) for key, value in src.attrs.items()),
-            "options": {key: str(value) for key, value in sorted(options.items())},
-            "sha256": digest,
-        }
         with open(file, "a") as out:
-            out.write(json.dumps(line) + "\n")
+            out.write(json.dumps(described(self, src)) + "\n")
 
     CompiledKernel.__init__ = record
+
+
+def described(kernel: object, src: object) -> tuple[str, str]:
+    """(target, file and function; what was asked for, by position, and what came out)."""
+    target, options = kernel.metadata.target, kernel.metadata._asdict()
+    # The hash is of the source, which a change of form changes; parameters' names are form too.
+    del options["hash"], options["target"]
+    signature = " ".join(map(str, src.signature.values()))
+    constants = " ".join(f"{place[0]}={value}" for place, value in sorted(src.constants.items()))
+    code = kernel.asm["amdgcn" if target.backend == "hip" else "cubin"]
+    name = f"{target.arch} {Path(src.fn.fn.__code__.co_filename).stem} {kernel.name}"
+    parts = (
+        f"({signature})",
+        f"attributes {short(sorted(src.attrs.items()))}",
+        f"options {short(sorted(options.items()))}",
+        f"{kernel.metadata.num_warps} warps",
+        f"constants {constants}",
+        f"code {short(code)}",
+    )
+    return name, ", ".join(parts)
 
 
 def compiled(side: Side, words: tuple[str, ...]) -> dict[str, str]:
@@ -686,6 +700,7 @@ def compiled(side: Side, words: tuple[str, ...]) -> dict[str, str]:
         "-m",
         "kernels.compile",
         *words,
+        may_fail=True,  # a failed inspection is a line of the report, the same on both sides
         PYTHONPATH=str(hook),
         TRITON_CACHE_DIR=str(work / "cache"),
         TRITON_DISABLE_LINE_INFO="1",
@@ -693,13 +708,14 @@ def compiled(side: Side, words: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for path in record.iterdir():
         for text in path.read_text().splitlines():
-            line = json.loads(text)
-            name = f"{line.pop('target')} {line.pop('kernel')}"
-            found.setdefault(name, set()).add(json.dumps(line))
+            name, binary = json.loads(text)
+            found.setdefault(name, set()).add(binary)
     shutil.rmtree(work)
     if not found:
         raise FailedError("kernels.compile compiled nothing that could be seen")
-    texts = {name: "\n".join(sorted(found[name])) for name in sorted(found)}
+    texts = {}
+    for name, binaries in sorted(found.items()):
+        texts[f"{name}, {len(binaries)} binaries"] = "\n".join(sorted(binaries))
     return texts | {"the report": report}
 
 
@@ -716,10 +732,10 @@ def kept(side: Side, words: tuple[str, ...], folder: str) -> dict[str, str]:
 
 def cubins(c: Comparison) -> None:
     words = []
-    for flag in ("targets", "kernels", "dtypes"):
-        if chosen := getattr(c.options, flag):
-            words += [{"targets": "--arch", "kernels": "--kernel", "dtypes": "--dtype"}[flag]]
-            words += chosen
+    flags = {"targets": "--arch", "kernels": "--kernel", "dtypes": "--dtype", "shapes": "--shapes"}
+    for name, flag in flags.items():
+        if chosen := getattr(c.options, name):
+            words += [flag, *chosen]
 
     def make(side: Side) -> dict:
         if c.options.keep and side is c.before:
@@ -745,6 +761,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--targets", nargs="+", help="of cubins: sm_80, sm_90, sm_100, gfx942")
     parser.add_argument("--kernels", nargs="+", help="of cubins: the kernel files")
     parser.add_argument("--dtypes", nargs="+", help="of cubins: bf16, fp16, fp32")
+    parser.add_argument("--shapes", nargs=1, help="of cubins: the first so many of each kernel")
     parser.add_argument("--keep", metavar="FOLDER", help="for BEFORE's compiled kernels")
     options = parser.parse_intermixed_args(argv)
     for name in options.sections:
