@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from data import Prepared
-from model import RECOMPUTE, SIZES, Config, Losses, Model
+from model import RECOMPUTE, SIZES, Block, Config, Losses, Model
 from packing import Batch, ahead, flat, pack
 from recipe import (
     PRESETS,
@@ -70,7 +70,16 @@ from support.ranks import Signals, local_rows, on_first_rank, rank_and_world, st
 # ---- the method
 
 
-def train_step(model, optimizer, batches, device, weight_sum, clip, tally, exact=None) -> float:
+def train_step(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    device: torch.device,
+    weight_sum: float,
+    clip: float,
+    tally: "Tally",
+    exact: "ExactSums | None" = None,
+) -> float:
     """One optimizer step over this rank's micro-batches; returns the gradient norm of all ranks.
 
     weight_sum is the whole step's, of all ranks and micro-batches: the loss is a sum until it is
@@ -119,8 +128,8 @@ def forward(model: Model, batch: Batch) -> Losses:
 def clip_gradients(gradients: list[Tensor], clip: float) -> float:
     """Scale this rank's gradient shards so that the norm over all ranks is at most clip.
 
-    Returns the norm before. It is summed in fp64, so that it does not depend on where the gradient
-    is cut into shards; and so neither does the step.
+    Returns the norm before. It is summed in fp64: where the gradient is cut into shards moves only
+    its last digits, far below what the fp32 factor can hold. So the step does not depend on it.
     """
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
     square = torch.stack(norms).square().sum()
@@ -232,9 +241,14 @@ class ExactSums:
 # ---- model and optimizer
 
 
-def build(config: TrainConfig, model_config: Config, device: torch.device) -> tuple:
-    """(model, optimizer, exact). The model is on its device, each rank with its shard of it, and
-    has no values yet; exact is the ExactSums of --exact, or None."""
+class Built(NamedTuple):
+    model: Model
+    optimizer: torch.optim.Optimizer
+    exact: ExactSums | None  # of --exact
+
+
+def build(config: TrainConfig, model_config: Config, device: torch.device) -> Built:
+    """The model on its device, each rank with its shard and no values yet, and its optimizer."""
     # Without memory at first: no rank ever holds the whole model.
     with torch.device("meta"):
         model = Model(model_config)
@@ -246,10 +260,11 @@ def build(config: TrainConfig, model_config: Config, device: torch.device) -> tu
     if dist.is_initialized():
         shard(model, config, device, exact)
     model.to_empty(device=device)
-    return model, make_optimizer(model.parameters(), config), exact
+    return Built(model, make_optimizer(model.parameters(), config), exact)
 
 
-def compile_block(block) -> None:
+def compile_block(block: Block) -> None:
+    """Compile the part of a block that its kind of recomputation leaves to the compiler."""
     # A partial recomputation is chosen operation by operation, so the compiler has to see it and
     # gets the whole forward. A full one runs the block a second time, and goes around the compiled
     # function. `dynamic`: every micro-batch has another T.
@@ -505,8 +520,9 @@ class Setup:
     model_config: Config
     data: Prepared
     device: torch.device
-    train_on: object  # conversations, int64
-    held_out: object
+    # Arrays of conversations, int64.
+    train_on: Any
+    held_out: Any
     # Of all epochs. A step is a list of micro-batches, a micro-batch an array of conversations.
     steps: list
     epoch_ends: list  # the last step of each epoch
@@ -527,7 +543,7 @@ WIDE = 8192
 PRETRAIN_LR, PRETRAIN_LR_WIDE = 3e-4, 1.5e-4
 
 
-def set_up(config: TrainConfig, store) -> Setup:
+def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
     """Open the data, check that all belongs together, start the process group, plan every step."""
     data = Prepared(config.data)
     config, model_config = resolve(config, data)
@@ -641,12 +657,19 @@ def checkpoints_of(setup: Setup, settings: dict) -> Checkpoints:
 
 # ---- the run
 
+# The exit status of a shell's command that Ctrl-C has ended.
+SIGNALLED = 130
+REMAINS = "a checkpoint remains, the same command resumes"
 
-def train(config: TrainConfig, signals: Signals, store) -> None:
-    """A run from its settings to the export; it goes on where --out holds a checkpoint."""
+
+def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> None:
+    """A run from its settings to the export; it goes on where --out holds a checkpoint.
+
+    store: of the ranks that torchrun started, None for a process alone.
+    """
     setup = set_up(config, store)
-    model, optimizer, exact = build(setup.config, setup.model_config, setup.device)
-    settings = settings_of(setup, optimizer)
+    built = build(setup.config, setup.model_config, setup.device)
+    settings = settings_of(setup, built.optimizer)
     checkpoints = checkpoints_of(setup, settings)
     path, start = checkpoints.newest()
 
@@ -665,16 +688,16 @@ def train(config: TrainConfig, signals: Signals, store) -> None:
         initial = SafetensorsWeights(setup.config.model, setup.model_config)
     write_settings(setup, settings)
     if path:
-        checkpoints.load(path, model, optimizer)
+        checkpoints.load(path, built.model, built.optimizer)
         log(f"resuming from {path}")
     else:
-        load_weights(model, initial, local_rows)
-    log(opening_line(setup, model))
+        load_weights(built.model, initial, local_rows)
+    log(opening_line(setup, built.model))
     log(memory_by_rank(setup.device, checkpoints))
 
-    training_loop(setup, model, optimizer, exact, checkpoints, start, signals)
+    training_loop(setup, built, checkpoints, start, signals)
 
-    export(hf, model, setup.model_config, setup.data, getattr(torch, setup.config.dtype))
+    export(hf, built.model, setup.model_config, setup.data, getattr(torch, setup.config.dtype))
     draw_losses(setup)
     log(memory_by_rank(setup.device, checkpoints))
     log(f"exported to {hf}; chat with `python sample.py {hf}`")
@@ -699,12 +722,14 @@ def opening_line(setup: Setup, model: Model) -> str:
     )
 
 
-def training_loop(setup, model, optimizer, exact, checkpoints, start: int, signals) -> None:
+def training_loop(
+    setup: Setup, built: Built, checkpoints: Checkpoints, start: int, signals: Signals
+) -> None:
     """The steps after `start`, each with its line in the log; a checkpoint now and then.
 
-    Ends with the last checkpoint on the disk: after the last step, or (SystemExit 130) after a
-    signal. exact: as build returns it.
+    Ends with the last checkpoint on the disk: after the last step, or (SystemExit) after a signal.
     """
+    model, optimizer, exact = built
     config, data = setup.config, setup.data
     device = setup.device
     me, world = rank_and_world()
@@ -756,11 +781,8 @@ def training_loop(setup, model, optimizer, exact, checkpoints, start: int, signa
         # a signal came (Ctrl-C, a preempted node): the checkpoint above is what remains
         if tally.stop and not is_last:
             checkpoints.wait()
-            log(
-                f"stopped by a signal after step {step}; a checkpoint remains, "
-                "the same command resumes"
-            )
-            sys.exit(130)
+            log(f"stopped by a signal after step {step}; {REMAINS}")
+            sys.exit(SIGNALLED)
 
     checkpoints.wait()
     signals.in_loop = False
