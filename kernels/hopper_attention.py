@@ -34,6 +34,7 @@ except ImportError:
     HAVE_GLUON = False
 
 LOG2E = math.log2(math.e)
+LN2 = gl.constexpr(math.log(2))
 # Rows that a program owns: two consumers of 64, the rows of one wgmma instruction.
 BLOCK = 128
 # The one head size for which the tiles below fit registers and shared memory.
@@ -252,14 +253,14 @@ def _fwd_kernel(
 
 @gluon.jit
 def _dkv_producer(
-    d_q, d_k, d_v, d_do, s_q, s_k, s_v, s_do, kv_full, q_full, do_full, free, landed,
-    start, first, length, i_g, tiles,
+    d_q, d_k, d_v, d_do, d_lse, d_delta, s_q, s_k, s_v, s_do, s_lse, s_delta,
+    kv_full, full, free, landed,
+    start, first, length, i_g, tiles, T,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     for half in gl.static_range(2):
-        full = kv_full.index(half)
-        _fetch(d_k, start + first + half * 64, i_g * E, s_k.index(half), full)
-        _fetch(d_v, start + first + half * 64, i_g * E, s_v.index(half), full)
+        _fetch(d_k, start + first + half * 64, i_g * E, s_k.index(half), kv_full.index(half))
+        _fetch(d_v, start + first + half * 64, i_g * E, s_v.index(half), kv_full.index(half))
     step = 0
     for i_h in range(i_g * (H // G), (i_g + 1) * (H // G)):
         for i in range(tiles):
@@ -268,24 +269,40 @@ def _dkv_producer(
             mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
             valid = length - first - i * BM
             if valid < BM:
-                _fetch(d_q, row, i_h * E, s_q.index(slot), landed.index(0))
-                _fetch(d_do, row, i_h * E, s_do.index(slot), landed.index(0))
+                _fetch_step(d_q, d_do, d_lse, d_delta, s_q.index(slot), s_do.index(slot), s_lse.index(slot), s_delta.index(slot), row, i_h * E, i_h * T, landed.index(0))
                 mbarrier.wait(landed.index(0), (i_h - i_g * (H // G)) & 1)
+                _set_rest(s_lse.index(slot), valid, float("inf"), BM)
+                _set_rest(s_delta.index(slot), valid, 0.0, BM)
                 _wash(s_q.index(slot), valid, BM, E)
                 _wash(s_do.index(slot), valid, BM, E)
-                _hand_over(q_full.index(slot))
-                mbarrier.arrive(do_full.index(slot), count=1)
+                _hand_over(full.index(slot))
             else:
-                _fetch(d_q, row, i_h * E, s_q.index(slot), q_full.index(slot))
-                _fetch(d_do, row, i_h * E, s_do.index(slot), do_full.index(slot))
+                _fetch_step(d_q, d_do, d_lse, d_delta, s_q.index(slot), s_do.index(slot), s_lse.index(slot), s_delta.index(slot), row, i_h * E, i_h * T, full.index(slot))
             step += 1
 
 
 @gluon.jit
+def _fetch_step(d_q, d_do, d_lse, d_delta, s_q, s_do, s_lse, s_delta, row, column, at, full):
+    mbarrier.expect(full, d_q.block_type.nbytes + d_do.block_type.nbytes + d_lse.block_type.nbytes + d_delta.block_type.nbytes)
+    tma.async_copy_global_to_shared(d_q, [row, column], full, s_q)
+    tma.async_copy_global_to_shared(d_lse, [at + row], full, s_lse)
+    tma.async_copy_global_to_shared(d_delta, [at + row], full, s_delta)
+    tma.async_copy_global_to_shared(d_do, [row, column], full, s_do)
+
+
+@gluon.jit
+def _set_rest(s_x, valid, value, rows: gl.constexpr):
+    RL: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    b_x = s_x.load(RL)
+    o_r = gl.arange(0, rows, RL)
+    s_x.store(gl.where(o_r < valid, b_x, value))
+
+
+@gluon.jit
 def _dkv_consumer(
-    half: gl.constexpr, lse, delta, cos, sin, dk, dv, s_q, s_k, s_v, s_do,
-    kv_full, q_full, do_full, free,
-    start, first, length, i_g, tiles, scale, norm, T,
+    half: gl.constexpr, cos, sin, dk, dv, s_q, s_k, s_v, s_do, s_lse, s_delta,
+    kv_full, full, free,
+    t, left, i_g, tiles, scale,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = dk.dtype.element_ty
@@ -301,56 +318,42 @@ def _dkv_consumer(
     b_zero = gl.zeros([64, BM], gl.float32, SL)
     o_n = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, SL))
     o_m = gl.arange(0, BM, ML)
-    left = length - first
     s_k = s_k.index(half)
     s_v = s_v.index(half)
     mbarrier.wait(kv_full.index(half), 0)
 
-    o_row = gl.arange(0, BM, RL)
-    at = (i_g * (H // G)).to(gl.int64) * T + start + first
-    lse_row = lse + at
-    delta_row = delta + at
     i = 0
     for step in range(H // G * tiles):
         slot = step % STAGES
         lap = (step // STAGES) & 1
-        m_row = o_row < left - i * BM
-        b_lse = gl.load(lse_row + o_row, mask=m_row, other=float("inf"))
-        b_delta = gl.load(delta_row + o_row, mask=m_row, other=0.0)
-        mbarrier.wait(q_full.index(slot), lap)
+        mbarrier.wait(full.index(slot), lap)
+        b_dp = b_zero - s_delta.index(slot).load(ML)[None, :]
         b_s = warpgroup_mma(
             s_k, s_q.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
         )
-        mbarrier.wait(do_full.index(slot), lap)
-        b_dp = warpgroup_mma(
-            s_v, s_do.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
-        )
-        b_lse = gl.convert_layout(b_lse, ML)
-        b_delta = gl.convert_layout(b_delta, ML)
+        b_dp = warpgroup_mma(s_v, s_do.index(slot).permute((1, 0)), b_dp, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        b_lse = s_lse.index(slot).load(ML)
         b_p = gl.exp2(b_s * scale - b_lse[None, :])
         if i * BM < 128:
             b_p = gl.where((o_m + i * BM)[None, :] >= o_n[:, None], b_p, 0.0)
         b_pd = gl.convert_layout(b_p.to(dtype), P)
         b_dv = warpgroup_mma(b_pd, s_do.index(slot), b_dv, is_async=True)
         b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
-        b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(dtype), P)
+        b_ds = gl.convert_layout((b_p * b_dp).to(dtype), P)
         b_dk = warpgroup_mma(b_ds, s_q.index(slot), b_dk, is_async=True)
         b_dv = warpgroup_mma_wait(1, deps=(b_dv,))
         b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
         mbarrier.arrive(free.index(slot), count=1)
         i += 1
-        lse_row += BM
-        delta_row += BM
         if i == tiles:
             i = 0
-            lse_row += T - tiles * BM
-            delta_row += T - tiles * BM
 
-    row = first + half * 64
-    _store_rows(b_dv, dv + i_g * E, start, row, length, G * E, E)
-    b_dk = _unrotate(b_dk * norm, cos, sin, start + row, length - row, AL, E)
-    _store_rows(b_dk, dk + i_g * E, start, row, length, G * E, E)
+    t += half * 64
+    left -= half * 64
+    _store_rows(b_dv, dv + i_g * E, t, 0, left, G * E, E)
+    b_dk = _unrotate(b_dk * (scale * LN2), cos, sin, t, left, AL, E)
+    _store_rows(b_dk, dk + i_g * E, t, 0, left, G * E, E)
 
 
 @gluon.jit
@@ -370,7 +373,7 @@ def _unrotate(b_x, cos, sin, t, rows, L: gl.constexpr, E: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "N"])
 def _dkv_kernel(
-    d_q, d_k, d_v, d_do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, scale, norm, T, N,
+    d_q, d_k, d_v, d_do, d_lse, d_delta, cos, sin, cu_seqlens, plan, dk, dv, scale, T, N,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     at = plan + 2 * gl.program_id(0).to(gl.int64)
@@ -393,16 +396,17 @@ def _dkv_kernel(
         s_k = gl.allocate_shared_memory(d_k.dtype, [2, 64, E], d_k.layout)
         s_v = gl.allocate_shared_memory(d_v.dtype, [2, 64, E], d_v.layout)
         s_do = gl.allocate_shared_memory(d_do.dtype, [STAGES, BM, E], d_do.layout)
+        s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_lse.layout)
+        s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_delta.layout)
         kv_full = _barriers(2, 2)
-        q_full = _barriers(STAGES, 1)
-        do_full = _barriers(STAGES, 1)
+        full = _barriers(STAGES, 1)
         free = _barriers(STAGES, 2)
-        landed = _barriers(1, 2)
+        landed = _barriers(1, 1)
         gl.warp_specialize(
             [
-                (_dkv_consumer, (0, lse, delta, cos, sin, dk, dv, s_q, s_k, s_v, s_do, kv_full, q_full, do_full, free, start, first, length, i_g, tiles, scale, norm, T, H, G, E, BM, STAGES)),
-                (_dkv_consumer, (1, lse, delta, cos, sin, dk, dv, s_q, s_k, s_v, s_do, kv_full, q_full, do_full, free, start, first, length, i_g, tiles, scale, norm, T, H, G, E, BM, STAGES)),
-                (_dkv_producer, (d_q, d_k, d_v, d_do, s_q, s_k, s_v, s_do, kv_full, q_full, do_full, free, landed, start, first, length, i_g, tiles, H, G, E, BM, STAGES)),
+                (_dkv_consumer, (0, cos, sin, dk, dv, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, full, free, start + first, length - first, i_g, tiles, scale, H, G, E, BM, STAGES)),
+                (_dkv_consumer, (1, cos, sin, dk, dv, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, full, free, start + first, length - first, i_g, tiles, scale, H, G, E, BM, STAGES)),
+                (_dkv_producer, (d_q, d_k, d_v, d_do, d_lse, d_delta, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, full, free, landed, start, first, length, i_g, tiles, T, H, G, E, BM, STAGES)),
             ],
             [4, 1],
             [240, 24],
@@ -414,6 +418,10 @@ def _descriptor(x, rows):
     x = x.view(len(x), -1)
     layout = gl.NVMMASharedLayout.get_default_for([rows, HEAD_SIZE], getattr(gl, str(x.dtype).removeprefix("torch.")))
     return TensorDescriptor.from_tensor(x, [rows, HEAD_SIZE], layout)
+
+
+def _rows(x):
+    return TensorDescriptor.from_tensor(x.view(-1), [DKV_TILE], gl.NVMMASharedLayout(0, 32, 1))
 
 
 def forward(q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale):
@@ -432,5 +440,5 @@ def dkv(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv):
     N = len(cu_seqlens) - 1
     norm = E**-0.5
     _dkv_kernel[(len(plan), G)](
-        _descriptor(q, DKV_TILE), _descriptor(k, 64), _descriptor(v, 64), _descriptor(do, DKV_TILE), lse, delta, cos, sin, cu_seqlens, plan, dk, dv, norm * LOG2E, norm, T, N, H, G, E, DKV_TILE, DKV_STAGES, num_warps=4
+        _descriptor(q, DKV_TILE), _descriptor(k, 64), _descriptor(v, 64), _descriptor(do, DKV_TILE), _rows(lse), _rows(delta), cos, sin, cu_seqlens, plan, dk, dv, norm * LOG2E, T, N, H, G, E, DKV_TILE, DKV_STAGES, num_warps=4
     )
