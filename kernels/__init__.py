@@ -5,6 +5,7 @@ that picks between them. `python -m kernels.compile` compiles them for four GPU 
 a GPU, `python -m kernels.bench` times them on one.
 """
 
+import contextlib
 import functools
 import warnings
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ try:
     HAVE_TRITON = True
 except ImportError:
     # macOS, Windows: the kernel files can still be read, and their references run
-    triton = SimpleNamespace(jit=lambda f: f)
+    triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
     tl = SimpleNamespace(constexpr=None)
     HAVE_TRITON = False
 
@@ -45,6 +46,11 @@ def arch(x):
     major = torch.cuda.get_device_capability(x.device)[0]
     # consumer GPUs (8.6, 8.9, 12.0) have the least shared memory: as sm_80
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def on_device_of(x):
+    """Launch on the GPU that holds x: Triton by itself takes the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def check(name, true, what):

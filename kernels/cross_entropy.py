@@ -37,7 +37,7 @@ So on a GPU M is copied once a call into S rows, S the next multiple of 64, with
 import torch
 import torch.nn.functional as F
 
-from kernels import check, on_gpu, tl, triton
+from kernels import check, on_device_of, on_gpu, tl, triton
 
 # Bytes of logits alive at once: 512 rows of fp32, 4,096 of bf16 at V = 32,001.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
@@ -154,7 +154,8 @@ def softmax_gradient(z_rS, labels_r, weights_r, V):
     r, S = z_rS.shape
     nll_r = torch.empty_like(weights_r)
     correct_r = torch.empty_like(weights_r)
-    _softmax_kernel[(r,)](z_rS, labels_r, weights_r, nll_r, correct_r, S, V, 4096, num_warps=8)
+    with on_device_of(z_rS):
+        _softmax_kernel[(r,)](z_rS, labels_r, weights_r, nll_r, correct_r, S, V, 4096, num_warps=8)
     return nll_r, correct_r
 
 

@@ -19,10 +19,11 @@ from typing import Optional
 
 import torch
 
-from kernels import arch, check, on_gpu, tl, triton
+from kernels import arch, check, on_device_of, on_gpu, tl, triton
 
-# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw.
-# Measured on an H100 only (results/gpu_tune.json).
+# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw. Rows
+# above 4,096 take so many registers that only one fits, and a second would wait for it: half as
+# many then. sm_90 as measured on an H100, 2026-11-27 (results/gpu_tune.json).
 PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
 
 
@@ -58,7 +59,8 @@ def _fwd_kernel(x, residual, w, y, h, r, eps, D: tl.constexpr, BD: tl.constexpr)
     tl.store(r + i_t, b_r)
 
 
-@triton.jit
+# T is another number in every batch: Triton is not to compile a kernel for some of them.
+@triton.jit(do_not_specialize=["T"])
 def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.constexpr):
     i_p = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
@@ -83,8 +85,9 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
 def _shape(D):
     """What both kernels are launched with for rows of D elements."""
     BD = triton.next_power_of_2(D)
-    # 8 elements, one 16-byte load of bf16, a thread up to D = 4,096
-    num_warps = min(max(BD // 256, 1), 16)
+    # 8 elements, one 16-byte load of bf16, a thread up to D = 2,048; more warps gain nothing there
+    # and lose 6% of the backward pass at 5,120 (H100)
+    num_warps = min(max(BD // 256, 1), 8)
     return {"D": D, "BD": BD, "num_warps": num_warps}
 
 
@@ -104,7 +107,8 @@ def rms_norm_op(
     else:
         h = torch.empty_like(x)
         residual = residual.contiguous()
-    _fwd_kernel[(T,)](x, residual, w, y, h, r, eps, **_shape(D))
+    with on_device_of(x):
+        _fwd_kernel[(T,)](x, residual, w, y, h, r, eps, **_shape(D))
     return y, h, r
 
 
@@ -112,7 +116,8 @@ def rms_norm_op(
 def _(x, residual, w, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
-    r = x.new_empty(len(x), dtype=torch.float32)
+    # x.shape[0] stays a symbol under torch.compile, len(x) becomes a number: a graph for each T
+    r = x.new_empty(x.shape[0], dtype=torch.float32)
     return y, h, r
 
 
@@ -126,10 +131,11 @@ def rms_norm_bwd_op(
     w = w.contiguous()
     dy = dy.contiguous()
     dh = None if dh is None else dh.contiguous()
-    programs = PROGRAMS[arch(h)]
+    programs = PROGRAMS[arch(h)] if D <= 4096 else PROGRAMS[arch(h)] // 2
     dx = torch.empty_like(h)
     dw_partial = h.new_empty(programs, D, dtype=torch.float32)
-    _bwd_kernel[(programs,)](h, w, r, dy, dh, dx, dw_partial, T, **_shape(D))
+    with on_device_of(h):
+        _bwd_kernel[(programs,)](h, w, r, dy, dh, dx, dw_partial, T, **_shape(D))
     return dx, dw_partial.sum(0).to(w.dtype)
 
 

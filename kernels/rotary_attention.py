@@ -42,7 +42,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels import arch, check, on_gpu, tl, triton, warn_once
+from kernels import arch, check, on_device_of, on_gpu, tl, triton, warn_once
 
 LOG2E = math.log2(math.e)
 HEAD_SIZES = 32, 64, 128
@@ -109,7 +109,8 @@ def rotary_attention_ref(
 # scalars in registers.
 
 
-@triton.jit
+# T and N are other numbers in every batch: Triton is not to compile a kernel for some of them.
+@triton.jit(do_not_specialize=["T", "N"])
 def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
     """plan[rank] = (conversation, first row in it) of every block of BM rows, the blocks with the
     most rows before them first.
@@ -246,7 +247,7 @@ def _fwd_tiles(
     return b_o, b_m, b_l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def _fwd_kernel(
     q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -303,7 +304,7 @@ def _dq_tiles(
     return b_dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def _dq_kernel(
     q, k, v, o, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, norm, T, N,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -340,7 +341,7 @@ def _dq_kernel(
     _store_unrotated(b_dq * norm, dq + i_h * E, o_t, m_m, cos, sin, H * E, E, BM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def _dkv_kernel(
     q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, scale, norm, T, N,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
@@ -408,7 +409,8 @@ def _plan(cu_seqlens, T, BM):
     N = len(cu_seqlens) - 1
     # at most floor(T / BM) full blocks, and a last one of each conversation
     plan = cu_seqlens.new_empty(T // BM + N + 1, 2)
-    _plan_kernel[(len(plan),)](cu_seqlens, plan, T, N, BM, 128)
+    with on_device_of(plan):
+        _plan_kernel[(len(plan),)](cu_seqlens, plan, T, N, BM, 128)
     return plan
 
 
@@ -417,7 +419,8 @@ def _rotate(x, cos, sin):
     T, A, E = x.shape
     y = torch.empty_like(x)
     BA = min(triton.next_power_of_2(A), 32)
-    _rotate_kernel[(T, triton.cdiv(A, BA))](x, y, cos, sin, A, E, BA, num_warps=8)
+    with on_device_of(x):
+        _rotate_kernel[(T, triton.cdiv(A, BA))](x, y, cos, sin, A, E, BA, num_warps=8)
     return y
 
 
@@ -441,9 +444,10 @@ def rotary_attention_op(
     o = torch.empty_like(q)
     lse = q.new_empty(H, T, dtype=torch.float32)
     scale = E**-0.5 * LOG2E
-    _fwd_kernel[(len(plan), H)](
-        q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H, G, E, **tiles
-    )
+    with on_device_of(q):
+        _fwd_kernel[(len(plan), H)](
+            q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H, G, E, **tiles
+        )
     return o, k, lse
 
 
@@ -484,7 +488,8 @@ def rotary_attention_bwd_op(
     plan = _plan(cu_seqlens, T, BM)
     dq = torch.empty_like(q)
     delta = torch.empty_like(lse)
-    _dq_kernel[(len(plan), H)](q, k, v, o, do, lse, delta, *tables, plan, dq, *sizes, **tiles)
+    with on_device_of(q):
+        _dq_kernel[(len(plan), H)](q, k, v, o, do, lse, delta, *tables, plan, dq, *sizes, **tiles)
 
     # here the rows that a program owns are keys
     BN, tiles = _launch(q, 2)
@@ -493,7 +498,9 @@ def rotary_attention_bwd_op(
         plan = _plan(cu_seqlens, T, BN)
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
-    _dkv_kernel[(len(plan), G)](q, k, v, do, lse, delta, *tables, plan, dk, dv, *sizes, **tiles)
+    inputs = (q, k, v, do, lse, delta)
+    with on_device_of(q):
+        _dkv_kernel[(len(plan), G)](*inputs, *tables, plan, dk, dv, *sizes, **tiles)
     return dq, dk, dv
 
 

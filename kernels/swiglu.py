@@ -17,7 +17,7 @@ dy, write dgate, dup).
 import torch
 import torch.nn.functional as F
 
-from kernels import check, on_gpu, tl, triton
+from kernels import check, on_device_of, on_gpu, tl, triton
 
 # elements of a program, four warps: two 16-byte loads of bf16 a thread from each tensor
 BLOCK = 2048
@@ -61,7 +61,8 @@ def swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     up = up.contiguous()
     y = torch.empty_like(gate)
     n = y.numel()
-    _fwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, y, n, BLOCK)
+    with on_device_of(gate):
+        _fwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, y, n, BLOCK)
     return y
 
 
@@ -81,7 +82,8 @@ def swiglu_bwd_op(
     dgate = torch.empty_like(gate)
     dup = torch.empty_like(up)
     n = dy.numel()
-    _bwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, dy, dgate, dup, n, BLOCK)
+    with on_device_of(gate):
+        _bwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, dy, dgate, dup, n, BLOCK)
     return dgate, dup
 
 
