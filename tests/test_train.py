@@ -603,7 +603,7 @@ def test_torchrun_with_uneven_micro_batches_is_the_same_run(toy, train):
     for run in (two, four, toy / "384", toy / "768"):
         assert losses_of(run) == pytest.approx(losses_of(one), rel=1e-5)
         assert column(run, "grad_norm") == pytest.approx(norms, rel=1e-5)
-        # test_data.py shows that the conversations are the same
+        # test_packing.py shows that the conversations are the same
         for key in ("tokens", "supervised_tokens", "weight_sum", "lr"):
             assert column(run, key) == column(one, key)
     assert losses_of(half) == pytest.approx(losses_of(one), rel=2e-2)
