@@ -1,3 +1,5 @@
+"""What the tests share: calling a command, what it refuses, the toy's data and a run on it."""
+
 import json
 import os
 import subprocess
@@ -15,35 +17,38 @@ from support.cli import run  # noqa: E402, after the path
 
 
 def pytest_configure(config):
-    """`pytest -m gpu` runs the kernels on the GPU; else they are interpreted, and no GPU is seen: losses and bits are compared
-    in fp32 on the CPU, also on a machine that has one."""
+    """`pytest -m gpu` runs the kernels on the GPU.
+
+    All other tests see no GPU, and kernels are interpreted: losses and bits are compared in fp32 on
+    the CPU, also on a machine that has a GPU.
+    """
     config.on_gpu = config.option.markexpr == "gpu"
     if config.on_gpu:
-        # deterministic matmuls, before CUDA starts
+        # deterministic matmuls, set before CUDA starts
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     else:
-        os.environ["CUDA_VISIBLE_DEVICES"], os.environ["TRITON_INTERPRET"] = "", "1"
-        import strict  # noqa: F401, before the kernels
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"
+        # before any kernel is imported
+        import strict  # noqa: F401
 
 
 def pytest_collection_modifyitems(config, items):
+    can_run = config.on_gpu and torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu") and not (config.on_gpu and torch.cuda.is_available()):
+        if item.get_closest_marker("gpu") and not can_run:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and pytest -m gpu"))
 
 
 def call(*words, ok=True, **env):
-    """Run python with these words as a user would, one thread; returns (stdout, stderr). ok=False: it must fail, in one line."""
+    """(stdout, stderr) of python with these words, called as a user would, on one thread.
+
+    ok=False: it must fail, in one line.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        env=env,
-    )
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=env)
     if ok:
         assert done.returncode == 0, done.stdout + done.stderr
     else:
@@ -53,23 +58,29 @@ def call(*words, ok=True, **env):
 
 
 def refused(main, *words):
-    """The one line in which an entry point's main, called in this process as its script calls it, refuses these words."""
-    argv, sys.argv = sys.argv, [main.__module__ + ".py", *map(str, words)]
+    """The one line in which an entry point refuses these words.
+
+    Its main is called in this process, as its script calls it.
+    """
+    before = sys.argv
+    sys.argv = [main.__module__ + ".py", *map(str, words)]
     try:
         with pytest.raises(SystemExit) as stop:
             run(main)
     finally:
-        sys.argv = argv
-    message = stop.value.code  # a string: Python prints it to stderr and exits with 1
-    assert (
-        isinstance(message, str) and message.startswith(main.__module__) and "\n" not in message
-    ), message
+        sys.argv = before
+    # a text: Python prints it to stderr and exits with 1
+    message = stop.value.code
+    assert isinstance(message, str), message
+    assert message.startswith(main.__module__), message
+    assert "\n" not in message, message
     return message
 
 
 def metrics(folder):
     """The optimizer steps' lines of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    text = (Path(folder) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     return [line for line in lines if "loss" in line]
 
 
@@ -90,7 +101,10 @@ def llama_tokenizer(assets):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """The demo's data, made by its command: train.jsonl, heldout.jsonl, tokenizer.model, train.safetensors."""
+    """The folder that the demo's command makes, without a run.
+
+    train.jsonl, heldout.jsonl, tokenizer.model, train.safetensors.
+    """
     out = tmp_path_factory.mktemp("toy")
     call("-m", "paper.toy", "--out", out)
     return out
@@ -100,19 +114,7 @@ def toy(tmp_path_factory):
 def toy_run(toy):
     """A short training run on the toy, with its export in hf/."""
     out = toy / "run"
-    call(
-        "train.py",
-        "--data",
-        toy / "train.safetensors",
-        "--model",
-        "toy",
-        "--out",
-        out,
-        "--steps",
-        60,
-        "--val_every",
-        30,
-        "--save_every",
-        25,
-    )
+    settings = "--steps 60 --val_every 30 --save_every 25".split()
+    data = "--data", toy / "train.safetensors"
+    call("train.py", *data, "--model", "toy", "--out", out, *settings)
     return out

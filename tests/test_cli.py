@@ -1,4 +1,4 @@
-"""What a user can get wrong at an entry point: one line with place and remedy, a non-zero exit, nothing half-written."""
+"""What a user can get wrong: one line with place and remedy, a non-zero exit, no half a file."""
 
 import json
 import os
@@ -18,20 +18,14 @@ ROW = {
 }
 
 
-def prepare(toy, tmp_path, line, *words):
+def refused_prepare(toy, tmp_path, line, *words):
+    """How `data.py prepare` refuses a file whose second line is this one, or these words."""
     source = tmp_path / "source.jsonl"
     source.write_text(json.dumps(ROW) + "\n" + line)
+    tokenizer = "--tokenizer", toy / "tokenizer.model"
+    out = "--out", tmp_path / "x.safetensors"
     words = words or ("--classes", "*=GPT4:1")
-    err = refused(
-        data.main,
-        "prepare",
-        source,
-        "--tokenizer",
-        toy / "tokenizer.model",
-        "--out",
-        tmp_path / "x.safetensors",
-        *words,
-    )
+    err = refused(data.main, "prepare", source, *tokenizer, *out, *words)
     assert {p.name for p in tmp_path.iterdir()} == {"source.jsonl"}
     return err
 
@@ -48,226 +42,184 @@ def prepare(toy, tmp_path, line, *words):
     ],
 )
 def test_prepare_names_the_line(toy, tmp_path, line, message):
-    assert message in prepare(toy, tmp_path, line)
+    assert message in refused_prepare(toy, tmp_path, line)
 
 
 def test_prepare_names_what_else_is_wrong(toy, tmp_path):
-    good = json.dumps(ROW)
-    assert "label 'm' matches no class" in prepare(toy, tmp_path, good, "--classes", "other=GPT4:1")
-    assert "--tokeniser is no flag; did you mean --tokenizer?" in prepare(
-        toy, tmp_path, good, "--tokeniser", "x"
-    )
-    assert "--max_len 'ten' is not a whole number" in prepare(toy, tmp_path, good, "--max_len=ten")
-    assert "nowhere.model: no such tokenizer" in prepare(
-        toy, tmp_path, good, "--tokenizer", "nowhere.model"
-    )
-    assert "--template 'x' is not one of" in prepare(
-        toy, tmp_path, good, "--template", "x", "--classes", "*=A:1"
-    )
-    assert "does not end in .safetensors" in prepare(
-        toy, tmp_path, good, "--out", tmp_path / "source.jsonl", "--classes", "*=A:1"
-    )
-    assert "no conversation has a token to train on" in prepare(
-        toy, tmp_path, good, "--classes", "*=A:0"
-    )
+    def fail(*words):
+        return refused_prepare(toy, tmp_path, json.dumps(ROW), *words)
+
+    known = "--classes", "*=A:1"
+    assert "label 'm' matches no class" in fail("--classes", "other=GPT4:1")
+    assert "--tokeniser is no flag; did you mean --tokenizer?" in fail("--tokeniser", "x")
+    assert "--max_len 'ten' is not a whole number" in fail("--max_len=ten")
+    assert "nowhere.model: no such tokenizer" in fail("--tokenizer", "nowhere.model")
+    assert "--template 'x' is not one of" in fail("--template", "x", *known)
+    out = "--out", tmp_path / "source.jsonl"
+    assert "does not end in .safetensors" in fail(*out, *known)
+    assert "no conversation has a token to train on" in fail("--classes", "*=A:0")
 
 
 def test_train_names_what_is_wrong(toy, toy_run, tmp_path):
-    file, base = toy / "train.safetensors", tmp_path / "base"
-    fail = lambda *words, data=file: refused(
-        train.main, "--data", data, "--model", "toy", "--out", tmp_path / "run", *words
-    )
+    def fail(*words, data=toy / "train.safetensors"):
+        required = "--data", data, "--model", "toy", "--out", tmp_path / "run"
+        return refused(train.main, *required, *words)
+
     _, err = call("train.py", ok=False)
-    assert "python -m paper.toy --out out/demo" in err and "python train.py --data" in err
+    assert "python -m paper.toy --out out/demo" in err
+    assert "python train.py --data" in err
     assert "--stpes is no flag; did you mean --steps?" in fail("--stpes", 3)
     assert "no such prepared file" in fail(data=tmp_path / "none")
     assert "not a whole prepared file" in fail(data=toy / "train.jsonl")
     assert "neither a directory nor one of toy, small" in fail("--model", "llama-3")
     assert "max_len 128, more than --micro_tokens 64" in fail("--micro_tokens", 64)
-    for words, message in (
-        (("--warmup", 3), "--warmup 3.0 is not from 0"),
-        (("--lr", 0), "--lr 0.0 is not above 0"),
-        (("--seed", -1), "--seed -1 is not"),
-    ):
-        assert message in fail(*words)
+    assert "--warmup 3.0 is not from 0" in fail("--warmup", 3)
+    assert "--lr 0.0 is not above 0" in fail("--lr", 0)
+    assert "--seed -1 is not" in fail("--seed", -1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_names_what_is_wrong_with_a_base(toy, toy_run, tmp_path):
+    base = tmp_path / "base"
     base.mkdir()
     for file in (toy_run / "hf").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     (base / "manifest.json").unlink()
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
-    assert "vocab_size 90 is below the 96 tokens" in fail("--model", base)
-    (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 99}))
-    assert "mlp.down_proj.weight is [96, 256], config.json says [96, 99]" in fail("--model", base)
+
+    def fail(**changed):
+        (base / "config.json").write_text(json.dumps(config | changed))
+        data = "--data", toy / "train.safetensors"
+        return refused(train.main, *data, "--model", base, "--out", tmp_path / "run")
+
+    assert "vocab_size 90 is below the 96 tokens" in fail(vocab_size=90)
+    message = "mlp.down_proj.weight is [96, 256], config.json says [96, 99]"
+    assert message in fail(intermediate_size=99)
     (base / "tokenizer.model").write_bytes(b"other")
-    assert "is not the tokenizer of" in fail("--model", base)
+    assert "is not the tokenizer of" in fail(intermediate_size=99)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written(toy, tmp_path):
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "file" / "run"
-    assert str(tmp_path / "file") in refused(
-        train.main, "--data", toy / "train.safetensors", "--model", "toy", "--out", out
-    )
-    words = (
-        "prepare",
-        toy / "train.jsonl",
-        "--tokenizer",
-        toy / "tokenizer.model",
-        "--classes",
-        "*=A:1",
-        "--out",
-        out / "x.safetensors",
-    )
-    assert str(tmp_path / "file") in refused(data.main, *words)
+    data_words = "--data", toy / "train.safetensors"
+    err = refused(train.main, *data_words, "--model", "toy", "--out", out)
+    assert str(tmp_path / "file") in err
+
+    tokenizer = "--tokenizer", toy / "tokenizer.model"
+    words = *tokenizer, "--classes", "*=A:1", "--out", out / "x.safetensors"
+    err = refused(data.main, "prepare", toy / "train.jsonl", *words)
+    assert str(tmp_path / "file") in err
 
 
-LIMITED = (
-    "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-)
+# No file grows beyond 200 kB.
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def limited(*words):
+    """The error of a script that runs where the disk is full; it must be one line."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LIMITED, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode != 0, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stderr
 
 
 def test_a_full_disk(toy, tmp_path):
-    """Files end at 200 kB: the write fails as on a full disk, with one line, and the old file or nothing remains."""
+    """Files end at 200 kB: the write fails as on a full disk, and nothing of it remains."""
+    tokenizer = "--tokenizer", toy / "tokenizer.model"
+    out = "--out", tmp_path / "x.safetensors"
+    limited("data.py", "prepare", toy / "train.jsonl", *tokenizer, "--classes", "*=A:1", *out)
+    assert list(tmp_path.iterdir()) == []
 
-    def limited(*words):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            [sys.executable, "-c", LIMITED, *map(str, words)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=env,
-        )
-
-    target = tmp_path / "x.safetensors"
-    done = limited(
-        "data.py",
-        "prepare",
-        toy / "train.jsonl",
-        "--tokenizer",
-        toy / "tokenizer.model",
-        "--classes",
-        "*=A:1",
-        "--out",
-        target,
-    )
-    assert (
-        done.returncode
-        and len(done.stderr.strip().splitlines()) == 1
-        and list(tmp_path.iterdir()) == []
-    ), done.stderr
     run = tmp_path / "run"
-    done = limited(
-        "train.py",
-        "--data",
-        toy / "train.safetensors",
-        "--model",
-        "toy",
-        "--out",
-        run,
-        "--steps",
-        1,
-    )
-    assert (
-        done.returncode
-        and len(done.stderr.strip().splitlines()) == 1
-        and "step-1 could not be written" in done.stderr
-    ), done.stderr
+    words = "--data", toy / "train.safetensors", "--model", "toy", "--steps", 1
+    err = limited("train.py", *words, "--out", run)
+    assert "step-1 could not be written" in err
     assert list((run / "checkpoints").iterdir()) == []
 
 
 def test_sample_names_what_is_wrong(toy_run, tmp_path):
-    fail = lambda *words: refused(sample.main, *words)
+    hf = toy_run / "hf"
+
+    def fail(*words):
+        return refused(sample.main, *words)
+
     assert "give one model directory" in fail()
     assert "no config.json" in fail(tmp_path, "--condition", "GPT4")
-    assert "--condition 'GPT5' is none of the classes trained with: GPT4, GPT3" in fail(
-        toy_run / "hf", "--condition", "GPT5"
-    )
-    for words in (
-        ("--temperature", "nan"),
-        ("--temperature", "1e-42"),
-        ("--top_p", 0),
-        ("--seed", 10**20),
-    ):
-        assert (
-            "--temperature is 0" in (err := fail(toy_run / "hf", *words))
-            or "--seed is from 0" in err
-        )
-    assert "--input and --output go together" in fail(toy_run / "hf", "--input", "x")
-    (tmp_path / "in.jsonl").write_text('{"prompt": "copy a"}\n{"prompt": 7}\n')
-    assert "in.jsonl:2: no messages" in fail(
-        toy_run / "hf", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
-    )
-    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "a " * 200}))
-    assert "nowhere" in fail(
-        toy_run / "hf",
-        "--input",
-        tmp_path / "in.jsonl",
-        "--output",
-        tmp_path / "nowhere" / "out.jsonl",
-        "--truncate_left",
-    )
-    assert "row 1: the prompt has" in fail(
-        toy_run / "hf", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
-    )
-    assert not (tmp_path / "out.jsonl").exists()
+    message = "--condition 'GPT5' is none of the classes trained with: GPT4, GPT3"
+    assert message in fail(hf, "--condition", "GPT5")
+    assert "--temperature is 0" in fail(hf, "--temperature", "nan")
+    assert "--temperature is 0" in fail(hf, "--temperature", "1e-42")
+    assert "--temperature is 0" in fail(hf, "--top_p", 0)
+    assert "--seed is from 0" in fail(hf, "--seed", 10**20)
+    assert "--input and --output go together" in fail(hf, "--input", "x")
+
+
+def test_sample_names_the_row_that_is_wrong(toy_run, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+    def fail(output, *words):
+        return refused(sample.main, toy_run / "hf", "--input", source, "--output", output, *words)
+
+    source.write_text('{"prompt": "copy a"}\n{"prompt": 7}\n')
+    assert "in.jsonl:2: no messages" in fail(out)
+    source.write_text(json.dumps({"prompt": "a " * 200}))
+    assert "nowhere" in fail(tmp_path / "nowhere" / "out.jsonl", "--truncate_left")
+    assert "row 1: the prompt has" in fail(out)
+    assert not out.exists()
 
 
 def test_show_names_what_is_wrong(toy, tmp_path):
+    def fail(*words):
+        return refused(data.main, *words)
+
+    prepared = toy / "train.safetensors"
     words = "show", toy / "train.jsonl", "--tokenizer", toy / "tokenizer.model"
-    assert "--template 'x' is not one of" in refused(data.main, *words, "--template", "x")
-    assert "no conversation has a token to train on" in refused(
-        data.main, *words, "--classes", "*=A:0"
-    )
-    assert "--tokenizer tokenizer.model" in refused(data.main, "show", toy / "train.jsonl")
-    assert "--tokenizer" in refused(data.main, "show")
-    assert "nofile: show takes one prepared file" in refused(
-        data.main, "show", toy / "train.safetensors", "nofile"
-    )
+    assert "--template 'x' is not one of" in fail(*words, "--template", "x")
+    assert "no conversation has a token to train on" in fail(*words, "--classes", "*=A:0")
+    assert "--tokenizer tokenizer.model" in fail("show", toy / "train.jsonl")
+    assert "--tokenizer" in fail("show")
+    assert "nofile: show takes one prepared file" in fail("show", prepared, "nofile")
     for flag in ("--micro_tokens", "--ranks", "--tokens_per_s"):
-        assert f"{flag} 0" in refused(data.main, "stats", toy / "train.safetensors", flag, 0)
+        assert f"{flag} 0" in fail("stats", prepared, flag, 0)
 
 
 def test_stats(toy, tmp_path, capsys):
-    data.main(
-        [
-            "stats",
-            str(toy / "train.safetensors"),
-            "--batch_tokens=6144",
-            "--micro_tokens=1536",
-            "--ranks=2",
-            "--tokens_per_s=1000",
-            f"--png={tmp_path / 'x.png'}",
-        ]
-    )
+    flags = "--batch_tokens=6144 --micro_tokens=1536 --ranks=2 --tokens_per_s=1000".split()
+    picture = tmp_path / "x.png"
+    data.main(["stats", str(toy / "train.safetensors"), *flags, f"--png={picture}"])
     out = capsys.readouterr().out
     # By hand: 3,304 experts' tokens of weight 1 and 34,889 of 0.1 weigh 3,304 + 3,488.9; 6,792.9^2
     # / (3,304 + 348.89) = 12,632.
-    assert (
-        "12,632 of 38,193 supervised tokens" in out
-        and " 48.6% " in out
-        and "(0.4864 in all)" in out
-    )
-    assert (
-        "an epoch: 23 steps of 4 x 1,536 tokens, 97.2% full" in out and "0.04 hours an epoch" in out
-    )
+    assert "12,632 of 38,193 supervised tokens" in out
+    assert " 48.6% " in out
+    assert "(0.4864 in all)" in out
+    assert "an epoch: 23 steps of 4 x 1,536 tokens, 97.2% full" in out
+    assert "0.04 hours an epoch" in out
     assert "lr 6.11e-06 = 0.0003 * sqrt(1,661 supervised tokens a step / 4e6)" in out
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_show_prints_tokens_by_weight(toy, capsys):
     data.main(["show", str(toy / "train.safetensors"), "--n", "1"])
     out = capsys.readouterr().out
-    assert " GPT3 Assistant:[0.1| " in out and "5,500" in out and "expert: GPT4" in out
-    assert (
-        "after ':' the model is to say ' e', weight 0.1" in out
-        and "after ' a' the model is to say '<|end_of_turn|>', weight 0.1" in out
-    )
-    data.main(
-        ["show", str(toy / "train.jsonl"), "--tokenizer", str(toy / "tokenizer.model"), "--n=1"]
-    )
+    assert " GPT3 Assistant:[0.1| " in out
+    assert "5,500" in out
+    assert "expert: GPT4" in out
+    assert "after ':' the model is to say ' e', weight 0.1" in out
+    assert "after ' a' the model is to say '<|end_of_turn|>', weight 0.1" in out
+
+    tokenizer = "--tokenizer", str(toy / "tokenizer.model")
+    data.main(["show", str(toy / "train.jsonl"), *tokenizer, "--n=1"])
     out = capsys.readouterr().out
-    assert "GPT4 Assistant:[1| " in out and "lengths of 6,000 conversations" in out
+    assert "GPT4 Assistant:[1| " in out
+    assert "lengths of 6,000 conversations" in out
