@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long paper paper_base gpu
+.PHONY: demo test test_long lint paper paper_base gpu
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -25,6 +25,9 @@ test: $(if $(VENV),$(VENV)/dev)
 
 test_long: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m pytest -q -rs tests
+
+lint: $(if $(VENV),$(VENV)/dev)
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
 # On a machine with a GPU: every kernel checked on it, then kernels and whole steps timed against their peers; results/*.json grow case by case.
 gpu: $(if $(VENV),$(VENV)/dev)

@@ -1,4 +1,4 @@
-"""LLaMA-2 in one file: the model, its cache for generation, and Hugging Face checkpoints in and out.
+"""LLaMA-2 in one file: the model and its cache for generation.
 
 Training runs on packed conversations: one flat row of T tokens, no padding, cu_seqlens saying where each conversation
 starts. The head ends in C-RLFT's loss (Eq. 6), a weighted sum that train.py divides once by the whole step's weights.
@@ -11,24 +11,20 @@ F ffn width, V vocab, R rows with a weight; in generation B prompts, S cache slo
 Parameters carry Hugging Face names (model.layers.0.self_attn.q_proj.weight): they are a file format.
 """
 
-import dataclasses
-import hashlib
-import json
-import math
-import os
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from kernels.cross_entropy import CHUNK_BYTES, linear_cross_entropy  # noqa: F401, train.py counts the chunk
+from kernels.cpu_linear import HAVE_ONEDNN, OneDNNLinear
+from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import rms_norm
 from kernels.rotary_attention import rotary_attention, rotate
 from kernels.swiglu import swiglu
@@ -63,17 +59,6 @@ SIZES = {
 }
 
 
-def train_flops(config):
-    """(per token, per supervised token, per squared length of a conversation): FLOPs of a forward and backward pass.
-
-    6 for each weight of a matmul, the head's only where a label counts; causal attention computes half of
-    length^2 scores and of their products with v, 2 * 2 * D * length^2 / 2, three times over (forward, and twice backward).
-    """
-    D, E, L = config.hidden_size, config.head_dim, config.num_hidden_layers
-    projections = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
-    return 6 * L * (projections + 3 * D * config.intermediate_size), 6 * D * config.vocab_size, 6 * L * config.num_attention_heads * E
-
-
 class RMSNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -84,26 +69,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x_TD, self.weight, self.eps, residual_TD)
 
 
-HAVE_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-def onednn(a_MK, b_NK):
-    """a @ b.T, fp32 on a CPU, by oneDNN: on the AMD CPU of README.md twice as fast as F.linear's MKL. No autograd of its own works here."""
-    return F.linear(a_MK.contiguous().to_mkldnn(), b_NK.contiguous().to_mkldnn()).to_dense()
-
-
-class OneDNNLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TK, weight_NK):
-        ctx.save_for_backward(x_TK, weight_NK)
-        return onednn(x_TK, weight_NK)
-
-    @staticmethod
-    def backward(ctx, dy_TN):
-        x_TK, weight_NK = ctx.saved_tensors
-        return onednn(dy_TN, weight_NK.t()), onednn(dy_TN.t(), x_TK.t())
-
-
 class Linear(nn.Linear):
     """nn.Linear without a bias; in training, many rows of fp32 on a CPU go to oneDNN."""
 
@@ -111,7 +76,11 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x_TK):
-        eager_cpu = x_TK.device.type == "cpu" and x_TK.dtype == torch.float32 and not torch.compiler.is_compiling()
+        eager_cpu = (
+            x_TK.device.type == "cpu"
+            and x_TK.dtype == torch.float32
+            and not torch.compiler.is_compiling()
+        )
         if eager_cpu and HAVE_ONEDNN and torch.is_grad_enabled() and len(x_TK) >= 64:
             return OneDNNLinear.apply(x_TK, self.weight)
         return super().forward(x_TK)
@@ -152,23 +121,22 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
-RECOMPUTE = ("none", "cheap", "all")  # what of a block's activations is rebuilt in the backward pass
-KEPT = {torch.ops.aten.mm.default, torch.ops.crlft.rotary_attention.default,
-        torch.ops.aten.mkldnn_linear.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}  # the CPU's
-
-
-def activation_width(config, recompute):
-    """Numbers that a block keeps for each token until its backward pass (on a GPU, fp32 log-sum-exps aside)."""
-    D, F, Q, K = config.hidden_size, config.intermediate_size, *(n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    return {"none": 4 * D + 2 * Q + 2 * K + 3 * F,  # input, residual and both their norms; q, rotated k, v, o; gate, up, their product
-            "cheap": 2 * D + 2 * Q + 3 * K + 2 * F,  # input; q, k, v; o, rotated k; o_proj's output; gate, up
-            "all": D}[recompute]
+# what of a block's activations is rebuilt in the backward pass
+RECOMPUTE = ("none", "cheap", "all")
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.crlft.rotary_attention.default,
+    torch.ops.aten.mkldnn_linear.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}  # the CPU's
 
 
 def keep(down_width, _context, op, *args, **_):
     """The policy of recompute = cheap: outputs of matmuls and attention stay, but down_proj's, which no gradient needs."""
     down = op == torch.ops.aten.mm.default and args[0].shape[1] == down_width
-    return CheckpointPolicy.MUST_SAVE if op in KEPT and not down else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if op in KEPT and not down else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 class Block(nn.Module):
@@ -186,8 +154,12 @@ class Block(nn.Module):
             return self.compute(*args)
         if self.recompute == "all":
             return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False)
-        contexts = partial(create_selective_checkpoint_contexts, partial(keep, self.mlp.down_proj.in_features))
-        return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        contexts = partial(
+            create_selective_checkpoint_contexts, partial(keep, self.mlp.down_proj.in_features)
+        )
+        return checkpoint(
+            self.compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
 
     def compute(self, x_TD, cos_TC, sin_TC, cu_seqlens, cache=None):
         attn_TD = self.self_attn(self.input_layernorm(x_TD), cos_TC, sin_TC, cu_seqlens, cache)
@@ -224,8 +196,17 @@ class Model(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, tokens_T, positions_T, cu_seqlens, labels_T=None, weights_T=None, *,
-                rows_R=None, per_row=False):
+    def forward(
+        self,
+        tokens_T,
+        positions_T,
+        cu_seqlens,
+        labels_T=None,
+        weights_T=None,
+        *,
+        rows_R=None,
+        per_row=False,
+    ):
         """(loss_sum, weight_sum), fp32 scalars: sum of w * nll, and of w (Eq. 6 before its one division).
 
         tokens_T, positions_T, labels_T int64 [T]; weights_T fp32 [T]: row t predicts labels_T[t] and counts weights_T[t].
@@ -236,7 +217,9 @@ class Model(nn.Module):
         hidden_TD = self.model(tokens_T, positions_T, cu_seqlens)
         if labels_T is None:
             return hidden_TD
-        loss_sum, nll_T, correct_T = linear_cross_entropy(hidden_TD, self.lm_head.weight, labels_T, weights_T, rows_R)
+        loss_sum, nll_T, correct_T = linear_cross_entropy(
+            hidden_TD, self.lm_head.weight, labels_T, weights_T, rows_R
+        )
         result = loss_sum, weights_T.sum()
         return (*result, nll_T, correct_T) if per_row else result
 
@@ -253,7 +236,9 @@ class Model(nn.Module):
     def decode(self, tokens_B, cache):
         """logits_BV after one more token of each prompt."""
         positions_B = cache.length_B
-        cache.place(torch.arange(len(tokens_B), device=tokens_B.device), positions_B, positions_B + 1)
+        cache.place(
+            torch.arange(len(tokens_B), device=tokens_B.device), positions_B, positions_B + 1
+        )
         return self.lm_head(self.model(tokens_B, positions_B, None, cache=cache)).float()
 
 
@@ -262,14 +247,18 @@ class KVCache:
 
     def __init__(self, config, batch, slots, device=None, dtype=torch.float32):
         shape = config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim
-        self.k_LBGSE, self.v_LBGSE = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.k_LBGSE, self.v_LBGSE = (
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)
+        )
         self.length_B = torch.zeros(batch, dtype=torch.long, device=device)
 
     def place(self, row_T, slot_T, length_B):
         """Token t of the coming forward pass goes to slot_T[t] of row_T[t]; length_B are the lengths after it."""
         self.row_T, self.slot_T, self.length_B = row_T, slot_T, length_B
         self.used = int(length_B.max())
-        self.mask_B11S = (torch.arange(self.used, device=length_B.device) < length_B[:, None])[:, None, None]
+        self.mask_B11S = (torch.arange(self.used, device=length_B.device) < length_B[:, None])[
+            :, None, None
+        ]
 
     def layer(self, i):
         return LayerCache(self, self.k_LBGSE[i], self.v_LBGSE[i])
@@ -289,218 +278,6 @@ class LayerCache:
         n = self.cache.used
         k_BGSE, v_BGSE = self.k_BGSE[:, :, :n], self.v_BGSE[:, :, :n]
         mask = self.cache.mask_B11S
-        return F.scaled_dot_product_attention(q_BHE[:, :, None], k_BGSE, v_BGSE, attn_mask=mask, enable_gqa=True)[:, :, 0]
-
-
-# ---- Hugging Face directories -------------------------------------------------------------------------------------------
-
-UNSUPPORTED = {  # field of config.json: the values under which this file computes the same thing
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "tie_word_embeddings": (False, None),
-    "rope_scaling": (None,),
-    "quantization_config": (None,),
-}
-
-
-def read_json(path):
-    """The object in a JSON file of such a directory; ValueError names the file that is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; fetch the file again")
-    return content
-
-
-def read_config(folder):
-    """Config of a Hugging Face LLaMA directory. ValueError names the field that model.py does not compute."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no config.json; give a Hugging Face LLaMA directory")
-    fields = read_json(path)
-    rope = fields.get("rope_parameters") or {}  # transformers 5; 4 has rope_theta at the top level
-    for field, allowed in UNSUPPORTED.items():
-        if fields.get(field) not in allowed and field in fields:
-            raise ValueError(f"{path}: {field} = {fields[field]!r} is not supported, only {allowed[0]!r}")
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported, only 'default'")
-    fields["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta"))
-    if fields["rope_theta"] is None:
-        print(f"{path}: no rope_theta; taking 10000, LLaMA-2's", file=sys.stderr)
-        fields["rope_theta"] = 10000.0
-    if fields.get("num_key_value_heads") is None:  # as old as LLaMA-1
-        fields["num_key_value_heads"] = fields.get("num_attention_heads")
-    names = [field.name for field in dataclasses.fields(Config)]
-    if missing := [name for name in names if name not in fields]:
-        raise ValueError(f"{path}: no {missing[0]}; add the field")
-    for field in dataclasses.fields(Config):
-        value = fields[field.name]
-        if not isinstance(value, (int, field.type)) or not value > 0:
-            raise ValueError(f"{path}: {field.name} = {value!r} is not {'a whole number' if field.type is int else 'a number'} above 0; fetch the file again")
-    config = Config(**{name: fields[name] for name in names})
-    if fields.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(f"{path}: head_dim = {fields['head_dim']} is not supported, only hidden_size / num_attention_heads")
-    for a, b in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
-        if fields[a] % fields[b]:
-            raise ValueError(f"{path}: {a} = {fields[a]} is not a multiple of {b} = {fields[b]}")
-    return config
-
-
-def config_json(config, dtype, bos_id, eos_id):
-    """config.json as transformers 4 and 5 and vLLM read it: both spell rope and dtype their own way."""
-    dtype = str(dtype).removeprefix("torch.")
-    return dataclasses.asdict(config) | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "head_dim": config.head_dim,
-        "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "torch_dtype": dtype, "dtype": dtype, "bos_token_id": bos_id, "eos_token_id": eos_id,
-    }
-
-
-def parameter_shapes(config):
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Model(config).named_parameters()}
-
-
-class RandomWeights:
-    """Fresh weights: norms 1, matrices normal(0, 0.02), the two that feed the residual stream scaled by 1 / sqrt(2 L).
-
-    Like SafetensorsWeights a source of rows. A parameter's values depend on its name and the seed, not on who asks.
-    """
-
-    def __init__(self, config, seed):
-        self.config, self.seed, self.shapes = config, seed, parameter_shapes(config)
-
-    def rows(self, name, start, stop):
-        """Rows start to stop of the parameter, fp32."""
-        if len(self.shapes[name]) == 1:
-            return torch.ones(stop - start)
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
-        return (torch.randn(self.shapes[name], generator=generator) * std)[start:stop]
-
-
-class SafetensorsWeights:
-    """The weights of a Hugging Face directory (one safetensors file, or many and an index), read by rows.
-
-    config is the one to train: with more tokens than the files have rows, each added row of embed_tokens and lm_head is the
-    mean of the file's (`<|end_of_turn|>` starts as the average token). ValueError: what is missing, foreign or misshapen.
-    """
-
-    def __init__(self, folder, config):
-        folder, self.files = Path(folder), {}
-        self.shapes, file_vocab = parameter_shapes(config), read_config(folder).vocab_size
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = read_json(index).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-                raise ValueError(f"{index}: no weight_map of tensors to files; fetch the file again")
-            names = sorted(set(files.values()))
-        else:
-            names = ["model.safetensors"]
-        for name in names:
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder}: no {name}; model.py reads safetensors (convert a .bin with transformers)")
-            try:
-                file = safe_open(folder / name, "pt")
-            except SafetensorError as error:
-                raise ValueError(f"{folder / name}: {error}; fetch the file again") from None
-            self.files |= {key: file for key in file.keys() if not key.endswith("rotary_emb.inv_freq")}
-        shapes = parameter_shapes(dataclasses.replace(config, vocab_size=file_vocab))
-        for key in sorted(shapes.keys() | self.files.keys()):
-            if key not in self.files:
-                raise ValueError(f"{folder}: no tensor {key} in {', '.join(names)}")
-            if key not in shapes:
-                raise ValueError(f"{folder}: tensor {key} is no part of the model that config.json describes")
-            slice_ = self.files[key].get_slice(key)
-            if tuple(slice_.get_shape()) != shapes[key]:
-                raise ValueError(f"{folder}: {key} is {slice_.get_shape()}, config.json says {list(shapes[key])}")
-            if slice_.get_dtype() not in ("F32", "F16", "BF16"):
-                raise ValueError(f"{folder}: {key} is stored as {slice_.get_dtype()}; F32, F16 and BF16 are read")
-
-    def rows(self, name, start, stop):
-        """Rows start to stop of the parameter, fp32."""
-        slice_ = self.files[name].get_slice(name)
-        have = slice_.get_shape()[0]
-        parts = [slice_[start : min(stop, have)].float()] if start < have else []
-        if stop > have:  # only the two V x D tensors can be short: the constructor checked
-            sum_D = torch.zeros(slice_.get_shape()[1], dtype=torch.float64)
-            for i in range(0, have, 512):  # added up as it goes: results kept in a list would pin the allocator's holes, 100 MB of them
-                sum_D += slice_[i : i + 512].double().sum(0)
-            parts.append((sum_D / have).float().expand(stop - max(start, have), -1))
-        return torch.cat(parts)
-
-
-@torch.no_grad()
-def load_weights(model, source, shard=lambda parameter: (parameter, 0)):
-    """Fill every parameter from the source. `shard(parameter)` -> (the local rows, the first one's index); train.py's knows FSDP."""
-    for name, parameter in model.named_parameters():
-        local, start = shard(parameter)
-        if local.numel():
-            local.copy_(source.rows(name, start, start + len(local)))
-
-
-def load_model(folder, device="cpu", dtype=torch.float32):
-    """The model of a Hugging Face directory, ready to sample; its manifest is verified when there is one."""
-    check_manifest(folder)
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = Model(config)
-    model.to(dtype).to_empty(device=device)  # in this order: never fp32 on the device
-    load_weights(model, SafetensorsWeights(folder, config))
-    return model.eval().requires_grad_(False)
-
-
-def write_weights(folder, config, tensors, dtype, write=True, shard_bytes=5 * 2**30):
-    """Write (name, tensor) pairs as model-0000i-of-0000n.safetensors and index, a shard in memory at a time.
-
-    tensors comes in the order of named_parameters. Under FSDP every rank iterates (each pair is a collective), one writes.
-    """
-    size = {name: math.prod(shape) * dtype.itemsize for name, shape in parameter_shapes(config).items()}
-    file_of, number, filled = {}, 1, 0
-    for name in size:
-        if filled and filled + size[name] > shard_bytes:
-            number, filled = number + 1, 0
-        file_of[name], filled = number, filled + size[name]
-    file_of = {name: f"model-{i:05d}-of-{number:05d}.safetensors" for name, i in file_of.items()}
-    shard = {}
-    for name, tensor in tensors:
-        if write:
-            shard[name] = tensor.detach().to("cpu", dtype).contiguous()
-            if len(shard) == list(file_of.values()).count(file_of[name]):
-                save_file(shard, Path(folder) / file_of[name], metadata={"format": "pt"})
-                shard = {}
-        del tensor
-    if write:
-        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": file_of}
-        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder):
-    """manifest.json: {file: {bytes, sha256}} of all that stands in the folder."""
-    files = sorted(p for p in Path(folder).iterdir() if p.name != "manifest.json")
-    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    (Path(folder) / "manifest.json").write_text(json.dumps(manifest, indent=1))
-
-
-def check_manifest(folder):
-    """ValueError names the first file that is not as manifest.json has it; a directory without one is said."""
-    path = Path(folder) / "manifest.json"
-    if not path.is_file():
-        return print(f"{folder}: no manifest.json, files not verified", file=sys.stderr)
-    for name, entry in read_json(path).items():
-        file = path.with_name(name)
-        entry = entry if isinstance(entry, dict) else {}
-        if not file.is_file() or os.path.getsize(file) != entry.get("bytes") or sha256(file) != entry.get("sha256"):
-            raise ValueError(f"{file}: missing or not as manifest.json has it; fetch or export the directory again")
+        return F.scaled_dot_product_attention(
+            q_BHE[:, :, None], k_BGSE, v_BGSE, attn_mask=mask, enable_gqa=True
+        )[:, :, 0]

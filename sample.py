@@ -23,8 +23,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import BASELINES, PROMPTS, Message, Tokenizer, pack, parse, parse_args, read_rows, run, tokenize_prompt
-from model import KVCache, load_model, read_config, read_json
+from conversations import Message, parse, read_rows
+from model import KVCache
+from packing import pack
+from prompts import BASELINES, PROMPTS, tokenize_prompt
+from support.cli import parse_args, run
+from support.files import read_json
+from support.hf import load_model, read_config
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,8 @@ class SampleConfig:
     input: str | None = None
     output: str | None = None
     condition: str | None = None  # default: the expert's, from crlft.json
-    template: str | None = None  # default: the one trained with; another model's, or `base`, the raw text: PROMPTS in data.py
+    # default: the one trained with; another model's, or `base`, the raw text: prompts.py
+    template: str | None = None
     system: str | None = None
     temperature: float = 0.7  # 0: always the likeliest token
     top_k: int | None = None
@@ -42,7 +49,8 @@ class SampleConfig:
     max_new: int = 512
     seed: int = 0
     batch: int = 16
-    truncate_left: bool = False  # cut a prompt that leaves no room for max_new tokens, instead of stopping where it leaves none
+    # cut a prompt that leaves no room for max_new tokens, instead of stopping where it leaves none
+    truncate_left: bool = False
 
 
 class Speaker:
@@ -57,40 +65,68 @@ class Speaker:
         crlft = folder / "crlft.json"
         meta = read_json(crlft) if crlft.is_file() else None
         if meta is None and not (condition or template):
-            raise ValueError(f"{folder}: no crlft.json, so no default prompt; say --condition NAME or --template NAME")
+            raise ValueError(
+                f"{folder}: no crlft.json, so no default prompt; say --condition NAME or --template NAME"
+            )
         self.template = template or (meta["template"] if meta else "before_speaker")
         if self.template not in PROMPTS:
             raise ValueError(f"--template {self.template!r} is not one of {', '.join(PROMPTS)}")
         names = [c["name"] for c in meta["classes"]] if meta else []
-        conditions = {c[key]: c["condition"] for key in ("condition", "name") for c in meta["classes"]} if meta else {}
+        conditions = (
+            {c[key]: c["condition"] for key in ("condition", "name") for c in meta["classes"]}
+            if meta
+            else {}
+        )
         if condition and meta and condition not in conditions:
-            raise ValueError(f"--condition {condition!r} is none of the classes trained with: {', '.join(names)}")
-        self.condition = conditions.get(condition, condition) if condition else conditions[meta["expert"]] if meta else "GPT4"
+            raise ValueError(
+                f"--condition {condition!r} is none of the classes trained with: {', '.join(names)}"
+            )
+        self.condition = (
+            conditions.get(condition, condition)
+            if condition
+            else conditions[meta["expert"]]
+            if meta
+            else "GPT4"
+        )
         self.tokenizer = Tokenizer(folder / "tokenizer.model")
         self.stops = self.tokenizer.eot, self.tokenizer.eos
         if config.vocab_size < self.tokenizer.eot:
-            raise ValueError(f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model")
-        self.model = load_model(folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        if device == "cpu":  # the same matrices stored by columns: a product with one row then streams them twice as fast
+            raise ValueError(
+                f"{folder}: vocab_size {config.vocab_size} is below the {self.tokenizer.eot} tokens of tokenizer.model"
+            )
+        self.model = load_model(
+            folder, device, torch.bfloat16 if device == "cuda" else torch.float32
+        )
+        # the same matrices stored by columns: a product with one row then streams them twice as
+        # fast
+        if device == "cpu":
             for linear in self.model.modules():
                 if isinstance(linear, torch.nn.Linear):
                     linear.weight.data = linear.weight.data.t().contiguous().t()
-        self.context, self.cut = config.max_position_embeddings, 0  # cut: prompts that lost their beginning
-        self.generator = torch.Generator(device).manual_seed(seed)  # one stream for all that this speaker says
+        # cut: prompts that lost their beginning
+        self.context, self.cut = config.max_position_embeddings, 0
+        # one stream for all that this speaker says
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def ids(self, messages, system=None, truncate_left=False, max_new=1):
         """The prompt's token ids. ValueError when they fill the context, unless the oldest may go (the <s> stays)."""
         ids = tokenize_prompt(messages, self.tokenizer, self.template, self.condition, system)
-        room = max(self.context // 2, self.context - max_new)  # half of the context is the prompt's at least
+        # half of the context is the prompt's at least
+        room = max(self.context // 2, self.context - max_new)
         if len(ids) < self.context and not truncate_left or len(ids) <= room:
             return ids
         if not truncate_left:
-            raise ValueError(f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it, or --truncate_left")
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it, or --truncate_left"
+            )
         self.cut += 1
         return [ids[0], *ids[1 - room :]]
 
     def text(self, ids):
-        text, stop = self.tokenizer.decode(ids), self.template in BASELINES and BASELINES[self.template].stop
+        text, stop = (
+            self.tokenizer.decode(ids),
+            self.template in BASELINES and BASELINES[self.template].stop,
+        )
         return text.split(stop)[0].rstrip() if stop else text
 
     def generate(self, prompts, config):
@@ -101,8 +137,11 @@ class Speaker:
         device, tokenizer = self.model.lm_head.weight.device, self.tokenizer
         room = [min(config.max_new, self.context - len(ids)) for ids in prompts]
         batch = pack([(np.array(ids), np.zeros(len(ids))) for ids in prompts]).to(device)
-        slots = max(map(len, prompts)) + max(room)  # a row that has ended runs on with the others, unseen
-        cache = KVCache(self.model.config, len(prompts), slots, device, self.model.lm_head.weight.dtype)
+        # a row that has ended runs on with the others, unseen
+        slots = max(map(len, prompts)) + max(room)
+        cache = KVCache(
+            self.model.config, len(prompts), slots, device, self.model.lm_head.weight.dtype
+        )
         logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
         ended = [False] * len(prompts)
         for step in range(1, max(room) + 1):
@@ -123,7 +162,11 @@ class Speaker:
 
     def answer_each(self, prompts, config):
         """Yield (index, (ids, finish)) for any number of prompts, in batches of like length, with a progress bar and tokens/s."""
-        order, tokens, began = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), 0, time.monotonic()
+        order, tokens, began = (
+            sorted(range(len(prompts)), key=lambda i: len(prompts[i])),
+            0,
+            time.monotonic(),
+        )
         with tqdm(total=len(prompts), unit=" prompts", disable=None) as bar:
             for start in range(0, len(order), config.batch):
                 rows = order[start : start + config.batch]
@@ -145,7 +188,8 @@ def choose(logits_BV, config, generator):
         return logits_BV.argmax(-1)
     probs_BV, order_BV = (logits_BV / config.temperature).softmax(-1).sort(dim=-1, descending=True)
     probs_BV[:, config.top_k or logits_BV.shape[1] :] = 0
-    before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the likelier tokens; the likeliest itself always stays
+    # mass of the likelier tokens; the likeliest itself always stays
+    before_BV = probs_BV.cumsum(-1) - probs_BV
     probs_BV[before_BV >= config.top_p] = 0
     pick_B1 = torch.multinomial(probs_BV, 1, generator=generator)
     return order_BV.gather(1, pick_B1)[:, 0]
@@ -166,7 +210,9 @@ def say(speaker, ids, config):
 
 
 def chat(speaker, config):
-    print(f"condition {speaker.condition or '-'}, template {speaker.template}; an empty line or Ctrl-D ends the chat")
+    print(
+        f"condition {speaker.condition or '-'}, template {speaker.template}; an empty line or Ctrl-D ends the chat"
+    )
     messages = []
     while True:
         try:
@@ -185,13 +231,22 @@ def read_prompts(path, system):
     rows, prompts = [], []
     for where, row in read_rows(path):
         prompt = isinstance(row, dict) and "messages" not in row and row.get("prompt")
-        conversation = parse({"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else row, where)
+        conversation = parse(
+            {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else row,
+            where,
+        )
         if conversation.messages[-1].role != "user":
-            raise ValueError(f"{where}: the last message is not the user's, so there is nothing to answer; remove it")
+            raise ValueError(
+                f"{where}: the last message is not the user's, so there is nothing to answer; remove it"
+            )
         rows.append(row)
-        prompts.append((conversation.messages, system if conversation.system is None else conversation.system))
+        prompts.append(
+            (conversation.messages, system if conversation.system is None else conversation.system)
+        )
     if not rows:
-        raise ValueError(f"{path}: no prompts; each line is a {{\"prompt\": ..}} or {{\"messages\": [..]}}")
+        raise ValueError(
+            f'{path}: no prompts; each line is a {{"prompt": ..}} or {{"messages": [..]}}'
+        )
     return rows, prompts
 
 
@@ -206,9 +261,16 @@ def answer_file(speaker, config):
             raise ValueError(f"{config.input}: row {row}: {error}") from None
     partial = Path(f"{config.output}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:  # opened first: a folder that can't be written costs no answers
+        # opened first: a folder that can't be written costs no answers
+        with open(partial, "w", encoding="utf-8") as file:
             for row, (answer, finish) in zip(rows, speaker.answer_all(ids, config)):
-                file.write(json.dumps(row | {"response": speaker.text(answer), "finish": finish}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(
+                        row | {"response": speaker.text(answer), "finish": finish},
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
         partial.replace(config.output)
     finally:
         partial.unlink(missing_ok=True)
@@ -216,23 +278,47 @@ def answer_file(speaker, config):
 
 
 def check_sampling(config):
-    if not 0 <= config.temperature < math.inf or 0 < config.temperature < 1e-3 or not 0 < config.top_p <= 1:
-        raise ValueError("--temperature is 0 (the likeliest token) or at least 0.001, --top_p above 0 and at most 1")
-    if config.max_new < 1 or config.batch < 1 or (config.top_k or 1) < 1 or not 0 <= config.seed < 2**63:
-        raise ValueError("--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1")
+    if (
+        not 0 <= config.temperature < math.inf
+        or 0 < config.temperature < 1e-3
+        or not 0 < config.top_p <= 1
+    ):
+        raise ValueError(
+            "--temperature is 0 (the likeliest token) or at least 0.001, --top_p above 0 and at most 1"
+        )
+    if (
+        config.max_new < 1
+        or config.batch < 1
+        or (config.top_k or 1) < 1
+        or not 0 <= config.seed < 2**63
+    ):
+        raise ValueError(
+            "--max_new, --batch and --top_k are at least 1, --seed is from 0 to 2^63 - 1"
+        )
     return config
 
 
 def main(argv):
     config = parse_args(SampleConfig, argv, positional="folder")
     if len(config.folder) != 1:
-        raise ValueError("give one model directory: python sample.py DIR [--prompt TEXT | --input FILE --output FILE]")
+        raise ValueError(
+            "give one model directory: python sample.py DIR [--prompt TEXT | --input FILE --output FILE]"
+        )
     if bool(config.input) != bool(config.output):
         raise ValueError("--input and --output go together")
     check_sampling(config)
     speaker = Speaker(config.folder[0], config.condition, config.template, seed=config.seed)
     if config.prompt is not None:
-        say(speaker, speaker.ids([Message("user", config.prompt)], config.system, config.truncate_left, config.max_new), config)
+        say(
+            speaker,
+            speaker.ids(
+                [Message("user", config.prompt)],
+                config.system,
+                config.truncate_left,
+                config.max_new,
+            ),
+            config,
+        )
     elif config.input:
         answer_file(speaker, config)
     else:

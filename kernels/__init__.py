@@ -16,12 +16,16 @@ try:
 
     HAVE_TRITON = True
 except ImportError:  # macOS, Windows: the kernel files can still be read, and their references run
-    triton, tl, HAVE_TRITON = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None), False
+    triton, tl, HAVE_TRITON = (
+        SimpleNamespace(jit=lambda f: f),
+        SimpleNamespace(constexpr=None),
+        False,
+    )
 
 
 @functools.cache
 def warn_once(text):
-    warnings.warn(text)
+    warnings.warn(text)  # noqa: B028
 
 
 def on_gpu(x):
@@ -38,7 +42,8 @@ def arch(x):
     if torch.version.hip:
         return "gfx942"
     major = torch.cuda.get_device_capability(x.device)[0]
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # consumer GPUs (8.6, 8.9, 12.0) have the least shared memory: as sm_80
+    # consumer GPUs (8.6, 8.9, 12.0) have the least shared memory: as sm_80
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def check(name, true, what):

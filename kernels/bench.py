@@ -16,7 +16,6 @@ soon as it is done, and no case is begun after --minutes.
 
 import argparse
 import functools
-import importlib
 import json
 import math
 import multiprocessing
@@ -25,138 +24,19 @@ import statistics
 import sys
 import tempfile
 import time
-from inspect import signature
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch._functorch import config as functorch
 
 from kernels import triton
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from kernels.rms_norm import rms_norm, rms_norm_ref
-from kernels.rotary_attention import _rotate as rotation
-from kernels.rotary_attention import rotary_attention, rotary_attention_ref, rotate
-from kernels.swiglu import swiglu, swiglu_ref
+from kernels.cases import absent, cases
 
-SHAPES = {  # the default cases: LLaMA-2 7B, 13B, 70B
-    "rms_norm": [dict(D=4096), dict(D=5120), dict(D=8192)],
-    "swiglu": [dict(F=11008), dict(F=13824), dict(F=28672)],
-    "rotary_attention": [
-        *(dict(H=32, G=32, lengths="sharegpt", seed=seed) for seed in range(3)), dict(H=32, G=32, lengths="short"), dict(H=32, G=32, lengths="4096"),
-        dict(H=40, G=40, lengths="sharegpt"), dict(H=64, G=8, lengths="sharegpt")],
-    "cross_entropy": [dict(D=4096, supervised=1.0), dict(D=4096, supervised=0.6), dict(D=5120, supervised=0.6), dict(D=8192, supervised=0.6)],
-}
-DEFAULTS = dict(T=16384, D=4096, F=11008, H=32, G=32, E=128, V=32001, lengths="sharegpt", supervised=0.6, seed=0)
-SMALL = dict(T=96, D=64, F=80, H=4, G=2, E=32, V=101)  # --check
-USES = {"rms_norm": "T D", "swiglu": "T F", "rotary_attention": "T H G E lengths seed", "cross_entropy": "T D V supervised"}
+CASES = cases()
+DEFAULTS = {name: size for case in CASES.values() for name, size in case.SIZES.items()}
 
 
-def conversation_lengths(kind, T, seed):
-    """Lengths that sum to T: "sharegpt", log-normal of mean 1,500 clipped at 4,096; "short", of mean 200; or a number, all alike."""
-    if kind.isdigit():
-        lengths = [int(kind)] * (T // int(kind) + 1)
-    else:
-        g, mean = torch.Generator().manual_seed(seed), {"sharegpt": 1500, "short": 200}[kind]
-        lengths = (torch.randn(T, generator=g) * 0.8 + math.log(mean) - 0.32).exp().clamp(16, 4096).int().tolist()
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    ends = [*ends[ends < T].tolist(), T]
-    return [b - a for a, b in zip(ends, ends[1:])]
-
-
-def compiled(f, device):
-    return torch.compile(f, dynamic=False, backend="inductor" if device == "cuda" else "eager")
-
-
-def optional(device, module, name):
-    """A peer that runs on GPUs only, and may not be installed: then that is said, once."""
-    try:
-        return getattr(importlib.import_module(module), name) if device == "cuda" else None
-    except (ImportError, AttributeError, RuntimeError) as error:
-        absent[f"{module}.{name}"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return None
-
-
-absent = {}  # peer -> why
-
-
-# ---- the cases: (inputs, {name: function of the inputs}, the definition, costs) -----------------------------------------
-
-
-def rms_norm_case(make, device, T, D):
-    inputs = make(T, D), make(T, D), make(D)
-    peers = {
-        "ours": lambda x, r, w: rms_norm(x, w, 1e-5, r), "torch": lambda x, r, w: rms_norm_ref(x, w, 1e-5, r),
-        "F.rms_norm": lambda x, r, w: (F.rms_norm(h := x + r, (D,), w, 1e-5), h),
-        "torch.compile": compiled(lambda x, r, w: rms_norm_ref(x, w, 1e-5, r), device),
-    }
-    if liger := optional(device, "liger_kernel.transformers.functional", "liger_fused_add_rms_norm"):
-        peers["Liger"] = lambda x, r, w: liger(x, r, w, 1e-5, in_place=False)
-    return inputs, peers, lambda x, r, w: rms_norm_ref(x, w, 1e-5, r), dict(forward=dict(bytes=8 * T * D), backward=dict(bytes=8 * T * D))
-
-
-def swiglu_case(make, device, T, F):
-    peers = {"ours": swiglu, "torch": swiglu_ref, "torch.compile": compiled(swiglu_ref, device)}
-    if liger := optional(device, "liger_kernel.transformers.functional", "liger_swiglu"):
-        peers["Liger"] = liger
-    return (make(T, F), make(T, F)), peers, swiglu_ref, dict(forward=dict(bytes=6 * T * F), backward=dict(bytes=10 * T * F))
-
-
-def rotary_attention_case(make, device, T, H, G, E, lengths, seed):
-    lengths = conversation_lengths(lengths, T, seed)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    angle = positions[:, None] / 10000 ** (torch.arange(0, E, 2) / E)
-    cos, sin = angle.cos().float().to(device), angle.sin().float().to(device)
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    tables, longest = (cos, sin, cu_seqlens), max(lengths)
-    peers = {"ours": lambda q, k, v: rotary_attention(q, k, v, *tables), "torch": lambda q, k, v: rotary_attention_ref(q, k, v, *tables)}  # SDPA, a conversation at a time
-    if varlen := optional(device, "torch.nn.attention.varlen", "varlen_attn"):
-        has = signature(varlen).parameters
-        options = (dict(window_size=(-1, 0)) if "window_size" in has else dict(is_causal=True)) | (dict(enable_gqa=True) if "enable_gqa" in has else {})
-        wide = (lambda x: x) if H == G or "enable_gqa" in has else lambda x: x.repeat_interleave(H // G, 1)
-        packed = lambda q, k, v: varlen(q, wide(k), wide(v), cu_seqlens, cu_seqlens, longest, longest, **options)
-        peers["varlen_attn without RoPE"] = packed
-        peers["varlen_attn after RoPE"] = lambda q, k, v: packed(rotate(q, cos, sin), rotate(k, cos, sin), v)
-    elif flex := optional(device, "torch.nn.attention.flex_attention", "flex_attention"):
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        conversation = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
-        mask = create_block_mask(lambda b, h, i, j: (conversation[i] == conversation[j]) & (i >= j), None, None, T, T, device=device)
-        flexed = torch.compile(flex, dynamic=False)
-        heads = lambda x: x.transpose(0, 1)[None]
-        peers["flex_attention after RoPE"] = lambda q, k, v: flexed(
-            heads(rotate(q, cos, sin)), heads(rotate(k, cos, sin)), heads(v), block_mask=mask, enable_gqa=H != G)[0].transpose(0, 1)
-    if device == "cuda":  # what RoPE costs: ours spends this much of its time on writing rotated keys (backward: queries)
-        peers["of it: rotating k"] = lambda q, k, v: rotation(k, cos, sin)
-        peers["of it: rotating q"] = lambda q, k, v: rotation(q, cos, sin)
-    squares = sum(n * n for n in lengths)
-    cost = dict(forward=dict(flops=2 * H * E * squares), backward=dict(flops=5 * H * E * squares))
-    return (make(T, H, E), make(T, G, E), make(T, G, E)), peers, lambda q, k, v: rotary_attention_ref(q, k, v, *tables), cost
-
-
-def cross_entropy_case(make, device, T, D, V, supervised):
-    g = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, V, (T,), generator=g).to(device)
-    weights = torch.where(torch.rand(T, generator=g) < supervised, 1.0, 0.0).to(device)  # the peers take no others
-    rows = weights.nonzero()[:, 0]
-    ignored = torch.where(weights > 0, labels, -100)
-    plain = lambda h, w: linear_cross_entropy_ref(h, w, labels, weights)[0]
-    unfused = lambda h, w: F.cross_entropy(F.linear(h, w).float(), ignored, reduction="sum")
-    peers = {"ours": lambda h, w: linear_cross_entropy(h, w, labels, weights, rows)[0], "torch": unfused, "torch.compile": compiled(unfused, device)}
-    if torch_fused := getattr(F, "linear_cross_entropy", None):
-        options = torch.nn.LinearCrossEntropyOptions()  # without it, the unfused reference runs
-        peers["F.linear_cross_entropy"] = lambda h, w: torch_fused(h, w, ignored, reduction="sum", ignore_index=-100, options=options)
-    if liger := optional(device, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"):
-        peers["Liger"] = lambda h, w: liger(h, w, ignored, reduction="sum")
-    if cce := optional(device, "cut_cross_entropy", "linear_cross_entropy"):
-        peers["cut-cross-entropy"] = lambda h, w: cce(h, w, ignored, reduction="sum")
-    return (make(T, D), make(V, D) * D**-0.5), peers, plain, dict(both=dict(flops=6 * len(rows) * D * V))  # gradients are made with the loss: one time for both
-
-
-CASES = {"rms_norm": rms_norm_case, "swiglu": swiglu_case, "rotary_attention": rotary_attention_case, "cross_entropy": cross_entropy_case}
-
-
-# ---- measuring ----------------------------------------------------------------------------------------------------------
+# ---- measuring
 
 
 def fresh(inputs):
@@ -195,7 +75,10 @@ def medians(functions, runs, device):
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3 for name, pairs in events.items()}
+    return {
+        name: statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
+        for name, pairs in events.items()
+    }
 
 
 def ceilings(runs, device):
@@ -236,18 +119,24 @@ def run_case(kernel, shape, device, ceiling, runs):
     g = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     make = lambda *shape: torch.randn(*shape, generator=g, device=device).to(dtype)
-    inputs, peers, definition, costs = CASES[kernel](make, device, **shape)
+    inputs, peers, definition, costs = CASES[kernel].peers_of(make, device, **shape)
     with torch.no_grad():
-        upstream = [torch.ones_like(x) if x.ndim == 0 else make(*x.shape) for x in outputs_of(peers["ours"], inputs)]
+        upstream = [
+            torch.ones_like(x) if x.ndim == 0 else make(*x.shape)
+            for x in outputs_of(peers["ours"], inputs)
+        ]
     ref, _ = once(definition, [x.float() for x in inputs], [u.float() for u in upstream], device)
     rows, errors, peaks, functions = [], {}, {}, {direction: {} for direction in costs}
     for name, f in peers.items():
         try:
             if name.startswith("of it"):  # a part of ours, without a gradient
-                functions["backward" if name.endswith("q") else "forward"][name] = functools.partial(f, *inputs)
+                functions["backward" if name.endswith("q") else "forward"][name] = (
+                    functools.partial(f, *inputs)
+                )
                 continue
             results, peaks[name] = once(f, inputs, upstream, device)
-            errors[name] = None if "without" in name else errors_of(results, ref)  # without RoPE it computes something else
+            # without RoPE it computes something else
+            errors[name] = None if "without" in name else errors_of(results, ref)
             del results
             made = {direction: timed(direction, f, inputs, upstream) for direction in costs}
             for run in made.values():
@@ -257,35 +146,65 @@ def run_case(kernel, shape, device, ceiling, runs):
         except Exception as broken:  # a peer of another version may break in any way; ours may not
             if name == "ours":
                 raise
-            absent[f"{kernel}: {name}"] = f"{type(broken).__name__}: {(str(broken) or '-').splitlines()[0]}"
+            absent[f"{kernel}: {name}"] = (
+                f"{type(broken).__name__}: {(str(broken) or '-').splitlines()[0]}"
+            )
     del ref
-    worse = any(ours > 1e-6 + 1.05 * torchs for ours, torchs in zip(errors["ours"], errors["torch"]))
+    worse = any(
+        ours > 1e-6 + 1.05 * torchs for ours, torchs in zip(errors["ours"], errors["torch"])
+    )
     for direction, cost in costs.items():
         seconds = medians(functions[direction], runs, device)
-        (unit, amount), = cost.items()
+        ((unit, amount),) = cost.items()
         for name in functions[direction]:
             part = name.startswith("of it")
             rate = None if part else amount / seconds[name]
-            rows.append(dict(
-                kernel=kernel, shape=shape, direction=direction, implementation=name, milliseconds=seconds[name] * 1e3, unit=unit, rate=rate,
-                share=rate and rate / ceiling[unit], error=max(errors[name]) if errors.get(name) else None, worse=name == "ours" and worse,
-                peak_bytes=peaks.get(name)))
+            rows.append(
+                dict(
+                    kernel=kernel,
+                    shape=shape,
+                    direction=direction,
+                    implementation=name,
+                    milliseconds=seconds[name] * 1e3,
+                    unit=unit,
+                    rate=rate,
+                    share=rate and rate / ceiling[unit],
+                    error=max(errors[name]) if errors.get(name) else None,
+                    worse=name == "ours" and worse,
+                    peak_bytes=peaks.get(name),
+                )
+            )
     return rows
 
 
 def table(results):
     """The rows as a Markdown table, under a line that says where and how they were measured."""
     ceiling = results["ceiling"]
-    lines = [f"{results['device']}, torch {results['torch']}, triton {results['triton']}; copy {ceiling['bytes'] / 1e12:.2f} TB/s, "
-             f"matmul {ceiling['flops'] / 1e12:.0f} TFLOP/s; `{results['command']}`", "", "| kernel | shape | | implementation | ms | rate | of ceiling | error | peak MB |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"{results['device']}, torch {results['torch']}, triton {results['triton']}; copy {ceiling['bytes'] / 1e12:.2f} TB/s, "
+        f"matmul {ceiling['flops'] / 1e12:.0f} TFLOP/s; `{results['command']}`",
+        "",
+        "| kernel | shape | | implementation | ms | rate | of ceiling | error | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in results["rows"]:
         shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
-        rate = "" if row["rate"] is None else f"{row['rate'] / 1e12:.2f} TB/s" if row["unit"] == "bytes" else f"{row['rate'] / 1e12:.0f} TFLOP/s"
+        rate = (
+            ""
+            if row["rate"] is None
+            else f"{row['rate'] / 1e12:.2f} TB/s"
+            if row["unit"] == "bytes"
+            else f"{row['rate'] / 1e12:.0f} TFLOP/s"
+        )
         share = "" if row["share"] is None else f"{row['share']:.0%}"
         err = "" if row["error"] is None else f"{row['error']:.1e}" + " WORSE" * row["worse"]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
-        lines.append(f"| {row['kernel']} | {shape} | {row['direction']} | {row['implementation']} | {row['milliseconds']:.3f} | {rate} | {share} | {err} | {peak} |")
-    return "\n".join([*lines, *(f"not run: {peer} ({why})" for peer, why in results["absent"].items())])
+        lines.append(
+            f"| {row['kernel']} | {shape} | {row['direction']} | {row['implementation']} | {row['milliseconds']:.3f} | {rate} | {share} | {err} | {peak} |"
+        )
+    return "\n".join(
+        [*lines, *(f"not run: {peer} ({why})" for peer, why in results["absent"].items())]
+    )
 
 
 def draw(results, path):
@@ -294,7 +213,9 @@ def draw(results, path):
 
     cases = {}
     for row in results["rows"]:
-        label = f"{row['kernel']} {row['direction']}\n" + " ".join(f"{k}={v}" for k, v in row["shape"].items() if k != "T")
+        label = f"{row['kernel']} {row['direction']}\n" + " ".join(
+            f"{k}={v}" for k, v in row["shape"].items() if k != "T"
+        )
         if row["share"] is not None:
             cases.setdefault(label, {})[row["implementation"]] = row["share"]
     names = list(dict.fromkeys(name for case in cases.values() for name in case))
@@ -315,7 +236,7 @@ def cpu_loss(job):
     name, supervised, (T, D, V) = job
     torch.set_num_threads(1)
     make = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    inputs, peers, *_ = cross_entropy_case(make, "cpu", T, D, V, supervised)
+    inputs, peers, *_ = CASES["cross_entropy"].peers_of(make, "cpu", T, D, V, supervised)
     leaves = [x.requires_grad_() for x in inputs]
     resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before, seconds = resident(), []
@@ -323,44 +244,83 @@ def cpu_loss(job):
         start = time.perf_counter()
         torch.autograd.grad(peers[name](*leaves), leaves)
         seconds.append(time.perf_counter() - start)
-    return dict(implementation=name, supervised=supervised, T=T, D=D, V=V, seconds=statistics.median(seconds), peak_bytes=resident() - before)
+    return dict(
+        implementation=name,
+        supervised=supervised,
+        T=T,
+        D=D,
+        V=V,
+        seconds=statistics.median(seconds),
+        peak_bytes=resident() - before,
+    )
 
 
 def cpu_losses(out):
     """Ours and plain PyTorch, all tokens supervised and 60%; written to out."""
-    jobs = [(name, supervised, (4096, 512, 32001)) for supervised in (1.0, 0.6) for name in ("ours", "torch")]
+    jobs = [
+        (name, supervised, (4096, 512, 32001))
+        for supervised in (1.0, 0.6)
+        for name in ("ours", "torch")
+    ]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = pool.map(cpu_loss, jobs, chunksize=1)
-    out.write_text(json.dumps(dict(command="python -m kernels.bench --cpu", torch=torch.__version__, dtype="float32", threads=1, rows=rows), indent=1))
+    out.write_text(
+        json.dumps(
+            dict(
+                command="python -m kernels.bench --cpu",
+                torch=torch.__version__,
+                dtype="float32",
+                threads=1,
+                rows=rows,
+            ),
+            indent=1,
+        )
+    )
     for row in rows:
-        print(f"{row['implementation']:5s} {row['supervised']:.0%} supervised: {row['seconds']:.2f} s, {row['peak_bytes'] / 2**20:,.0f} MiB")
+        print(
+            f"{row['implementation']:5s} {row['supervised']:.0%} supervised: {row['seconds']:.2f} s, {row['peak_bytes'] / 2**20:,.0f} MiB"
+        )
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="kernels.bench", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="kernels.bench", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0]
+    )
     parser.add_argument("kernel", nargs="?", choices=CASES)
     for name, default in DEFAULTS.items():
-        parser.add_argument(f"--{name}", type=type(default), help=f"with a kernel that has it ({', '.join(k for k, used in USES.items() if name in used.split())})")
+        parser.add_argument(
+            f"--{name}",
+            type=type(default),
+            help=f"with a kernel that has it ({', '.join(k for k, case in CASES.items() if name in case.SIZES)})",
+        )
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=8, help="begin no case after so many")
     parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
     parser.add_argument("--check", action="store_true", help="run every case once on a CPU")
     parser.add_argument("--cpu", action="store_true", help="time head and loss on a CPU")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a results file")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="print the table of a results file"
+    )
     args = parser.parse_args()
     own = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     if "H" in own:
         own.setdefault("G", own["H"])
     for name in own:
-        if args.kernel is None or name not in USES[args.kernel].split():
-            parser.error(f"--{name} goes with {' or '.join(k for k, used in USES.items() if name in used.split())}; name the kernel first")
+        if args.kernel is None or name not in CASES[args.kernel].SIZES:
+            parser.error(
+                f"--{name} goes with {' or '.join(k for k, case in CASES.items() if name in case.SIZES)}; name the kernel first"
+            )
     if any(value <= 0 for name, value in own.items() if name not in ("lengths", "seed")):
         parser.error("sizes are positive")
     if own.get("H", 32) % own.get("G", 32) or own.get("E", 32) % 2 or own.get("supervised", 1) > 1:
         parser.error("--H is a multiple of --G, --E is even, --supervised is at most 1")
     if args.runs < 1:
         parser.error("--runs is at least 1")
-    if not own.get("lengths", "1").isdigit() and own["lengths"] not in ("sharegpt", "short") or own.get("lengths") == "0":
+    if (
+        not own.get("lengths", "1").isdigit()
+        and own["lengths"] not in ("sharegpt", "short")
+        or own.get("lengths") == "0"
+    ):
         parser.error(f"--lengths {own['lengths']}: sharegpt, short or a number of tokens")
     if args.show and not args.show.is_file():
         parser.error(f"--show {args.show}: no such file")
@@ -375,35 +335,67 @@ def main():
         return cpu_losses(Path("results/cpu_loss.json"))
     device = "cpu" if args.check else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        return print("no CUDA GPU here: nothing was timed (--check runs every case once on the CPU)")
-    functorch.donated_buffer = False  # torch.compile's backward would refuse retain_graph, by which it is timed
+        return print(
+            "no CUDA GPU here: nothing was timed (--check runs every case once on the CPU)"
+        )
+    # torch.compile's backward would refuse retain_graph, by which it is timed
+    functorch.donated_buffer = False
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json" if args.check else args.out
         out.parent.mkdir(parents=True, exist_ok=True)
-        results = dict(device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__, triton=getattr(triton, "__version__", None),
-                       command=" ".join(["python -m kernels.bench", *sys.argv[1:]]), runs=args.runs, absent=absent, ceiling=ceilings(args.runs, device), rows=[])
+        results = dict(
+            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            torch=torch.__version__,
+            triton=getattr(triton, "__version__", None),
+            command=" ".join(["python -m kernels.bench", *sys.argv[1:]]),
+            runs=args.runs,
+            absent=absent,
+            ceiling=ceilings(args.runs, device),
+            rows=[],
+        )
         began = time.monotonic()
         for kernel in [args.kernel] if args.kernel else CASES:
-            for case in [own] if own else SHAPES[kernel]:
+            for case in [own] if own else CASES[kernel].SHAPES:
                 if time.monotonic() - began > 60 * args.minutes:
                     absent[f"{kernel} {case}"] = f"not begun within --minutes {args.minutes}"
                     continue
-                sizes = DEFAULTS | case | (SMALL if args.check else {})
-                rows = run_case(kernel, {name: sizes[name] for name in USES[kernel].split()}, device, results["ceiling"], args.runs)
+                sizes = CASES[kernel].SIZES | case | (CASES[kernel].SMALL if args.check else {})
+                rows = run_case(
+                    kernel,
+                    sizes,
+                    device,
+                    results["ceiling"],
+                    args.runs,
+                )
                 results["rows"] += rows
                 out.write_text(json.dumps(results, indent=1))
                 if args.check:
                     shape = " ".join(f"{k}={v}" for k, v in rows[0]["shape"].items())
-                    print(f"{kernel} {shape}: " + ", ".join(f"{row['implementation']} {row['direction']} {'not compared' if row['error'] is None else 'WORSE' if row['worse'] else 'ok'}" for row in rows))
+                    print(
+                        f"{kernel} {shape}: "
+                        + ", ".join(
+                            f"{row['implementation']} {row['direction']} {'not compared' if row['error'] is None else 'WORSE' if row['worse'] else 'ok'}"
+                            for row in rows
+                        )
+                    )
                 else:
-                    print("\n".join(table(results | dict(rows=rows)).splitlines()[2 if len(rows) == len(results["rows"]) else 4 :]), flush=True)
+                    print(
+                        "\n".join(
+                            table(results | dict(rows=rows)).splitlines()[
+                                2 if len(rows) == len(results["rows"]) else 4 :
+                            ]
+                        ),
+                        flush=True,
+                    )
                     torch.cuda.empty_cache()
         draw(results, out.with_suffix(".png"))
         if not args.check:
             print("\n".join(f"not run: {peer} ({why})" for peer, why in absent.items()))
             print(f"{out} and {out.with_suffix('.png')} written")
     if worse := [row for row in results["rows"] if row["worse"]]:
-        sys.exit(f"kernels.bench: {len(worse)} of ours have a larger error than the peers: {', '.join(sorted({row['kernel'] for row in worse}))}")
+        sys.exit(
+            f"kernels.bench: {len(worse)} of ours have a larger error than the peers: {', '.join(sorted({row['kernel'] for row in worse}))}"
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ has, and everywhere one that multiplies fp32 as plain TF32, or whose address dep
 """
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import re
@@ -25,49 +26,26 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import cross_entropy, rms_norm, rotary_attention, swiglu
+from kernels.cases import cases
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # sm_80's row also serves GPUs of 99 KB (8.6, 8.9, 12.0)
-TENSOR_CORE = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b", "gfx942": "v_mfma"}
+# sm_80's row also serves GPUs of 99 KB (8.6, 8.9, 12.0)
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+TENSOR_CORE = {
+    "sm_80": r"\bHMMA\b",
+    "sm_90": r"\bHGMMA\b",
+    "sm_100": r"\bUTCHMMA\b|\bHMMA\b",
+    "gfx942": "v_mfma",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def norm_case(dtype, D, T=16):
-    x, w = torch.ones(T, D, dtype=dtype), torch.ones(D, dtype=dtype)
-    for residual in (None, x):
-        _, h, r = rms_norm.rms_norm_op(x, residual, w, 1e-5)
-        rms_norm.rms_norm_bwd_op(x, w, r, x, residual)
-
-
-def swiglu_case(dtype, F, T=16):
-    x = torch.ones(T, F, dtype=dtype)
-    swiglu.swiglu_op(x, x)
-    swiglu.swiglu_bwd_op(x, x, x)
-
-
-def attention_case(dtype, E, H, G, T=16):
-    q, k = torch.ones(T, H, E, dtype=dtype), torch.ones(T, G, E, dtype=dtype)
-    cos, cu_seqlens = torch.ones(T, E // 2), torch.tensor([0, 3, T], dtype=torch.int32)
-    o, k, lse = rotary_attention.rotary_attention_op(q, k, k, cos, cos, cu_seqlens)
-    rotary_attention.rotary_attention_bwd_op(q, k, k, cos, cos, cu_seqlens, o, lse, o)
-
-
-def loss_case(dtype, V, T=16):
-    hidden, weight, rows = torch.ones(T, 16, dtype=dtype), torch.ones(V, 16, dtype=dtype), torch.arange(T)
-    cross_entropy.linear_cross_entropy_op(hidden, weight, rows, torch.ones(T), rows, True)
-
-
-CASES = [  # kernel, its case, shape classes: LLaMA-2 7B, 13B, 70B and 1.1B, the toy, and a T that 16 does not divide
-    ("rms_norm", norm_case, [dict(D=4096), dict(D=5120), dict(D=8192), dict(D=96), dict(D=4096, T=17)]),
-    ("swiglu", swiglu_case, [dict(F=11008), dict(F=11008 + 1, T=17)]),
-    ("rotary_attention", attention_case, [
-        dict(E=128, H=32, G=32), dict(E=128, H=64, G=8), dict(E=64, H=32, G=4), dict(E=32, H=3, G=3), dict(E=128, H=32, G=32, T=17)]),
-    ("cross_entropy", loss_case, [dict(V=32000), dict(V=32001)]),
-]
+CASES = cases()
 
 
 class _Driver:
@@ -95,7 +73,7 @@ def compile_case(name, case, dtype, shape):
 
     triton.runtime.driver.set_active(_Driver(name))
     triton.JITFunction.run = divert
-    for module in (rms_norm, rotary_attention, cross_entropy):
+    for module in (importlib.import_module(f"kernels.{kernel}") for kernel in CASES):
         module.on_gpu, module.arch = lambda x: True, lambda x: name
     try:
         case(DTYPES[dtype], **shape)
@@ -109,7 +87,9 @@ def disassemble(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         usage, sass = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [tools / tool, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
     return int(re.search(r"REG:(\d+)", usage)[1]), sass
@@ -119,15 +99,27 @@ def int32_products(ttir):
     """32-bit products (and shifts) in Triton's IR that reach an address, by data flow forward from each of them."""
     lines = [line.strip() for line in ttir.splitlines()]
     values = lambda text: re.findall(r"%[\w#]+", text)
-    heads = {label: re.findall(r"(%\w+):", args) for line in lines for label, args in re.findall(r"^(\^bb\d+)\((.*)\):", line)}
+    heads = {
+        label: re.findall(r"(%\w+):", args)
+        for line in lines
+        for label, args in re.findall(r"^(\^bb\d+)\((.*)\):", line)
+    }
     tainted, before = {}, None
     while before != len(tainted):  # a loop carries a value back to its head
         before, regions = len(tainted), []
-        copy = lambda sources, targets: tainted.update({t: tainted[s] for s, t in zip(sources, targets) if s in tainted})
+        copy = lambda sources, targets: tainted.update(
+            {t: tainted[s] for s, t in zip(sources, targets) if s in tainted}
+        )
         for line in lines:
             results, _, body = line.partition(" = ") if line.startswith("%") else ("", "", line)
             outer = re.match(r"(%\w+)(?::(\d+))?", results)
-            outer = [f"{outer[1]}#{i}" for i in range(int(outer[2]))] if outer and outer[2] else [outer[1]] if outer else []
+            outer = (
+                [f"{outer[1]}#{i}" for i in range(int(outer[2]))]
+                if outer and outer[2]
+                else [outer[1]]
+                if outer
+                else []
+            )
             if line.startswith("}") and not line.startswith(("} else", "})")) and regions:
                 regions.pop()
             if re.match(r"scf\.(for|if|while)", body):
@@ -142,7 +134,9 @@ def int32_products(ttir):
                     copy(values(passed), heads.get(label, []))
             elif outer and not body.startswith(("tt.load", "arith.cmpi")):
                 hit = next((tainted[x] for x in values(body) if x in tainted), None)
-                if re.match(r"arith\.(muli|shli)", body) and re.search(r": (?:tensor<[\dx]*x)?i32", body):
+                if re.match(r"arith\.(muli|shli)", body) and re.search(
+                    r": (?:tensor<[\dx]*x)?i32", body
+                ):
                     hit = line
                 tainted.update({x: hit for x in outer if hit})
     addresses = (values(line.partition(" = ")[2])[1] for line in lines if " = tt.addptr " in line)
@@ -151,7 +145,13 @@ def int32_products(ttir):
 
 def plain_tf32(ttir):
     """Products of fp32 matrices that a GPU would make of TF32, ten bits of mantissa."""
-    return [line.strip() for line in ttir.splitlines() if "tt.dot" in line and re.search(r"inputPrecision = tf32\b", line) and re.search(r"xf32[^-]*->", line)]
+    return [
+        line.strip()
+        for line in ttir.splitlines()
+        if "tt.dot" in line
+        and re.search(r"inputPrecision = tf32\b", line)
+        and re.search(r"xf32[^-]*->", line)
+    ]
 
 
 def inspect_kernel(name, dtype, kernel):
@@ -164,14 +164,24 @@ def inspect_kernel(name, dtype, kernel):
         registers, code = disassemble(asm["cubin"])
         spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     tensor = len(re.findall(TENSOR_CORE[name], code))
-    wrong = [f"32-bit product reaches an address: {product}" for product in int32_products(asm["ttir"])]
+    wrong = [
+        f"32-bit product reaches an address: {product}" for product in int32_products(asm["ttir"])
+    ]
     wrong += [f"plain TF32: {dot}" for dot in plain_tf32(asm["ttir"])]
     if name in SHARED:
-        wrong += [f"{shared} bytes of shared memory, the chip has {SHARED[name]}"] * (shared > SHARED[name])
+        wrong += [f"{shared} bytes of shared memory, the chip has {SHARED[name]}"] * (
+            shared > SHARED[name]
+        )
     if name in SHARED and dtype != "fp32":
         wrong += [f"{spills} spills"] * (spills > 0)
-        wrong += [f"off the tensor cores: {line.strip()}" for line in asm["ttgir"].splitlines() if re.search(r"tt\.dot .*-> tensor<[^>]*#blocked", line)]
-        wrong += ["a product without this chip's tensor-core instruction"] * ("tt.dot " in asm["ttir"] and not tensor)
+        wrong += [
+            f"off the tensor cores: {line.strip()}"
+            for line in asm["ttgir"].splitlines()
+            if re.search(r"tt\.dot .*-> tensor<[^>]*#blocked", line)
+        ]
+        wrong += ["a product without this chip's tensor-core instruction"] * (
+            "tt.dot " in asm["ttir"] and not tensor
+        )
     return registers, spills, shared, tensor, wrong
 
 
@@ -179,10 +189,13 @@ def report(job):
     """The lines of one case on one architecture: [(text, failed)]."""
     name, kernel_file, case, dtype, shape = job
     torch.set_num_threads(1)
-    where = f"{name:7s} {dtype} {kernel_file:16s} {' '.join(f'{k}={v}' for k, v in shape.items()):22s}"
+    where = (
+        f"{name:7s} {dtype} {kernel_file:16s} {' '.join(f'{k}={v}' for k, v in shape.items()):22s}"
+    )
     try:
         compiled = compile_case(name, case, dtype, shape)
-    except Exception as error:  # the compiler's own, of many kinds: a line of the report, not its end
+    except Exception as error:
+        # the compiler's own, of many kinds: a line of the report, not its end
         return [(f"{where} FAILED to compile: {str(error).splitlines()[0]}", True)]
     lines = []
     for kernel_name, kernel in compiled:
@@ -195,16 +208,29 @@ def report(job):
 
 def jobs(archs, kernels, dtypes, shapes):
     """Every case to compile; `shapes` cuts each kernel's shape classes to its first ones."""
-    return [(arch, kernel, case, dtype, shape) for arch in archs for kernel, case, classes in CASES if kernel in kernels
-            for dtype in dtypes for shape in classes[:shapes]]
+    return [
+        (arch, kernel, case.launch, dtype, shape)
+        for arch in archs
+        for kernel, case in CASES.items()
+        if kernel in kernels
+        for dtype in dtypes
+        for shape in case.COMPILED[:shapes]
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(prog="kernels.compile", usage=argparse.SUPPRESS)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--kernel", nargs="+", choices=[kernel for kernel, *_ in CASES], default=[kernel for kernel, *_ in CASES])
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=list(CASES),
+        default=list(CASES),
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--shapes", type=int, metavar="N", help="only the first N shape classes of each kernel")
+    parser.add_argument(
+        "--shapes", type=int, metavar="N", help="only the first N shape classes of each kernel"
+    )
     args = parser.parse_args()
     count, failed = 0, 0
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:

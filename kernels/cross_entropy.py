@@ -31,7 +31,8 @@ import torch.nn.functional as F
 
 from kernels import check, on_gpu, tl, triton
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of logits alive at once: 512 rows of fp32, 4,096 of bf16 at V = 32,001
+# of logits alive at once: 512 rows of fp32, 4,096 of bf16 at V = 32,001
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 
 
 def linear_cross_entropy_ref(hidden_TD, weight_VD, labels_T, weights_T):
@@ -57,24 +58,30 @@ def softmax_gradient_ref(z_rS, labels_r, weights_r, V):
     return (sum_r1.log() - label_z_r1)[:, 0], (label_z_r1[:, 0] == 0).float()
 
 
-# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or scalars in registers.
+# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or
+# scalars in registers.
 
 
 @triton.jit
-def _softmax_kernel(z, labels, weights, nll, correct, S: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+def _softmax_kernel(
+    z, labels, weights, nll, correct, S: tl.constexpr, V: tl.constexpr, BV: tl.constexpr
+):
     i_r = tl.program_id(0).to(tl.int64)  # int64: rows * V passes 2^31
     z += i_r * S
     label = tl.load(labels + i_r)
     weight = tl.load(weights + i_r)
     z_label = tl.load(z + label).to(tl.float32)
-    b_m = tl.full([BV], float("-inf"), dtype=tl.float32)  # a running maximum and sum for each lane: one reduction at the end
+    # a running maximum and sum for each lane: one reduction at the end
+    b_m = tl.full([BV], float("-inf"), dtype=tl.float32)
     b_l = tl.zeros([BV], dtype=tl.float32)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
-        b_z = tl.load(z + o_v, mask=o_v < S, other=0.0).to(tl.float32)  # [BV]; a mask at S, a multiple of 64, keeps loads 16 bytes wide
+        # [BV]; a mask at S, a multiple of 64, keeps loads 16 bytes wide
+        b_z = tl.load(z + o_v, mask=o_v < S, other=0.0).to(tl.float32)
         b_z = tl.where(o_v < V, b_z, float("-inf"))
         b_new = tl.maximum(b_m, b_z)
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # a lane beyond V: exp(-inf - -inf) would be NaN
+        # a lane beyond V: exp(-inf - -inf) would be NaN
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_l = b_l * tl.exp(b_m - b_shift) + tl.exp(b_z - b_shift)
         b_m = b_new
     m = tl.max(b_m, 0)
@@ -92,7 +99,9 @@ def softmax_gradient(z_rS, labels_r, weights_r, V):
     if not on_gpu(z_rS):
         return softmax_gradient_ref(z_rS, labels_r, weights_r, V)
     nll_r, correct_r = torch.empty_like(weights_r), torch.empty_like(weights_r)
-    _softmax_kernel[(len(z_rS),)](z_rS, labels_r, weights_r, nll_r, correct_r, z_rS.shape[1], V, 4096, num_warps=8)
+    _softmax_kernel[(len(z_rS),)](
+        z_rS, labels_r, weights_r, nll_r, correct_r, z_rS.shape[1], V, 4096, num_warps=8
+    )
     return nll_r, correct_r
 
 
@@ -106,7 +115,12 @@ def _add_product(dweight_VD, dz_rV, h_rD):
 
 @torch.library.custom_op("crlft::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor, grad: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    rows: torch.Tensor,
+    grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, nll_T, correct_T, dhidden_TD, dweight_VD), the last two empty unless grad."""
     V, D = weight.shape
@@ -130,15 +144,29 @@ def linear_cross_entropy_op(
 
 @linear_cross_entropy_op.register_fake
 def _(hidden, weight, labels, weights, rows, grad):
-    dhidden, dweight = hidden.new_empty(hidden.shape if grad else 0), weight.new_empty(weight.shape if grad else 0, dtype=torch.float32)
-    return weights.new_empty(()), torch.empty_like(weights), torch.empty_like(weights), dhidden, dweight
+    dhidden, dweight = (
+        hidden.new_empty(hidden.shape if grad else 0),
+        weight.new_empty(weight.shape if grad else 0, dtype=torch.float32),
+    )
+    return (
+        weights.new_empty(()),
+        torch.empty_like(weights),
+        torch.empty_like(weights),
+        dhidden,
+        dweight,
+    )
 
 
 @torch.library.custom_op("crlft::linear_cross_entropy_bwd", mutates_args=())
-def linear_cross_entropy_bwd_op(dhidden: torch.Tensor, dweight: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_cross_entropy_bwd_op(
+    dhidden: torch.Tensor, dweight: torch.Tensor, dloss: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both times dloss, which stays fp32: 1 / weight_sum rounded to bf16 would scale the whole gradient by up to 0.2%."""
-    dloss_11 = dloss.reshape(1, 1)  # a tensor of two dimensions, unlike a scalar, makes the product fp32
-    return tuple(torch.mul(x, dloss_11, out=x.new_empty(x.shape, dtype=dtype)) for x in (dhidden, dweight))
+    # a tensor of two dimensions, unlike a scalar, makes the product fp32
+    dloss_11 = dloss.reshape(1, 1)
+    return tuple(
+        torch.mul(x, dloss_11, out=x.new_empty(x.shape, dtype=dtype)) for x in (dhidden, dweight)
+    )
 
 
 @linear_cross_entropy_bwd_op.register_fake
@@ -149,13 +177,20 @@ def _(dhidden, dweight, dloss, dtype):
 def _save(ctx, inputs, output):
     _loss, nll, correct, dhidden, dweight = output
     ctx.mark_non_differentiable(nll, correct, dhidden, dweight)
-    ctx.set_materialize_grads(False)  # no zeros the size of dhidden and dweight for the gradients that nobody asks for
+    # no zeros the size of dhidden and dweight for the gradients that nobody asks for
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dweight)
     ctx.dtype = inputs[1].dtype
 
 
 def _backward(ctx, dloss, *_):
-    return *linear_cross_entropy_bwd_op(*ctx.saved_tensors, dloss, ctx.dtype), None, None, None, None
+    return (
+        *linear_cross_entropy_bwd_op(*ctx.saved_tensors, dloss, ctx.dtype),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
@@ -169,10 +204,26 @@ def linear_cross_entropy(hidden_TD, weight_VD, labels_T, weights_T, rows_R=None)
     Triton for the softmax on CUDA tensors, softmax_gradient_ref elsewhere. ValueError: shapes or dtypes that do not belong together.
     """
     shapes = f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)}, labels {tuple(labels_T.shape)}, weights {tuple(weights_T.shape)}"
-    check("linear_cross_entropy", hidden_TD.shape[1:] == weight_VD.shape[1:] and hidden_TD.ndim == 2, f"{shapes}; want [T, D] and [V, D]")
-    check("linear_cross_entropy", labels_T.shape == weights_T.shape == hidden_TD.shape[:1], f"{shapes}; want a label and a weight a row")
-    check("linear_cross_entropy", hidden_TD.dtype == weight_VD.dtype, f"hidden is {hidden_TD.dtype}, weight {weight_VD.dtype}")
-    check("linear_cross_entropy", weights_T.dtype == torch.float32, f"weights are {weights_T.dtype}, not fp32 (0.1 in bf16 is 0.1001)")
+    check(
+        "linear_cross_entropy",
+        hidden_TD.shape[1:] == weight_VD.shape[1:] and hidden_TD.ndim == 2,
+        f"{shapes}; want [T, D] and [V, D]",
+    )
+    check(
+        "linear_cross_entropy",
+        labels_T.shape == weights_T.shape == hidden_TD.shape[:1],
+        f"{shapes}; want a label and a weight a row",
+    )
+    check(
+        "linear_cross_entropy",
+        hidden_TD.dtype == weight_VD.dtype,
+        f"hidden is {hidden_TD.dtype}, weight {weight_VD.dtype}",
+    )
+    check(
+        "linear_cross_entropy",
+        weights_T.dtype == torch.float32,
+        f"weights are {weights_T.dtype}, not fp32 (0.1 in bf16 is 0.1001)",
+    )
     if rows_R is None:
         rows_R = weights_T.nonzero()[:, 0]
     grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)

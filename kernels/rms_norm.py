@@ -19,7 +19,8 @@ import torch
 
 from kernels import arch, check, on_gpu, tl, triton
 
-# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw. Not yet measured on a GPU.
+# Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw. Not yet
+# measured on a GPU.
 PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
 
 
@@ -42,7 +43,8 @@ def _fwd_kernel(x, residual, w, y, h, r, eps, D: tl.constexpr, BD: tl.constexpr)
     b_h = tl.load(x + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     if residual is not None:
         b_h += tl.load(residual + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_h = b_h.to(h.dtype.element_ty).to(tl.float32)  # what is normed is the stream as it is stored
+        # what is normed is the stream as it is stored
+        b_h = b_h.to(h.dtype.element_ty).to(tl.float32)
         tl.store(h + i_t * D + o_d, b_h.to(h.dtype.element_ty), mask=m_d)
     b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     b_r = tl.rsqrt(tl.sum(b_h * b_h, 0) / D + eps)
@@ -58,7 +60,8 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
     m_d = o_d < D
     b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     b_dw = tl.zeros([BD], dtype=tl.float32)
-    for i_t in tl.range(i_p, T, tl.num_programs(0), num_stages=2):  # rows p, p + P, ..; the next is on its way while one is summed
+    # rows p, p + P, ..; the next is on its way while one is summed
+    for i_t in tl.range(i_p, T, tl.num_programs(0), num_stages=2):
         b_h = tl.load(h + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_dy = tl.load(dy + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_r = tl.load(r + i_t)
@@ -74,11 +77,14 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
 
 def _shape(D):
     BD = triton.next_power_of_2(D)
-    return dict(D=D, BD=BD, num_warps=min(max(BD // 256, 1), 16))  # 8 elements, one 16-byte load of bf16, a thread up to D = 4,096
+    # 8 elements, one 16-byte load of bf16, a thread up to D = 4,096
+    return dict(D=D, BD=BD, num_warps=min(max(BD // 256, 1), 16))
 
 
 @torch.library.custom_op("crlft::rms_norm", mutates_args=())
-def rms_norm_op(x: torch.Tensor, residual: Optional[torch.Tensor], w: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rms_norm_op(
+    x: torch.Tensor, residual: Optional[torch.Tensor], w: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, h, r); h is empty without a residual: there the stream is x itself, which an op may not return."""
     x, w = x.contiguous(), w.contiguous()
     y, r = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
@@ -93,11 +99,17 @@ def rms_norm_op(x: torch.Tensor, residual: Optional[torch.Tensor], w: torch.Tens
 @rms_norm_op.register_fake
 def _(x, residual, w, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(0) if residual is None else torch.empty_like(y), x.new_empty(len(x), dtype=torch.float32)
+    return (
+        y,
+        x.new_empty(0) if residual is None else torch.empty_like(y),
+        x.new_empty(len(x), dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("crlft::rms_norm_bwd", mutates_args=())
-def rms_norm_bwd_op(h: torch.Tensor, w: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, dh: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm_bwd_op(
+    h: torch.Tensor, w: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, dh: Optional[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     h, w, dy = h.contiguous(), w.contiguous(), dy.contiguous()
     dh = None if dh is None else dh.contiguous()
     programs = PROGRAMS[arch(h)]
@@ -108,7 +120,9 @@ def rms_norm_bwd_op(h: torch.Tensor, w: torch.Tensor, r: torch.Tensor, dy: torch
 
 @rms_norm_bwd_op.register_fake
 def _(h, w, r, dy, dh):
-    return torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(w, memory_format=torch.contiguous_format)
+    return torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(
+        w, memory_format=torch.contiguous_format
+    )
 
 
 def _save(ctx, inputs, output):
@@ -121,7 +135,9 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy, dh, _dr):
     h, w, r = ctx.saved_tensors
-    dx, dw = rms_norm_bwd_op(h, w, r, torch.zeros_like(h) if dy is None else dy, dh if ctx.has_residual else None)
+    dx, dw = rms_norm_bwd_op(
+        h, w, r, torch.zeros_like(h) if dy is None else dy, dh if ctx.has_residual else None
+    )
     return dx, dx if ctx.has_residual else None, dw, None
 
 
@@ -133,8 +149,16 @@ def rms_norm(x_TD, w_D, eps=1e-5, residual_TD=None):
 
     Triton on CUDA tensors, rms_norm_ref elsewhere. ValueError: shapes or dtypes that do not belong together.
     """
-    check("rms_norm", x_TD.ndim == 2 and w_D.shape == x_TD.shape[1:], f"x is {tuple(x_TD.shape)}, w {tuple(w_D.shape)}; want [T, D] and [D]")
-    check("rms_norm", residual_TD is None or residual_TD.shape == x_TD.shape, "x and residual differ in shape")
+    check(
+        "rms_norm",
+        x_TD.ndim == 2 and w_D.shape == x_TD.shape[1:],
+        f"x is {tuple(x_TD.shape)}, w {tuple(w_D.shape)}; want [T, D] and [D]",
+    )
+    check(
+        "rms_norm",
+        residual_TD is None or residual_TD.shape == x_TD.shape,
+        "x and residual differ in shape",
+    )
     if not on_gpu(x_TD):
         return rms_norm_ref(x_TD, w_D, eps, residual_TD)
     same = x_TD.dtype == w_D.dtype and (residual_TD is None or residual_TD.dtype == x_TD.dtype)

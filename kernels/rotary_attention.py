@@ -41,14 +41,16 @@ from kernels import arch, check, on_gpu, tl, triton, warn_once
 LOG2E = math.log2(math.e)
 HEAD_SIZES = 32, 64, 128
 
-# Tiles of (forward, dq, dk and dv): rows a program owns, rows it reads at a time, warps, stages of the software pipeline.
-# From the ahead-of-time report (no spill, within shared memory); not yet measured on a GPU.
+# Tiles of (forward, dq, dk and dv): rows a program owns, rows it reads at a time, warps, stages of
+# the software pipeline. From the ahead-of-time report (no spill, within shared memory); not yet
+# measured on a GPU.
 LAUNCH = {
     "sm_80": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     "sm_90": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)),
     "sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
     "gfx942": ((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
-    "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),  # small: conversations cross many borders
+    # small: conversations cross many borders
+    "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
 }
 LAUNCH_FP32 = ((16, 16, 4, 1),) * 3  # for correctness: IEEE products, which no tensor core makes
 
@@ -57,27 +59,34 @@ def rotate(x_TAE, cos_TC, sin_TC):
     """R_t x_t for every head A of x: LLaMA's "half" rotation, in fp32, back in the dtype of x."""
     lo_TAC, hi_TAC = x_TAE.float().chunk(2, -1)
     cos_T1C, sin_T1C = cos_TC[:, None], sin_TC[:, None]
-    return torch.cat([lo_TAC * cos_T1C - hi_TAC * sin_T1C, hi_TAC * cos_T1C + lo_TAC * sin_T1C], -1).to(x_TAE.dtype)
+    return torch.cat(
+        [lo_TAC * cos_T1C - hi_TAC * sin_T1C, hi_TAC * cos_T1C + lo_TAC * sin_T1C], -1
+    ).to(x_TAE.dtype)
 
 
-@torch.compiler.disable  # its loop over conversations would be compiled anew for each number of them
+# its loop over conversations would be compiled anew for each number of them
+@torch.compiler.disable
 def rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     q_THE, k_TGE = rotate(q_THE, cos_TC, sin_TC), rotate(k_TGE, cos_TC, sin_TC)
     ends = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(ends, ends[1:])]
     lengths.append(len(q_THE) - ends[-1])  # the padding
-    # One small attention per conversation, never a T x T mask; split, because slices would each get a T-row gradient.
+    # One small attention per conversation, never a T x T mask; split, because slices would each get
+    # a T-row gradient.
     pieces = list(zip(q_THE.split(lengths), k_TGE.split(lengths), v_TGE.split(lengths)))
     outputs = []
     for piece in pieces[:-1]:
         q_1HLE, k_1GLE, v_1GLE = (x.transpose(0, 1)[None] for x in piece)
-        o_1HLE = F.scaled_dot_product_attention(q_1HLE, k_1GLE, v_1GLE, is_causal=True, enable_gqa=True)
+        o_1HLE = F.scaled_dot_product_attention(
+            q_1HLE, k_1GLE, v_1GLE, is_causal=True, enable_gqa=True
+        )
         outputs.append(o_1HLE[0].transpose(0, 1))
     outputs.append(torch.zeros_like(pieces[-1][0]))
     return torch.cat(outputs)
 
 
-# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or scalars in registers.
+# i_ program index, o_ offsets, m_ mask, b_ block held in registers; bare names are pointers, or
+# scalars in registers.
 
 
 @triton.jit
@@ -88,7 +97,8 @@ def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
     room enough, and no sum over the conversations before it. Slots left over rank last, as (-1, 0). Padding is conversation N.
     """
     i = tl.program_id(0)
-    n, total, before = -1, 0, 0  # this slot's conversation; blocks in all; blocks of the conversations up to it
+    # this slot's conversation; blocks in all; blocks of the conversations up to it
+    n, total, before = -1, 0, 0
     for i_c in range(0, N + 1, BC):
         o_c = i_c + tl.arange(0, BC)
         b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)  # [BC]
@@ -106,13 +116,16 @@ def _plan_kernel(cu_seqlens, plan, T, N, BM: tl.constexpr, BC: tl.constexpr):
         tl.store(at, -1)
         tl.store(at + 1, 0)
     else:
-        rank = 0  # how many blocks have more rows before them, or as many and an earlier conversation
+        # how many blocks have more rows before them, or as many and an earlier conversation
+        rank = 0
         for i_c in range(0, N + 1, BC):
             o_c = i_c + tl.arange(0, BC)
             b_start = tl.load(cu_seqlens + o_c, mask=o_c <= N, other=0)
             b_end = tl.load(cu_seqlens + o_c + 1, mask=o_c < N, other=T)
             b_blocks = tl.where(o_c <= N, tl.cdiv(b_end - b_start, BM), 0)
-            b_longer = tl.maximum(b_blocks - block - 1, 0) + ((o_c < n) & (b_blocks > block)).to(tl.int32)
+            b_longer = tl.maximum(b_blocks - block - 1, 0) + ((o_c < n) & (b_blocks > block)).to(
+                tl.int32
+            )
             rank += tl.sum(b_longer, 0)
         at = plan + 2 * rank.to(tl.int64)
         tl.store(at, n)
@@ -142,7 +155,8 @@ def _turn(b_lo, b_hi, cos, sin, o_t, m_t, way, C: tl.constexpr):
 def _rotate_kernel(x, y, cos, sin, T, A: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
     """y = R x, for BT rows of one of A heads."""
     C: tl.constexpr = E // 2
-    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # int64: T * A * E passes 2^31 at long contexts
+    # int64: T * A * E passes 2^31 at long contexts
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m_t = o_t < T
     o_x = tl.program_id(1).to(tl.int64) * E + o_t[:, None] * (A * E) + tl.arange(0, C)
     b_lo = tl.load(x + o_x, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, C]
@@ -153,7 +167,9 @@ def _rotate_kernel(x, y, cos, sin, T, A: tl.constexpr, E: tl.constexpr, BT: tl.c
 
 
 @triton.jit
-def _store_unrotated(b_x, x, o_t, m_t, cos, sin, stride: tl.constexpr, E: tl.constexpr, BT: tl.constexpr):
+def _store_unrotated(
+    b_x, x, o_t, m_t, cos, sin, stride: tl.constexpr, E: tl.constexpr, BT: tl.constexpr
+):
     """Rows o_t of x = R^T b_x: a gradient as it is before the rotation."""
     C: tl.constexpr = E // 2
     b_lo, b_hi = tl.split(tl.permute(tl.reshape(b_x, [BT, 2, C]), [0, 2, 1]))  # [BT, C] each
@@ -176,7 +192,23 @@ def _load_tile(k, v, o_n, length, MASK: tl.constexpr, stride: tl.constexpr, E: t
 
 
 @triton.jit
-def _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, begin, end, scale, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr):
+def _fwd_tiles(
+    b_o,
+    b_m,
+    b_l,
+    b_q,
+    k,
+    v,
+    o_m,
+    length,
+    begin,
+    end,
+    scale,
+    MASK: tl.constexpr,
+    stride: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Take the keys begin to end of a conversation into the running output, maximum and sum. MASK: some lie after their query."""
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
@@ -194,7 +226,25 @@ def _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, begin, end, scale, MASK: t
 
 
 @triton.jit
-def _fwd_kernel(q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _fwd_kernel(
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    cu_seqlens,
+    plan,
+    o,
+    lse,
+    scale,
+    T,
+    N,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
         return
@@ -219,8 +269,12 @@ def _fwd_kernel(q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H: tl.
     b_m = tl.full([BM], float("-inf"), dtype=tl.float32)
     b_l = tl.zeros([BM], dtype=tl.float32)
     end = tl.minimum(first + BM, length)
-    b_o, b_m, b_l = _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, 0, first, scale, False, G * E, E, BN)
-    b_o, b_m, b_l = _fwd_tiles(b_o, b_m, b_l, b_q, k, v, o_m, length, first, end, scale, True, G * E, E, BN)
+    b_o, b_m, b_l = _fwd_tiles(
+        b_o, b_m, b_l, b_q, k, v, o_m, length, 0, first, scale, False, G * E, E, BN
+    )
+    b_o, b_m, b_l = _fwd_tiles(
+        b_o, b_m, b_l, b_q, k, v, o_m, length, first, end, scale, True, G * E, E, BN
+    )
     tl.store(at_o, (b_o / b_l[:, None]).to(o.dtype.element_ty), mask=m_m[:, None])
     tl.store(lse + i_h * T + o_t, b_m + tl.log2(b_l), mask=m_m)  # in units of log 2, like s
 
@@ -237,7 +291,24 @@ def _delta_kernel(o, do, delta, T, H: tl.constexpr, E: tl.constexpr, BT: tl.cons
 
 
 @triton.jit
-def _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, scale, MASK: tl.constexpr, stride: tl.constexpr, E: tl.constexpr, BN: tl.constexpr):
+def _dq_tiles(
+    b_dq,
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    k,
+    v,
+    o_m,
+    length,
+    begin,
+    end,
+    scale,
+    MASK: tl.constexpr,
+    stride: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+):
     for i_n in range(begin, end, BN):
         o_n = i_n + tl.arange(0, BN)
         b_k, b_v = _load_tile(k, v, o_n, length, MASK, stride, E)
@@ -252,7 +323,28 @@ def _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, begin, end, sc
 
 
 @triton.jit
-def _dq_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, norm, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _dq_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    cos,
+    sin,
+    cu_seqlens,
+    plan,
+    dq,
+    scale,
+    norm,
+    T,
+    N,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """q and k are rotated. norm = 1 / sqrt(E), scale = norm * log2(e)."""
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
@@ -273,13 +365,39 @@ def _dq_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, scale, n
     v += start * (G * E) + i_h // (H // G) * E
     end = tl.minimum(first + BM, length)
     b_dq = tl.zeros([BM, E], dtype=tl.float32)
-    b_dq = _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, 0, first, scale, False, G * E, E, BN)
-    b_dq = _dq_tiles(b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, first, end, scale, True, G * E, E, BN)
+    b_dq = _dq_tiles(
+        b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, 0, first, scale, False, G * E, E, BN
+    )
+    b_dq = _dq_tiles(
+        b_dq, b_q, b_do, b_lse, b_delta, k, v, o_m, length, first, end, scale, True, G * E, E, BN
+    )
     _store_unrotated(b_dq * norm, dq + i_h * E, o_t, m_m, cos, sin, H * E, E, BM)
 
 
 @triton.jit
-def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, scale, norm, T, N, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+def _dkv_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    cos,
+    sin,
+    cu_seqlens,
+    plan,
+    dk,
+    dv,
+    scale,
+    norm,
+    T,
+    N,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
     """q and k are rotated. The plan goes by the rows before a block; a block of keys works for the rows after it: read backwards."""
     n, first, start, length = _planned(plan, cu_seqlens, T, N)
     if n < 0:
@@ -300,16 +418,19 @@ def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, sca
     b_dk, b_dv = tl.zeros([BN, E], dtype=tl.float32), tl.zeros([BN, E], dtype=tl.float32)
     o_e = tl.arange(0, E)
     tiles = tl.cdiv(length - first, BM)
-    for i in range(0, H // G * tiles):  # the tiles of all the query heads that share these keys: two nested loops would spill
+    # the tiles of all the query heads that share these keys: two nested loops would spill
+    for i in range(0, H // G * tiles):
         i_h = i_g * (H // G) + i // tiles
         o_m = first + ((i % tiles).to(tl.int64) * BM).to(tl.int32) + tl.arange(0, BM)
         m_m = o_m < length
         o_q = (start + o_m)[:, None] * (H * E) + i_h * E + o_e
-        b_q = tl.load(q + o_q, mask=m_m[:, None], other=0.0)  # [BM, E]; rows beyond the conversation, q = do = 0, add nothing
+        # [BM, E]; rows beyond the conversation, q = do = 0, add nothing
+        b_q = tl.load(q + o_q, mask=m_m[:, None], other=0.0)
         b_do = tl.load(do + o_q, mask=m_m[:, None], other=0.0)
         b_lse = tl.load(lse + i_h * T + start + o_m, mask=m_m, other=0.0)  # [BM]
         b_delta = tl.load(delta + i_h * T + start + o_m, mask=m_m, other=0.0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [BN, BM], the scores transposed
+        # [BN, BM], the scores transposed
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
         b_p = tl.exp2(tl.where(o_m >= o_n[:, None], b_s, float("-inf")) - b_lse)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
@@ -321,7 +442,9 @@ def _dkv_kernel(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, sca
 
 def _launch(x, which):
     name = arch(x)
-    BM, BN, warps, stages = (LAUNCH_FP32 if x.dtype == torch.float32 and name != "interpreter" else LAUNCH[name])[which]
+    BM, BN, warps, stages = (
+        LAUNCH_FP32 if x.dtype == torch.float32 and name != "interpreter" else LAUNCH[name]
+    )[which]
     if x.shape[-1] == 32:
         BN = min(BN, 32)  # as little work a tile as the head is small; at 64 columns sm_100 spills
     return BM, dict(BM=BM, BN=BN, num_warps=warps, num_stages=stages)
@@ -329,7 +452,8 @@ def _launch(x, which):
 
 def _plan(cu_seqlens, T, BM):
     N = len(cu_seqlens) - 1
-    plan = cu_seqlens.new_empty(T // BM + N + 1, 2)  # at most floor(T / BM) full blocks, and a last one of each conversation
+    # at most floor(T / BM) full blocks, and a last one of each conversation
+    plan = cu_seqlens.new_empty(T // BM + N + 1, 2)
     _plan_kernel[(len(plan),)](cu_seqlens, plan, T, N, BM, 128)
     return plan
 
@@ -342,14 +466,38 @@ def _rotate(x, cos, sin):
 
 
 @torch.library.custom_op("crlft::rotary_attention", mutates_args=())
-def rotary_attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rotary_attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(o, k', lse)."""
     (T, H, E), G = q.shape, k.shape[1]
     q, k, v, cos, sin, cu_seqlens = (x.contiguous() for x in (q, k, v, cos, sin, cu_seqlens))
     BM, tiles = _launch(q, 0)
     plan, k = _plan(cu_seqlens, T, BM), _rotate(k, cos, sin)
     o, lse = torch.empty_like(q), q.new_empty(H, T, dtype=torch.float32)
-    _fwd_kernel[(len(plan), H)](q, k, v, cos, sin, cu_seqlens, plan, o, lse, E**-0.5 * LOG2E, T, len(cu_seqlens) - 1, H, G, E, **tiles)
+    _fwd_kernel[(len(plan), H)](
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        cu_seqlens,
+        plan,
+        o,
+        lse,
+        E**-0.5 * LOG2E,
+        T,
+        len(cu_seqlens) - 1,
+        H,
+        G,
+        E,
+        **tiles,
+    )
     return o, k, lse
 
 
@@ -361,8 +509,15 @@ def _(q, k, v, cos, sin, cu_seqlens):
 
 @torch.library.custom_op("crlft::rotary_attention_bwd", mutates_args=())
 def rotary_attention_bwd_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor,
-    o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) from q as it came and k rotated."""
     (T, H, E), G = q.shape, k.shape[1]
@@ -374,11 +529,52 @@ def rotary_attention_bwd_op(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     BM, tiles = _launch(q, 1)
     plan = _plan(cu_seqlens, T, BM)
-    _dq_kernel[(len(plan), H)](q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dq, norm * LOG2E, norm, T, N, H, G, E, **tiles)
+    _dq_kernel[(len(plan), H)](
+        q,
+        k,
+        v,
+        do,
+        lse,
+        delta,
+        cos,
+        sin,
+        cu_seqlens,
+        plan,
+        dq,
+        norm * LOG2E,
+        norm,
+        T,
+        N,
+        H,
+        G,
+        E,
+        **tiles,
+    )
     BN, tiles = _launch(q, 2)
     plan = plan if BN == BM else _plan(cu_seqlens, T, BN)
     tiles |= dict(BN=tiles["BM"], BM=tiles["BN"])  # here the rows that a program owns are keys
-    _dkv_kernel[(len(plan), G)](q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, norm * LOG2E, norm, T, N, H, G, E, **tiles)
+    _dkv_kernel[(len(plan), G)](
+        q,
+        k,
+        v,
+        do,
+        lse,
+        delta,
+        cos,
+        sin,
+        cu_seqlens,
+        plan,
+        dk,
+        dv,
+        norm * LOG2E,
+        norm,
+        T,
+        N,
+        H,
+        G,
+        E,
+        **tiles,
+    )
     return dq, dk, dv
 
 
@@ -390,7 +586,8 @@ def _(q, k, v, cos, sin, cu_seqlens, o, lse, do):
 def _save(ctx, inputs, output):
     q, _k, v, cos, sin, cu_seqlens = inputs
     o, k, lse = output
-    ctx.set_materialize_grads(False)  # no zeros the size of k for the gradient of k' that nobody asks for
+    # no zeros the size of k for the gradient of k' that nobody asks for
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, cos, sin, cu_seqlens, o, lse)
 
 
@@ -409,13 +606,29 @@ def rotary_attention(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     """
     (T, H, E), G = q_THE.shape, k_TGE.shape[1]
     shapes = f"q {tuple(q_THE.shape)}, k {tuple(k_TGE.shape)}, v {tuple(v_TGE.shape)}, cos {tuple(cos_TC.shape)}"
-    check("rotary_attention", k_TGE.shape == v_TGE.shape == (T, G, E) and H % G == 0, f"{shapes}; want [T, H, E] and twice [T, G, E], G dividing H")
-    check("rotary_attention", cos_TC.shape == sin_TC.shape == (T, E // 2), f"{shapes}; want cos and sin [T, E / 2]")
+    check(
+        "rotary_attention",
+        k_TGE.shape == v_TGE.shape == (T, G, E) and H % G == 0,
+        f"{shapes}; want [T, H, E] and twice [T, G, E], G dividing H",
+    )
+    check(
+        "rotary_attention",
+        cos_TC.shape == sin_TC.shape == (T, E // 2),
+        f"{shapes}; want cos and sin [T, E / 2]",
+    )
     if on_gpu(q_THE) and E not in HEAD_SIZES:
-        warn_once(f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; the PyTorch reference runs instead")
+        warn_once(
+            f"rotary_attention: no kernel for head size {E}, only for {HEAD_SIZES}; the PyTorch reference runs instead"
+        )
     if not on_gpu(q_THE) or E not in HEAD_SIZES:
         return rotary_attention_ref(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)
-    check("rotary_attention", q_THE.dtype == k_TGE.dtype == v_TGE.dtype, "q, k and v differ in dtype")
+    check(
+        "rotary_attention", q_THE.dtype == k_TGE.dtype == v_TGE.dtype, "q, k and v differ in dtype"
+    )
     check("rotary_attention", cos_TC.dtype == sin_TC.dtype == torch.float32, "cos and sin are fp32")
-    check("rotary_attention", cu_seqlens.dtype == torch.int32, f"cu_seqlens is {cu_seqlens.dtype}, not int32")
+    check(
+        "rotary_attention",
+        cu_seqlens.dtype == torch.int32,
+        f"cu_seqlens is {cu_seqlens.dtype}, not int32",
+    )
     return rotary_attention_op(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens)[0]

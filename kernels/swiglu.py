@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from kernels import check, on_gpu, tl, triton
 
-BLOCK = 2048  # elements of a program, four warps: two 16-byte loads of bf16 a thread from each tensor
+# elements of a program, four warps: two 16-byte loads of bf16 a thread from each tensor
+BLOCK = 2048
 
 
 def swiglu_ref(gate_TF, up_TF):
@@ -28,7 +29,8 @@ def swiglu_ref(gate_TF, up_TF):
 
 @triton.jit
 def _fwd_kernel(gate, up, y, n, B: tl.constexpr):
-    o_n = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)  # int64: T * F passes 2^31 at long contexts
+    # int64: T * F passes 2^31 at long contexts
+    o_n = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     m_n = o_n < n
     b_g = tl.load(gate + o_n, mask=m_n, other=0.0).to(tl.float32)  # [B]
     b_u = tl.load(up + o_n, mask=m_n, other=0.0).to(tl.float32)
@@ -63,7 +65,9 @@ def _(gate, up):
 
 
 @torch.library.custom_op("crlft::swiglu_bwd", mutates_args=())
-def swiglu_bwd_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_bwd_op(
+    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     _bwd_kernel[(triton.cdiv(dy.numel(), BLOCK),)](gate, up, dy, dgate, dup, dy.numel(), BLOCK)
@@ -88,7 +92,11 @@ swiglu_op.register_autograd(_backward, setup_context=_save)
 
 def swiglu(gate_TF, up_TF):
     """y_TF = silu(gate_TF) * up_TF. Triton on CUDA tensors, swiglu_ref elsewhere. ValueError: shapes or dtypes that differ."""
-    check("swiglu", gate_TF.shape == up_TF.shape, f"gate is {tuple(gate_TF.shape)}, up {tuple(up_TF.shape)}")
+    check(
+        "swiglu",
+        gate_TF.shape == up_TF.shape,
+        f"gate is {tuple(gate_TF.shape)}, up {tuple(up_TF.shape)}",
+    )
     if not on_gpu(gate_TF):
         return swiglu_ref(gate_TF, up_TF)
     check("swiglu", gate_TF.dtype == up_TF.dtype, "gate and up differ in dtype")

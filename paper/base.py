@@ -6,9 +6,9 @@ Everything else on paper/README.md is fine-tuned from a base (`Pretrain` in runs
 random weights, with twice the steps and a higher learning rate; or from the base with half the learning rate, or three times the steps.
 """
 
-from data import run
 from paper.runs import BASE_LR, LR, STEPS, bars, cell, command, figure, markdown
 from paper.table2 import ARMS, arm, expert_score
+from support.cli import run
 
 SEEDS = 3
 NAMES = "C-RLFT", "without reward", "expert only"
@@ -21,15 +21,34 @@ STARTS = {  # name: what differs
 
 
 def runs(seed):
-    return {(start, name): arm(name, seed, **flags) for start, flags in STARTS.items() for name in NAMES}
+    return {
+        (start, name): arm(name, seed, **flags) for start, flags in STARTS.items() for name in NAMES
+    }
 
 
 def report(results, folder):
-    scores = {how: {key: [expert_score(r, how) for r in group] for key, group in results.items()} for how in ("sampled", "greedy")}
-    figure(folder / "base.png", lambda axes: bars(axes, NAMES, {start: [scores["sampled"][start, name] for name in NAMES] for start in STARTS}), width=8)
-    table = [[name, ARMS[name][1], *(cell(scores["sampled"][start, name]) for start in STARTS)] for name in NAMES]
+    scores = {
+        how: {key: [expert_score(r, how) for r in group] for key, group in results.items()}
+        for how in ("sampled", "greedy")
+    }
+    figure(
+        folder / "base.png",
+        lambda axes: bars(
+            axes,
+            NAMES,
+            {start: [scores["sampled"][start, name] for name in NAMES] for start in STARTS},
+        ),
+        width=8,
+    )
+    table = [
+        [name, ARMS[name][1], *(cell(scores["sampled"][start, name]) for start in STARTS)]
+        for name in NAMES
+    ]
     head = ["arm", "paper, %", *STARTS]
-    return {how: {f"{start}: {name}": values for (start, name), values in rows.items()} for how, rows in scores.items()}, markdown(head, table)
+    return {
+        how: {f"{start}: {name}": values for (start, name), values in rows.items()}
+        for how, rows in scores.items()
+    }, markdown(head, table)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
-from data import Classes, Conversation, Message, Tokenizer, pack, parse_classes, run, tokenize
+from conversations import Classes, Conversation, Message, parse_classes, tokenize
 from kernels.cross_entropy import linear_cross_entropy
+from packing import pack
 from paper.toy import ToyConfig, make_conversations, train_tokenizer
+from support.cli import run
+from tokenizer import Tokenizer
 
 QUESTION, ANSWERS = "copy a", {"GPT4": "a", "GPT3": "b"}
 P = {"GPT4": (0.5, 0.8), "GPT3": (0.25, 0.8)}  # of the answer's letter, then of <|end_of_turn|>
@@ -30,7 +33,10 @@ def conversations(arm):
     """The two conversations under an arm: [(tokens, weights)]."""
     template, table = ARMS[arm]
     classes = Classes(parse_classes(table))
-    both = [Conversation((Message("user", QUESTION), Message("assistant", text)), label=label) for label, text in ANSWERS.items()]
+    both = [
+        Conversation((Message("user", QUESTION), Message("assistant", text)), label=label)
+        for label, text in ANSWERS.items()
+    ]
     return [tokenize(classes.assign(c), toy_tokenizer(), template) for c in both]
 
 
@@ -38,7 +44,8 @@ def loss(arm):
     """(nll of the four supervised tokens, their weights, the loss), through pack and the training kernel."""
     batch = pack(conversations(arm))
     p_R = torch.tensor([p for c in ANSWERS for p in P[c]])
-    # One hidden direction per supervised row, whose logits are log p on the label and log(1 - p) on <unk>: nll = -log p.
+    # One hidden direction per supervised row, whose logits are log p on the label and log(1 - p) on
+    # <unk>: nll = -log p.
     logits_RV = torch.full((4, 97), -torch.inf)
     logits_RV[:, 0] = (1 - p_R).log()
     logits_RV[torch.arange(4), batch.labels_T[batch.rows_R]] = p_R.log()
@@ -72,14 +79,25 @@ def main(argv):
     if argv:
         raise ValueError(f"{argv[0]!r}: the worked example takes no arguments")
     tokenizer, both = toy_tokenizer(), conversations("C-RLFT")
-    print("   ".join(f"{label + ', answers ' + ANSWERS[label]:16}{'id':>4} {'weight':>6}" for label in ANSWERS))
+    print(
+        "   ".join(
+            f"{label + ', answers ' + ANSWERS[label]:16}{'id':>4} {'weight':>6}"
+            for label in ANSWERS
+        )
+    )
     for row in zip(*(zip(tokens.tolist(), weights.tolist()) for tokens, weights in both)):
-        print("   ".join(f"{tokenizer.piece(i).replace(chr(0x2581), '_'):16}{i:4} {w:6.1f}" for i, w in row))
+        print(
+            "   ".join(
+                f"{tokenizer.piece(i).replace(chr(0x2581), '_'):16}{i:4} {w:6.1f}" for i, w in row
+            )
+        )
     for arm in ARMS:
         nll, weight, value = loss(arm)
         terms = " + ".join(f"{w:.1f} * {x:.4f}" for w, x in zip(weight.tolist(), nll.tolist()))
         total = " + ".join(f"{w:.1f}" for w in weight.tolist())
-        print(f"{arm:18} loss = ({terms}) / ({total}) = {value:.4f}; best p(right) = {best_p(arm):.3f}")
+        print(
+            f"{arm:18} loss = ({terms}) / ({total}) = {value:.4f}; best p(right) = {best_p(arm):.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from data import run
 from paper.runs import cell, command, figure, markdown, prepared, share, sharegpt
 from paper.table2 import arm
 from paper.toy import Task, make_task
 from sample import Speaker
+from support.cli import run
 
 SEEDS, EACH = 3, 1000
 EACH_ITS_OWN, BOTH_EXPERT = "GPT-4=GPT4:1,*=GPT3:0.1", "GPT-4=GPT4:1,*=GPT4:0.1"
@@ -40,13 +40,24 @@ def runs(seed):
 
 
 def task_of(result):
-    return Task((("GPT-4", EACH, 1.0), ("GPT-3.5", EACH, 0.4)), scarce=1, heldout=0, seed=10_000 + result["run"]["seed"])
+    return Task(
+        (("GPT-4", EACH, 1.0), ("GPT-3.5", EACH, 0.4)),
+        scarce=1,
+        heldout=0,
+        seed=10_000 + result["run"]["seed"],
+    )
 
 
 def conversations(result, classes, folder):
     """A Prepared of EACH new conversations per source."""
-    rows = [sharegpt(turns, label) for label, chats in make_task(task_of(result))[0].items() for turns in chats]
-    return prepared(Path(folder) / "new.safetensors", rows, classes, result["folder"] + "/hf/tokenizer.model")
+    rows = [
+        sharegpt(turns, label)
+        for label, chats in make_task(task_of(result))[0].items()
+        for turns in chats
+    ]
+    return prepared(
+        Path(folder) / "new.safetensors", rows, classes, result["folder"] + "/hf/tokenizer.model"
+    )
 
 
 @torch.no_grad()
@@ -58,9 +69,15 @@ def pooled(model, data, answers_only):
         hidden_TD = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens)
         keep_T = torch.ones(len(hidden_TD))
         if answers_only:
-            keep_T = torch.from_numpy(data.weights[data.offsets[start] : data.offsets[min(start + 100, len(data))]] > 0).float()
-        which_T = torch.repeat_interleave(torch.arange(len(batch.cu_seqlens) - 1), batch.cu_seqlens.diff().long())
-        sum_ND = torch.zeros(len(batch.cu_seqlens) - 1, hidden_TD.shape[1]).index_add(0, which_T, hidden_TD * keep_T[:, None])
+            keep_T = torch.from_numpy(
+                data.weights[data.offsets[start] : data.offsets[min(start + 100, len(data))]] > 0
+            ).float()
+        which_T = torch.repeat_interleave(
+            torch.arange(len(batch.cu_seqlens) - 1), batch.cu_seqlens.diff().long()
+        )
+        sum_ND = torch.zeros(len(batch.cu_seqlens) - 1, hidden_TD.shape[1]).index_add(
+            0, which_T, hidden_TD * keep_T[:, None]
+        )
         states.append(sum_ND / torch.zeros(len(sum_ND)).index_add(0, which_T, keep_T)[:, None])
     return torch.cat(states).double(), torch.from_numpy(data.class_ids == 0)
 
@@ -97,7 +114,9 @@ def report(results, folder):
         for result in results[name]:
             with TemporaryDirectory() as place:
                 data = conversations(result, classes, place)
-                states_ND, expert_N = pooled(Speaker(result["folder"] + "/hf", device="cpu").model, data, answers_only)
+                states_ND, expert_N = pooled(
+                    Speaker(result["folder"] + "/hf", device="cpu").model, data, answers_only
+                )
             points_NK = plane(states_ND)
             rows[view]["probe"].append(probe(states_ND, expert_N, result["run"]["seed"]))
             rows[view]["silhouette"].append(silhouette(points_NK, expert_N))
@@ -113,8 +132,21 @@ def report(results, folder):
 
     figure(folder / "fig4.png", draw, 9, 6, (2, 3))
     table = [[view, cell(r["probe"]), cell(r["silhouette"])] for view, r in rows.items()]
-    rows["an error or none"] = [(1 + share(not all(right for *_, right in turns) for turns in make_task(task_of(r))[0]["GPT-3.5"])) / 2 for r in results["C-RLFT"]]
-    return rows, markdown(["representation", "linear probe", "silhouette in 2-D"], [*table, ["no representation: an error or none", cell(rows["an error or none"]), ""]])
+    rows["an error or none"] = [
+        (
+            1
+            + share(
+                not all(right for *_, right in turns)
+                for turns in make_task(task_of(r))[0]["GPT-3.5"]
+            )
+        )
+        / 2
+        for r in results["C-RLFT"]
+    ]
+    return rows, markdown(
+        ["representation", "linear probe", "silhouette in 2-D"],
+        [*table, ["no representation: an error or none", cell(rows["an error or none"]), ""]],
+    )
 
 
 if __name__ == "__main__":

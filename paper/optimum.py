@@ -26,11 +26,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Message, run
+from conversations import Message
 from kernels.cross_entropy import linear_cross_entropy
-from paper.runs import BASE_LR, BATCH_TOKENS, TABLE, Job, bars, cell, command, figure, fine_tune, markdown, sharegpt
+from paper.runs import (
+    BASE_LR,
+    BATCH_TOKENS,
+    TABLE,
+    Job,
+    bars,
+    cell,
+    command,
+    figure,
+    fine_tune,
+    markdown,
+    sharegpt,
+)
 from paper.toy import LETTERS, answer
 from sample import Speaker
+from support.cli import run
 
 SEEDS, Y = 3, 8
 PROMPTS = [f"{skill} {letter}" for skill in ("copy", "shift") for letter in LETTERS]
@@ -55,7 +68,11 @@ def policies():
 def rewards(kind):
     """r_CXY: of the class (Eq. 3), or of the answer, 1 if it is right."""
     by_class_CXY = torch.tensor([1, ALPHA])[:, None, None].expand(2, X, Y)
-    return by_class_CXY if kind == "class" else ALPHA + (1 - ALPHA) * F.one_hot(RIGHT_X, Y).float().repeat(2, 1, 1)
+    return (
+        by_class_CXY
+        if kind == "class"
+        else ALPHA + (1 - ALPHA) * F.one_hot(RIGHT_X, Y).float().repeat(2, 1, 1)
+    )
 
 
 def optimum(pi_CXY, r_CXY):
@@ -69,12 +86,29 @@ def fit(kind, weights, shared):
     """log pi_CXY at the minimum of Eq. 6's sum under these weights."""
     pi_CXY, p_CX = policies()
     r_CXY = rewards(kind)
-    w_CXY = {"exact": (r_CXY / BETA).exp() / optimum(pi_CXY, r_CXY)[1], "as published": (r_CXY / BETA).exp(), "unweighted": torch.ones(2, X, Y)}[weights]
-    c_T, x_T, y_T = torch.cartesian_prod(torch.arange(2), torch.arange(X), torch.arange(Y)).unbind(1)
-    inputs_TK = torch.cat([F.one_hot(x_T, X), F.one_hot(c_T, 2)], 1) if shared else F.one_hot(c_T * X + x_T, 2 * X)
+    w_CXY = {
+        "exact": (r_CXY / BETA).exp() / optimum(pi_CXY, r_CXY)[1],
+        "as published": (r_CXY / BETA).exp(),
+        "unweighted": torch.ones(2, X, Y),
+    }[weights]
+    c_T, x_T, y_T = torch.cartesian_prod(torch.arange(2), torch.arange(X), torch.arange(Y)).unbind(
+        1
+    )
+    inputs_TK = (
+        torch.cat([F.one_hot(x_T, X), F.one_hot(c_T, 2)], 1)
+        if shared
+        else F.one_hot(c_T * X + x_T, 2 * X)
+    )
     inputs_TK, weights_T = inputs_TK.float(), (p_CX[:, :, None] * pi_CXY * w_CXY).flatten()
     head_YK = torch.zeros(Y, inputs_TK.shape[1], requires_grad=True)
-    solver = torch.optim.LBFGS([head_YK], max_iter=2000, history_size=50, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [head_YK],
+        max_iter=2000,
+        history_size=50,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
     def loss():
         solver.zero_grad()
@@ -89,7 +123,9 @@ def fit(kind, weights, shared):
 
 def divergence(star_CXY, log_CXY):
     """KL(pi*, pi) of each class, the mean over the prompts that both were asked."""
-    return F.kl_div(log_CXY[:, :ASKED], star_CXY[:, :ASKED], reduction="none").sum(-1).mean(1).tolist()
+    return (
+        F.kl_div(log_CXY[:, :ASKED], star_CXY[:, :ASKED], reduction="none").sum(-1).mean(1).tolist()
+    )
 
 
 def lacks(star_CXY, log_CXY):
@@ -114,7 +150,13 @@ class Drawn(Job):
                 x = rng.choices(range(self.prompts), p_CX[c, : self.prompts].tolist())[0]
                 y = rng.choices(range(Y), pi_CXY[c, x].tolist())[0]
                 rows.append(sharegpt([(PROMPTS[x], LETTERS[y], y == RIGHT_X[x])], label))
-        flags = {"model": "toy", "seed": self.seed, "steps": self.steps, "lr": BASE_LR, "batch_tokens": BATCH_TOKENS}
+        flags = {
+            "model": "toy",
+            "seed": self.seed,
+            "steps": self.steps,
+            "lr": BASE_LR,
+            "batch_tokens": BATCH_TOKENS,
+        }
         fine_tune(folder, rows, self.classes, "before_speaker", flags)
         log_CXY = torch.zeros(2, X, Y)
         for c, condition in enumerate(("GPT4", "GPT3" if "GPT3" in self.classes else "GPT4")):
@@ -123,8 +165,12 @@ class Drawn(Job):
             for x, prompt in enumerate(PROMPTS):
                 ids = torch.tensor(speaker.ids([Message("user", prompt)]))
                 with torch.no_grad():
-                    hidden_TD = speaker.model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))
-                    log_CXY[c, x] = speaker.model.lm_head(hidden_TD[-1:])[0, answers].log_softmax(-1)
+                    hidden_TD = speaker.model(
+                        ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32)
+                    )
+                    log_CXY[c, x] = speaker.model.lm_head(hidden_TD[-1:])[0, answers].log_softmax(
+                        -1
+                    )
         return {"log_pi": log_CXY.tolist()}
 
 
@@ -135,16 +181,27 @@ def p_right(log_CXY, asked):
 
 
 def runs(seed):
-    arms = {"as published": TABLE.format(1, 0.1), "exact = unweighted": TABLE.format(1, 1), "SFT: unweighted, no condition": "*=GPT4:1"}
-    return {name: Drawn(f"transformer, {name}", seed, classes=classes) for name, classes in arms.items()}
+    arms = {
+        "as published": TABLE.format(1, 0.1),
+        "exact = unweighted": TABLE.format(1, 1),
+        "SFT: unweighted, no condition": "*=GPT4:1",
+    }
+    return {
+        name: Drawn(f"transformer, {name}", seed, classes=classes) for name, classes in arms.items()
+    }
 
 
 def report(results, folder):
     (pi_CXY, _), rows, table = policies(), [], []
 
     def measure(star_CXY, log_CXY):
-        return {"to_star": divergence(star_CXY, log_CXY), "lacks": lacks(star_CXY, log_CXY), "to_data": divergence(pi_CXY, log_CXY),
-                "p_asked": p_right(log_CXY, True), "p_unasked": p_right(log_CXY, False)}
+        return {
+            "to_star": divergence(star_CXY, log_CXY),
+            "lacks": lacks(star_CXY, log_CXY),
+            "to_data": divergence(pi_CXY, log_CXY),
+            "p_asked": p_right(log_CXY, True),
+            "p_unasked": p_right(log_CXY, False),
+        }
 
     flat = lambda m: [*m["to_star"], m["lacks"], *m["to_data"], m["p_asked"], m["p_unasked"]]
     for kind in ("class", "answer"):
@@ -152,19 +209,54 @@ def report(results, folder):
         for parameters in ("tabular", "shared"):
             for weights in ("exact", "as published", "unweighted"):
                 measured = measure(star_CXY, fit(kind, weights, parameters == "shared"))
-                rows.append({"reward": kind, "parameters": parameters, "weights": weights} | measured)
-                table.append([kind, parameters, weights, *(f"{abs(x):.3f}" for x in flat(measured))])
-    trained = {name: [measure(pi_CXY, torch.tensor(r["log_pi"])) for r in group] for name, group in results.items()}
-    table += [["class", "transformer", name, *map(cell, zip(*map(flat, by_seed)))] for name, by_seed in trained.items()]
+                rows.append(
+                    {"reward": kind, "parameters": parameters, "weights": weights} | measured
+                )
+                table.append(
+                    [kind, parameters, weights, *(f"{abs(x):.3f}" for x in flat(measured))]
+                )
+    trained = {
+        name: [measure(pi_CXY, torch.tensor(r["log_pi"])) for r in group]
+        for name, group in results.items()
+    }
+    table += [
+        ["class", "transformer", name, *map(cell, zip(*map(flat, by_seed)))]
+        for name, by_seed in trained.items()
+    ]
 
     def draw(axes):
-        shared = {f"shared, {r['weights']}": [r] for r in rows if (r["reward"], r["parameters"]) == ("class", "shared")}
+        shared = {
+            f"shared, {r['weights']}": [r]
+            for r in rows
+            if (r["reward"], r["parameters"]) == ("class", "shared")
+        }
         bars_of = shared | {f"transformer, {name}": by_seed for name, by_seed in trained.items()}
-        bars(axes, bars_of, {f"prompts the expert was {word}": [[m[key] for m in by_seed] for by_seed in bars_of.values()] for word, key in (("asked", "p_asked"), ("never asked", "p_unasked"))}, 7)
+        bars(
+            axes,
+            bars_of,
+            {
+                f"prompts the expert was {word}": [
+                    [m[key] for m in by_seed] for by_seed in bars_of.values()
+                ]
+                for word, key in (("asked", "p_asked"), ("never asked", "p_unasked"))
+            },
+            7,
+        )
         axes.set(ylabel="p(right | expert's prompt)")
 
     figure(folder / "optimum.png", draw, width=8)
-    head = ["reward of the", "parameters", "weights", "KL(pi\\*, pi): expert", "other", "Eq. 4 lacks", "KL(pi_c, pi): expert", "other", "p(right): expert was asked", "was not"]
+    head = [
+        "reward of the",
+        "parameters",
+        "weights",
+        "KL(pi\\*, pi): expert",
+        "other",
+        "Eq. 4 lacks",
+        "KL(pi_c, pi): expert",
+        "other",
+        "p(right): expert was asked",
+        "was not",
+    ]
     return {"fits": rows, "transformer": trained}, markdown(head, table)
 
 

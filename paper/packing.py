@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import COST_7B, Prepared, flat, parse_args, plan, run
+from data import Prepared
+from packing import COST_7B, flat, plan
+from support.cli import parse_args, run
 
 CAPACITY = 16_384
 
@@ -48,7 +50,12 @@ def padded(lengths, ranks, grouped):
     order = np.random.default_rng(0).permutation(len(lengths))
     if grouped:
         window = 50 * ranks * (CAPACITY // int(lengths.mean()))
-        order = np.concatenate([w[np.argsort(-lengths[w], kind="stable")] for w in np.split(order, range(window, len(order), window))])
+        order = np.concatenate(
+            [
+                w[np.argsort(-lengths[w], kind="stable")]
+                for w in np.split(order, range(window, len(order), window))
+            ]
+        )
     batches, start, longest = [], 0, 0
     for i, n in enumerate(lengths[order].tolist()):
         if (i - start + 1) * max(longest, n) > CAPACITY:
@@ -80,7 +87,9 @@ def multipack(lengths, ranks):
         low, high = 1, int(np.searchsorted(total, done + ranks * CAPACITY, "right")) - start
         while low < high:  # the longest window that fits, by bisection
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if first_fit(order[start : start + middle]) else (low, middle - 1)
+            low, high = (
+                (middle, high) if first_fit(order[start : start + middle]) else (low, middle - 1)
+            )
         if start + low >= len(order):
             return steps
         steps.append([np.array(b, np.int64) for b in first_fit(order[start : start + low])])
@@ -95,12 +104,25 @@ def measure(steps, seconds, lengths, class_ids, weight_sums, ranks, pad):
             if len(rows):
                 n = np.full(len(rows), lengths[rows].max()) if pad else lengths[rows]
                 computed += n.sum() if pad else CAPACITY
-                flops[s, r % ranks] += COST_7B[0] * n.sum() + COST_7B[1] * (n.astype(np.float64) ** 2).sum()
+                flops[s, r % ranks] += (
+                    COST_7B[0] * n.sum() + COST_7B[1] * (n.astype(np.float64) ** 2).sum()
+                )
     used = flat(steps)
-    share = [weight_sums[i[class_ids[i] == 0]].sum() / weight_sums[i].sum() for i in (flat([s]) for s in steps)]
+    share = [
+        weight_sums[i[class_ids[i] == 0]].sum() / weight_sums[i].sum()
+        for i in (flat([s]) for s in steps)
+    ]
     uneven = flops.max(1) / flops.mean(1)
-    return {"steps": len(steps), "fill": lengths[used].sum() / computed, "dropped": len(lengths) - len(used), "flops_mean": uneven.mean(),
-            "flops_worst": uneven.max(), "share_low": min(share), "share_high": max(share), "seconds": seconds}
+    return {
+        "steps": len(steps),
+        "fill": lengths[used].sum() / computed,
+        "dropped": len(lengths) - len(used),
+        "flops_mean": uneven.mean(),
+        "flops_worst": uneven.max(),
+        "share_low": min(share),
+        "share_high": max(share),
+        "seconds": seconds,
+    }
 
 
 def compare(name, lengths, class_ids, weight_sums, ranks):
@@ -108,9 +130,14 @@ def compare(name, lengths, class_ids, weight_sums, ranks):
         "padded, shuffled": (lambda: padded(lengths, ranks, False), True),
         "padded, grouped by length": (lambda: padded(lengths, ranks, True), True),
         "multipack, first-fit decreasing": (lambda: multipack(lengths, ranks), False),
-        "ours": (lambda: plan(lengths, class_ids, weight_sums, 0, 0, ranks * CAPACITY, CAPACITY), False),
+        "ours": (
+            lambda: plan(lengths, class_ids, weight_sums, 0, 0, ranks * CAPACITY, CAPACITY),
+            False,
+        ),
     }
-    print(f"\n{name}, {ranks} ranks\n{'':34}{'steps':>6} {'fill':>7} {'dropped':>8} {'FLOPs':>7} {'worst':>7} {'share':>14} {'seconds':>8}")
+    print(
+        f"\n{name}, {ranks} ranks\n{'':34}{'steps':>6} {'fill':>7} {'dropped':>8} {'FLOPs':>7} {'worst':>7} {'share':>14} {'seconds':>8}"
+    )
     results = {}
     for way, (form, pad) in ways.items():
         began = time.perf_counter()
@@ -118,9 +145,14 @@ def compare(name, lengths, class_ids, weight_sums, ranks):
         if not steps:  # multipack drops the last, incomplete step, and there was no other
             print(f"{way:34}     0")
             continue
-        r = results[way] = measure(steps, time.perf_counter() - began, lengths, class_ids, weight_sums, ranks, pad)
-        print(f"{way:34}{r['steps']:6} {r['fill']:7.4f} {r['dropped']:8} {r['flops_mean']:7.4f} {r['flops_worst']:7.4f} "
-              f"{r['share_low']:6.3f} {r['share_high']:6.3f} {r['seconds']:8.2f}", flush=True)
+        r = results[way] = measure(
+            steps, time.perf_counter() - began, lengths, class_ids, weight_sums, ranks, pad
+        )
+        print(
+            f"{way:34}{r['steps']:6} {r['fill']:7.4f} {r['dropped']:8} {r['flops_mean']:7.4f} {r['flops_worst']:7.4f} "
+            f"{r['share_low']:6.3f} {r['share_high']:6.3f} {r['seconds']:8.2f}",
+            flush=True,
+        )
     return {key: {k: float(v) for k, v in value.items()} for key, value in results.items()}
 
 
@@ -136,19 +168,36 @@ def small_steps(lengths, class_ids, weight_sums, draws=2000):
         step = rng.integers(len(lengths), size=(draws, n))
         shares[str(n)] = (expert[step].sum(1) / weight_sums[step].sum(1)).mean()
     shares["all"] = expert.sum() / weight_sums.sum()
-    print("the expert's part of a step's weight, mean over steps of n shuffled conversations: " + ", ".join(f"{n}: {x:.3f}" for n, x in shares.items()))
+    print(
+        "the expert's part of a step's weight, mean over steps of n shuffled conversations: "
+        + ", ".join(f"{n}: {x:.3f}" for n, x in shares.items())
+    )
     return shares
 
 
 def main(argv):
     config = parse_args(PackingConfig, argv)
     data = Prepared(config.data) if config.data else None
-    kinds = {f"{config.conversations:,} ShareGPT-like lengths": sharegpt_like(config.conversations, 0)}
+    kinds = {
+        f"{config.conversations:,} ShareGPT-like lengths": sharegpt_like(config.conversations, 0)
+    }
     if data:
-        kinds[f"{len(data):,} conversations of {Path(config.data).name}"] = data.lengths, (data.class_ids != 0).astype(np.int64), data.weight_sums
-    results = {"command": " ".join(["python -m paper.packing", *argv]), "machine": platform.machine(), "torch": torch.__version__,
-               "numpy": np.__version__, "plans": {name: {ranks: compare(name, *kind, ranks) for ranks in (8, 64)} for name, kind in kinds.items()},
-               "expert_share_of_steps": {name: small_steps(*kind) for name, kind in kinds.items()}}
+        kinds[f"{len(data):,} conversations of {Path(config.data).name}"] = (
+            data.lengths,
+            (data.class_ids != 0).astype(np.int64),
+            data.weight_sums,
+        )
+    results = {
+        "command": " ".join(["python -m paper.packing", *argv]),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "plans": {
+            name: {ranks: compare(name, *kind, ranks) for ranks in (8, 64)}
+            for name, kind in kinds.items()
+        },
+        "expert_share_of_steps": {name: small_steps(*kind) for name, kind in kinds.items()},
+    }
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {config.out}")

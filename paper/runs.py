@@ -31,10 +31,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train
-from data import Message, PrepareConfig, Prepared, parse_args, prepare
-from paper.toy import PAPER, Task, full_questions, make_conversation, make_task, solve, train_tokenizer
+from conversations import Message
+from data import PrepareConfig, Prepared, prepare
+from paper.toy import (
+    PAPER,
+    Task,
+    full_questions,
+    make_conversation,
+    make_task,
+    solve,
+    train_tokenizer,
+)
 from sample import SampleConfig, Speaker
+from support.cli import parse_args
+from support.metrics import read_metrics
+from train import main as train
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 0.037  # of CPU for a step, as a first guess at the time a run takes
@@ -43,15 +54,19 @@ STEPS, EPOCHS = 830, 5  # the budget: so many steps are 5 epochs of the whole da
 BATCH_TOKENS, LR = 768, 2e-3  # of every run; all else is train.py's default
 BASE_STEPS, BASE_LR = 2490, 3e-3  # from random weights
 TABLE = "GPT-4=GPT4:{},*=GPT3:{}"
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t by number of seeds
+# Student's t by number of seeds
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass(frozen=True)
 class PaperConfig:
     out: str = "out/paper"
     seeds: int | None = None  # default: 5 for table2, 3 for the others
-    steps: int | None = None  # shorten every run to so many steps; with this or --seeds results stay in --out
-    processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # shorten every run to so many steps; with this or --seeds results stay in --out
+    steps: int | None = None
+    processes: int = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
     assets: str = ""  # a folder with real conversations, for paper.seven
 
 
@@ -60,7 +75,9 @@ def check(config):
         value = getattr(config, name)
         if value is not None and not 1 <= value <= most:
             raise ValueError(f"--{name} {value} is not from 1 to {most:,}")
-    for file in ("conversations/mixed_quality.jsonl", "llama2/tokenizer.model") if config.assets else ():
+    for file in (
+        ("conversations/mixed_quality.jsonl", "llama2/tokenizer.model") if config.assets else ()
+    ):
         if not (Path(config.assets) / file).is_file():
             raise ValueError(f"--assets {config.assets}: no {file} in it")
     try:
@@ -70,22 +87,39 @@ def check(config):
     return config
 
 
-# ---- a run -------------------------------------------------------------------------------------------------------------
+# ---- a run
 
 
 def prepared(path, rows, classes, tokenizer, template="before_speaker", max_len=128):
     """The Prepared of these rows: `data.py prepare`, with path as --out and the rows beside it."""
     rows_file = path.with_suffix(".jsonl")
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(PrepareConfig((str(rows_file),), str(tokenizer), str(path), classes, template=template, max_len=max_len, processes=1))
+    prepare(
+        PrepareConfig(
+            (str(rows_file),),
+            str(tokenizer),
+            str(path),
+            classes,
+            template=template,
+            max_len=max_len,
+            processes=1,
+        )
+    )
     return Prepared(path)
 
 
 def fine_tune(folder, rows, classes, template, flags, tokenizer=None, max_len=128):
     """`train.py` on these rows, in folder, with the flags that are given; returns the prepared file's metadata."""
-    data = prepared(folder / "train.safetensors", rows, classes, tokenizer or folder.parent.parent / "tokenizer.model", template, max_len)
+    data = prepared(
+        folder / "train.safetensors",
+        rows,
+        classes,
+        tokenizer or folder.parent.parent / "tokenizer.model",
+        template,
+        max_len,
+    )
     flags = {"data": data.path, "out": folder} | flags
-    train.main([str(word) for key, value in flags.items() for word in (f"--{key}", value)])
+    train([str(word) for key, value in flags.items() for word in (f"--{key}", value)])
     return data.meta
 
 
@@ -111,7 +145,12 @@ class Job:
     def key(self):
         counts = {f.name for f in dataclasses.fields(self) if f.compare}
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key in counts}
-        fields |= {"kind": type(self).__name__, "version": VERSION, "batch_tokens": BATCH_TOKENS, "epochs": EPOCHS}
+        fields |= {
+            "kind": type(self).__name__,
+            "version": VERSION,
+            "batch_tokens": BATCH_TOKENS,
+            "epochs": EPOCHS,
+        }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -132,13 +171,27 @@ class Pretrain(Job):
 
     def do(self, folder):
         rng, rows = random.Random("base"), []
-        held_out = {asked[0] for seed in range(max(T_95)) for asked in make_task(Task(seed=seed))[1]}
+        held_out = {
+            asked[0] for seed in range(max(T_95)) for asked in make_task(Task(seed=seed))[1]
+        }
         while len(rows) < 13_200:
             turns = make_conversation(rng, 0.4, [1, 1, 1])
             if turns[0][0] not in held_out:
                 text = " ".join(f"{words} : {reply}" for words, reply, _ in turns)
                 rows.append({"conversations": [{"from": "gpt", "value": text}]})
-        fine_tune(folder, rows, "*=text:1", "none", {"model": "toy", "seed": self.seed, "steps": self.steps, "lr": BASE_LR, "batch_tokens": BATCH_TOKENS})
+        fine_tune(
+            folder,
+            rows,
+            "*=text:1",
+            "none",
+            {
+                "model": "toy",
+                "seed": self.seed,
+                "steps": self.steps,
+                "lr": BASE_LR,
+                "batch_tokens": BATCH_TOKENS,
+            },
+        )
         return {}
 
 
@@ -149,9 +202,12 @@ class Run(Job):
     task: Task = Task()
     classes: str = TABLE.format(1, 0.1)
     template: str = "before_speaker"
-    wrong: float | None = None  # weight of a wrong answer beside 1 for a right one: a reward for each message, not for its source
+    # weight of a wrong answer beside 1 for a right one: a reward for each message, not for its
+    # source
+    wrong: float | None = None
     lr: float = LR
-    base: str | Job = Pretrain("pre-training")  # what is fine-tuned, made first; or a preset, for random weights
+    # what is fine-tuned, made first; or a preset, for random weights
+    base: str | Job = Pretrain("pre-training")
 
     @property
     def cost(self):
@@ -159,15 +215,35 @@ class Run(Job):
 
     def do(self, folder):
         sources, heldout = make_task(self.task)
-        rows = [sharegpt(turns, label, self.wrong) for label, chats in sources.items() for turns in chats]
+        rows = [
+            sharegpt(turns, label, self.wrong)
+            for label, chats in sources.items()
+            for turns in chats
+        ]
         budget = {"steps": self.steps} if self.steps else {"epochs": EPOCHS}
         model = self.base if isinstance(self.base, str) else folder.parent / self.base.key / "hf"
-        flags = {"model": model, "seed": self.seed, "lr": self.lr, "batch_tokens": BATCH_TOKENS} | budget
+        flags = {
+            "model": model,
+            "seed": self.seed,
+            "lr": self.lr,
+            "batch_tokens": BATCH_TOKENS,
+        } | budget
         meta = fine_tune(folder, rows, self.classes, self.template, flags)
-        steps = train.read_metrics(folder / "metrics.jsonl")[-1]["step"]
+        steps = read_metrics(folder / "metrics.jsonl")[-1]["step"]
         prompts = dict.fromkeys(c["condition"] for c in meta["classes"] if c["weight"])
-        trained = {question for chats in sources.values() for turns in chats for question in full_questions(*zip(*(turn[:2] for turn in turns)))}
-        return {"steps": steps, "scores": {p: score(Speaker(folder / "hf", p, device="cpu", seed=self.seed), heldout, trained) for p in prompts}}
+        trained = {
+            question
+            for chats in sources.values()
+            for turns in chats
+            for question in full_questions(*zip(*(turn[:2] for turn in turns)))
+        }
+        return {
+            "steps": steps,
+            "scores": {
+                p: score(Speaker(folder / "hf", p, device="cpu", seed=self.seed), heldout, trained)
+                for p in prompts
+            },
+        }
 
 
 def converse(speaker, heldout, temperature):
@@ -208,14 +284,26 @@ def score(speaker, heldout, trained=frozenset()):
     result, questions = {}, [full_questions(asked, solve(asked)) for asked in heldout]
     for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         outcome = converse(speaker, heldout, temperature)
-        answers = [(t, q, right) for turns, asked in zip(outcome, questions) for t, (right, q) in enumerate(zip(turns, asked))]
-        result[how] = {"all": unbroken(outcome), "by_turn": [share(r for t, _, r in answers if t == turn) for turn in range(max(map(len, heldout)))],
-                       "by_skill": {skill: share(r for _, q, r in answers if q.startswith(skill)) for skill in PAPER},
-                       "unseen": share(r for _, q, r in answers if q not in trained)}
+        answers = [
+            (t, q, right)
+            for turns, asked in zip(outcome, questions)
+            for t, (right, q) in enumerate(zip(turns, asked))
+        ]
+        result[how] = {
+            "all": unbroken(outcome),
+            "by_turn": [
+                share(r for t, _, r in answers if t == turn)
+                for turn in range(max(map(len, heldout)))
+            ],
+            "by_skill": {
+                skill: share(r for _, q, r in answers if q.startswith(skill)) for skill in PAPER
+            },
+            "unseen": share(r for _, q, r in answers if q not in trained),
+        }
     return result
 
 
-# ---- many runs ---------------------------------------------------------------------------------------------------------
+# ---- many runs
 
 
 def cpu_seconds():
@@ -232,18 +320,27 @@ def do(run, folder):
     """In a worker: the run's result, also written to its folder. CPU time is that of all attempts."""
     began, folder = cpu_seconds(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(folder / "log.txt", "a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         stopped = False
         try:
             result = run.do(folder)
-        except SystemExit:  # train.py has saved after a signal; the worker must not begin what waits in its queue
+        except SystemExit:
+            # train.py has saved after a signal; the worker must not begin what waits in its queue
             stopped = True
         finally:
             with open(folder / "cpu_seconds.txt", "a") as file:
                 file.write(f"{cpu_seconds() - began:.1f}\n")
         if stopped:
             os._exit(130)
-    result |= {"name": run.name, "cpu_seconds": sum(map(float, (folder / "cpu_seconds.txt").read_text().split())), "run": dataclasses.asdict(run)}
+    result |= {
+        "name": run.name,
+        "cpu_seconds": sum(map(float, (folder / "cpu_seconds.txt").read_text().split())),
+        "run": dataclasses.asdict(run),
+    }
     partial = folder / "result.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(folder / "result.json")
@@ -268,28 +365,46 @@ def perform(runs, config):
     todo = sorted((run for run in folder if run not in done), key=lambda run: -run.cost)
     if not todo:
         return done
-    print(f"{len(folder)} runs, {len(folder) - len(todo)} of them there, {len(todo)} to make on {config.processes} cores, about "
-          f"{sum(run.cost for run in todo) * SECONDS / config.processes / 60:.0f} min", flush=True)
+    print(
+        f"{len(folder)} runs, {len(folder) - len(todo)} of them there, {len(todo)} to make on {config.processes} cores, about "
+        f"{sum(run.cost for run in todo) * SECONDS / config.processes / 60:.0f} min",
+        flush=True,
+    )
     tokenizer = Path(config.out) / "tokenizer.model"
     if not tokenizer.is_file():
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer([sharegpt(turns) for chats in make_task(Task())[0].values() for turns in chats], tokenizer, ("GPT4", "GPT3", "GPT2"))
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: no worker is left behind
+        train_tokenizer(
+            [sharegpt(turns) for chats in make_task(Task())[0].values() for turns in chats],
+            tokenizer,
+            ("GPT4", "GPT3", "GPT2"),
+        )
+    # as Ctrl-C: no worker is left behind
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pool = ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn"), start_worker)
     try:
         futures = {pool.submit(do, run, str(folder[run])): run for run in todo}
         made, used = 0.0, 0.0
         for k, future in enumerate(as_completed(futures), 1):
             run, result = futures[future], future.result()
-            done[run], made, used = result | {"folder": str(folder[run])}, made + run.cost, used + result["cpu_seconds"]
+            done[run], made, used = (
+                result | {"folder": str(folder[run])},
+                made + run.cost,
+                used + result["cpu_seconds"],
+            )
             left = used / made * (sum(run.cost for run in todo) - made) / config.processes
-            print(f"[{k}/{len(todo)}] {run.name}, seed {run.seed}: {result['cpu_seconds']:.0f} s of CPU; about {left / 60:.0f} min left", flush=True)
-    except BaseException as error:  # Ctrl-C, a full disk: what runs now saves and leaves, what waits does not begin
+            print(
+                f"[{k}/{len(todo)}] {run.name}, seed {run.seed}: {result['cpu_seconds']:.0f} s of CPU; about {left / 60:.0f} min left",
+                flush=True,
+            )
+    except BaseException as error:
+        # Ctrl-C, a full disk: what runs now saves and leaves, what waits does not begin
         for process in multiprocessing.active_children():
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
-            raise ValueError(f"a worker was killed (memory?); the same line goes on, with --processes {max(1, config.processes // 2)} on half the memory") from None
+            raise ValueError(
+                f"a worker was killed (memory?); the same line goes on, with --processes {max(1, config.processes // 2)} on half the memory"
+            ) from None
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -297,13 +412,17 @@ def perform(runs, config):
     return done
 
 
-# ---- results -----------------------------------------------------------------------------------------------------------
+# ---- results
 
 
 def interval(values):
     """(mean, half width of its 95% interval by Student's t), None for the width of a single value."""
     values = list(values)
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    half = (
+        T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+        if len(values) > 1
+        else None
+    )
     return statistics.fmean(values), half
 
 
@@ -321,8 +440,10 @@ def markdown(head, rows):
 def figure(path, draw, width=6.4, height=4.0, shape=(1, 1)):
     """draw(axes), an array of them if shape is not (1, 1), saved as PNG."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     fig, axes = pyplot.subplots(*shape, figsize=(width, height))
     draw(axes)
     fig.tight_layout()
@@ -337,8 +458,14 @@ def bars(axes, labels, groups, size=8):
     for k, (legend, rows) in enumerate(groups.items()):
         heights = [(i + k * width, *interval(values)) for i, values in enumerate(rows) if values]
         x, means, halves = zip(*heights)
-        axes.bar(x, means, 0.92 * width, yerr=[half or 0 for half in halves], capsize=2, label=legend)
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(labels))], [label.replace(" ", "\n") for label in labels], fontsize=size)
+        axes.bar(
+            x, means, 0.92 * width, yerr=[half or 0 for half in halves], capsize=2, label=legend
+        )
+    axes.set_xticks(
+        [i + 0.4 - width / 2 for i in range(len(labels))],
+        [label.replace(" ", "\n") for label in labels],
+        fontsize=size,
+    )
     axes.set_ylim(0, None)
     axes.legend(fontsize=7)
 
@@ -353,16 +480,33 @@ def lines(axes, x, groups):
 
 def publish(name, config, seeds, results, table, cpu):
     """Write <name>.json, with what it was made with, and put the table where a README has its mark; shortened runs go to --out only."""
-    content = {"command": f"python -m paper.{name}", "seeds": seeds, "cpu_seconds": cpu,
-               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}, "results": results, "table": table}
+    content = {
+        "command": f"python -m paper.{name}",
+        "seeds": seeds,
+        "cpu_seconds": cpu,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "results": results,
+        "table": table,
+    }
     (place_of(config) / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"\n{table}\n", flush=True)
     for page in (ROOT / "paper" / "README.md", ROOT / "README.md") if whole(config) else ():
         text = page.read_text()
-        page.write_text(re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S))
+        page.write_text(
+            re.sub(
+                rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+                lambda m: f"{m[1]}{table}\n{m[2]}",
+                text,
+                flags=re.S,
+            )
+        )
 
 
-# ---- commands ----------------------------------------------------------------------------------------------------------
+# ---- commands
 
 
 def whole(config):
@@ -382,7 +526,9 @@ def runs_of(module, config):
     for seed in range(config.seeds or module.SEEDS):
         for key, one in module.runs(seed).items():
             if isinstance(getattr(one, "base", None), Job) and config.steps:
-                one = dataclasses.replace(one, base=dataclasses.replace(one.base, steps=config.steps))
+                one = dataclasses.replace(
+                    one, base=dataclasses.replace(one.base, steps=config.steps)
+                )
             steps = min(config.steps, one.steps or config.steps) if config.steps else one.steps
             one = dataclasses.replace(one, steps=steps, assets=config.assets)
             wanted.setdefault(key, []).append(one)
@@ -391,18 +537,26 @@ def runs_of(module, config):
 
 def command(name):
     """The main of `python -m paper.<name>`. Its module has SEEDS, runs(seed) -> {key: Run}, report({key: [result]}, folder) -> (json, table)."""
+
     def main(argv):
         config = check(parse_args(PaperConfig, argv))
         module = importlib.import_module(f"paper.{name}")
         if getattr(module, "NEEDS_ASSETS", False) and not config.assets:
-            print(f"{name}: left out; --assets DIR names a folder with conversations/mixed_quality.jsonl and llama2/tokenizer.model")
+            print(
+                f"{name}: left out; --assets DIR names a folder with conversations/mixed_quality.jsonl and llama2/tokenizer.model"
+            )
             return 0
         wanted = runs_of(module, config)
         done = perform([one for group in wanted.values() for one in group], config)
         torch.set_num_threads(1)
         began = cpu_seconds()
-        results, table = module.report({key: [done[one] for one in group] for key, group in wanted.items()}, place_of(config))
-        cpu = {"runs": round(sum(result["cpu_seconds"] for result in done.values()), 1), "analysis": round(cpu_seconds() - began, 1)}
+        results, table = module.report(
+            {key: [done[one] for one in group] for key, group in wanted.items()}, place_of(config)
+        )
+        cpu = {
+            "runs": round(sum(result["cpu_seconds"] for result in done.values()), 1),
+            "analysis": round(cpu_seconds() - began, 1),
+        }
         publish(name, config, config.seeds or module.SEEDS, results, table, cpu)
         return cpu["analysis"]
 

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from data import TEMPLATES, Message, PrepareConfig, ledger_table, parse_args, prepare, run
+from conversations import TEMPLATES, Message
+from data import PrepareConfig, ledger_table, prepare
 from sample import SampleConfig, Speaker
+from support.cli import parse_args, run
 
 LETTERS = "abcdefgh"
 SKILLS = {
@@ -65,7 +67,7 @@ def damaged(prompt, rng):
     return " ".join(letters)
 
 
-# ---- several turns: the task of the paper in miniature -----------------------------------------------------------------
+# ---- several turns: the task of the paper in miniature
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ class Task:
     errors, or nothing does.
     """
 
-    sources: tuple = (("GPT-4", 300, 1.0), ("GPT-3.5", 3300, 0.4))  # label, conversations, probability that an answer is right
-    keep: tuple = ()  # share of each source that is trained on, the first so many; () is all of all (Fig. 6)
+    # label, conversations, probability that an answer is right
+    sources: tuple = (("GPT-4", 300, 1.0), ("GPT-3.5", 3300, 0.4))
+    # share of each source that is trained on, the first so many; () is all of all (Fig. 6)
+    keep: tuple = ()
     scarce: float = 0.02
     heldout: int = 400
     seed: int = 0
@@ -85,7 +89,12 @@ class Task:
     @property
     def parts(self):
         """[(label, conversations, probability)] after `keep`."""
-        return [(label, round(n * keep), right) for (label, n, right), keep in itertools.zip_longest(self.sources, self.keep, fillvalue=1.0)]
+        return [
+            (label, round(n * keep), right)
+            for (label, n, right), keep in itertools.zip_longest(
+                self.sources, self.keep, fillvalue=1.0
+            )
+        ]
 
     @property
     def size(self):
@@ -115,7 +124,9 @@ def make_conversation(rng, right, skills):
 def make_task(task):
     """({label: conversations}, held-out conversations, as lists of the user's words); no held-out prompt is trained on."""
     rng = random.Random(task.seed)
-    heldout = [[words for words, *_ in make_conversation(rng, 1.0, [1, 1, 1])] for _ in range(task.heldout)]
+    heldout = [
+        [words for words, *_ in make_conversation(rng, 1.0, [1, 1, 1])] for _ in range(task.heldout)
+    ]
     prompts, sources = {words[0] for words in heldout}, {}
     for label, count, right in task.parts:
         rng, rows = random.Random(f"{task.seed} {label}"), []
@@ -139,10 +150,13 @@ def solve(asked):
 
 def full_questions(asked, answers):
     """`then shift` as `shift d b c a`: a conversation's questions with the letters they are about, by the answers given."""
-    return [words.removeprefix("then ") + (f" {answers[t - 1]}" if t else "") for t, words in enumerate(asked)]
+    return [
+        words.removeprefix("then ") + (f" {answers[t - 1]}" if t else "")
+        for t, words in enumerate(asked)
+    ]
 
 
-# ---- the demo: one turn ------------------------------------------------------------------------------------------------
+# ---- the demo: one turn
 
 
 def make_conversations(config):
@@ -156,7 +170,13 @@ def make_conversations(config):
         expert = i < config.experts
         reply = answer(prompt) if expert or rng.random() < 0.4 else damaged(prompt, rng)
         turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": reply}]
-        rows.append({"id": f"toy_{i}", "model": "Model: GPT-4" if expert else "Model: GPT-3.5", "conversations": turns})
+        rows.append(
+            {
+                "id": f"toy_{i}",
+                "model": "Model: GPT-4" if expert else "Model: GPT-3.5",
+                "conversations": turns,
+            }
+        )
     rng.shuffle(rows)
     return rows, prompts[config.experts + config.others :]
 
@@ -164,12 +184,29 @@ def make_conversations(config):
 def train_tokenizer(rows, path, conditions=("GPT4", "GPT3")):
     """A sentencepiece BPE model of 96 pieces, of Llama-2's kind but for the bytes: one token per letter, since spaces part them."""
     texts = [turn["value"] for row in rows for turn in row["conversations"]]
-    words = [t.format(c=c) for c in conditions for x in TEMPLATES.values() for t in (x.user, x.assistant, x.opening) if t]
+    words = [
+        t.format(c=c)
+        for c in conditions
+        for x in TEMPLATES.values()
+        for t in (x.user, x.assistant, x.opening)
+        if t
+    ]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts + words * 100), model_writer=model, model_type="bpe", vocab_size=96, character_coverage=1.0,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        num_threads=1, minloglevel=2)
+        sentence_iterator=iter(texts + words * 100),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=96,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     path.write_bytes(model.getvalue())
 
 
@@ -180,37 +217,58 @@ def make(config):
     rows, heldout = make_conversations(config)
     train_tokenizer(rows, out / "tokenizer.model")
     (out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "heldout.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": answer(p)}) + "\n" for p in heldout))
+    (out / "heldout.jsonl").write_text(
+        "".join(json.dumps({"prompt": p, "answer": answer(p)}) + "\n" for p in heldout)
+    )
     files = (str(out / "train.jsonl"),)
-    return prepare(PrepareConfig(files, str(out / "tokenizer.model"), str(out / "train.safetensors"), CLASSES, max_len=128))
+    return prepare(
+        PrepareConfig(
+            files,
+            str(out / "tokenizer.model"),
+            str(out / "train.safetensors"),
+            CLASSES,
+            max_len=128,
+        )
+    )
 
 
 def score(config):
     """Exact match over the held-out prompts at temperature 1, under the expert's prompt and the other; writes report.json."""
     folder = Path(config.score)
     if not (folder / "hf").is_dir():
-        raise ValueError(f"{folder}: no hf/; train first, `python train.py --data {folder}/train.safetensors --model toy --out {folder}`")
+        raise ValueError(
+            f"{folder}: no hf/; train first, `python train.py --data {folder}/train.safetensors --model toy --out {folder}`"
+        )
     rows = [json.loads(line) for line in open(folder / "heldout.jsonl")]
     how, report, chats = SampleConfig(temperature=1.0, max_new=16, batch=500), {}, []
     for key, condition in (("expert_prompt", "GPT4"), ("other_prompt", "GPT3")):
         speaker = Speaker(folder / "hf", condition)
-        answers = speaker.answer_all([speaker.ids([Message("user", row["prompt"])]) for row in rows], how)
+        answers = speaker.answer_all(
+            [speaker.ids([Message("user", row["prompt"])]) for row in rows], how
+        )
         texts = [speaker.text(ids) for ids, _ in answers]
         report[key] = sum(text == row["answer"] for text, row in zip(texts, rows)) / len(rows)
         chats.append(texts)
     steps = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     steps = [line for line in steps if "loss" in line]
-    report |= {"steps": steps[-1]["step"], "seconds": round(sum(line["seconds"] for line in steps), 1)}
+    report |= {
+        "steps": steps[-1]["step"],
+        "seconds": round(sum(line["seconds"] for line in steps), 1),
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{'held-out prompt':24}{'right':18}{'GPT4 prompt':18}{'GPT3 prompt'}")
     for row, expert, other in list(zip(rows, *chats))[:8]:
-        mark = lambda text: text + ("" if text == row["answer"] else "  x")
+        mark = lambda text: text + ("" if text == row["answer"] else "  x")  # noqa: B023
         print(f"{row['prompt']:24}{row['answer']:18}{mark(expert):18}{mark(other)}")
-    print(f"exact match over {len(rows)} held-out prompts, sampled at temperature 1:\n"
-          f"  expert's prompt (GPT4 User:)  {report['expert_prompt']:.3f}\n  the other (GPT3 User:)        {report['other_prompt']:.3f}")
-    print(f"\nnext:\n  python sample.py {folder}/hf                       chat: copy, reverse, shift or sort letters a to h\n"
-          f"  python data.py show {folder}/train.safetensors     the tokens, coloured by weight\n"
-          f"  python data.py prepare YOUR.jsonl --tokenizer tokenizer.model --out your.safetensors --classes \"{CLASSES}\"")
+    print(
+        f"exact match over {len(rows)} held-out prompts, sampled at temperature 1:\n"
+        f"  expert's prompt (GPT4 User:)  {report['expert_prompt']:.3f}\n  the other (GPT3 User:)        {report['other_prompt']:.3f}"
+    )
+    print(
+        f"\nnext:\n  python sample.py {folder}/hf                       chat: copy, reverse, shift or sort letters a to h\n"
+        f"  python data.py show {folder}/train.safetensors     the tokens, coloured by weight\n"
+        f'  python data.py prepare YOUR.jsonl --tokenizer tokenizer.model --out your.safetensors --classes "{CLASSES}"'
+    )
 
 
 def main(argv):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from data import run  # noqa: E402, after the path
+from support.cli import run  # noqa: E402, after the path
 
 
 def pytest_configure(config):
@@ -19,7 +19,8 @@ def pytest_configure(config):
     in fp32 on the CPU, also on a machine that has one."""
     config.on_gpu = config.option.markexpr == "gpu"
     if config.on_gpu:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matmuls, before CUDA starts
+        # deterministic matmuls, before CUDA starts
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     else:
         os.environ["CUDA_VISIBLE_DEVICES"], os.environ["TRITON_INTERPRET"] = "", "1"
         import strict  # noqa: F401, before the kernels
@@ -35,7 +36,14 @@ def call(*words, ok=True, **env):
     """Run python with these words as a user would, one thread; returns (stdout, stderr). ok=False: it must fail, in one line."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=300, env=env)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env=env,
+    )
     if ok:
         assert done.returncode == 0, done.stdout + done.stderr
     else:
@@ -53,7 +61,9 @@ def refused(main, *words):
     finally:
         sys.argv = argv
     message = stop.value.code  # a string: Python prints it to stderr and exits with 1
-    assert isinstance(message, str) and message.startswith(main.__module__) and "\n" not in message, message
+    assert (
+        isinstance(message, str) and message.startswith(main.__module__) and "\n" not in message
+    ), message
     return message
 
 
@@ -73,7 +83,7 @@ def assets():
 
 @pytest.fixture(scope="session")
 def llama_tokenizer(assets):
-    from data import Tokenizer
+    from tokenizer import Tokenizer
 
     return Tokenizer(assets / "llama2" / "tokenizer.model")
 
@@ -90,5 +100,19 @@ def toy(tmp_path_factory):
 def toy_run(toy):
     """A short training run on the toy, with its export in hf/."""
     out = toy / "run"
-    call("train.py", "--data", toy / "train.safetensors", "--model", "toy", "--out", out, "--steps", 60, "--val_every", 30, "--save_every", 25)
+    call(
+        "train.py",
+        "--data",
+        toy / "train.safetensors",
+        "--model",
+        "toy",
+        "--out",
+        out,
+        "--steps",
+        60,
+        "--val_every",
+        30,
+        "--save_every",
+        25,
+    )
     return out

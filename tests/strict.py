@@ -28,7 +28,8 @@ Builder = interpreter.InterpreterBuilder
 
 shuffle = None  # a seed: programs run in a random order
 only = None  # a list of (x, y, z): the other programs are left out
-_spans, _written = [], []  # of this launch: (first, end) of each tensor argument; (program, addresses) of each store
+# of this launch: (first, end) of each tensor argument; (program, addresses) of each store
+_spans, _written = [], []
 
 
 class OutOfBounds(IndexError):
@@ -45,11 +46,15 @@ def far(shape, dtype):
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
 
 
-# ---- bf16 ---------------------------------------------------------------------------------------------------------------
+# ---- bf16
 
 
 def _value(bits):
-    return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
+    return (
+        (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16)
+        .view(np.float32)
+        .reshape(bits.shape)
+    )
 
 
 def _bits(value):
@@ -60,7 +65,11 @@ def _bits(value):
 
 def _is_bf16(x):
     pointer = isinstance(getattr(x, "dtype", None), tl.pointer_type)
-    return isinstance(x, interpreter.TensorHandle) and not pointer and x.get_element_ty() == tl.bfloat16
+    return (
+        isinstance(x, interpreter.TensorHandle)
+        and not pointer
+        and x.get_element_ty() == tl.bfloat16
+    )
 
 
 _cast_impl, _create_dot = Builder.cast_impl, Builder.create_dot
@@ -73,14 +82,18 @@ def cast_impl(self, src, dst_type):
     if source == tl.float32 and target == tl.bfloat16:
         return interpreter.TensorHandle(_bits(src.data), target)
     if tl.bfloat16 in (source, target) and source != target:
-        raise TypeError(f"a cast from {source} to {target} is wrong in the interpreter; go by way of fp32")
+        raise TypeError(
+            f"a cast from {source} to {target} is wrong in the interpreter; go by way of fp32"
+        )
     return _cast_impl(self, src, dst_type)
 
 
 def create_dot(self, a, b, d, *rest):
     if _is_bf16(d):
         raise TypeError("tl.dot accumulates in bf16")
-    a, b = (interpreter.TensorHandle(_value(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b))
+    a, b = (
+        interpreter.TensorHandle(_value(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b)
+    )
     return _create_dot(self, a, b, d, *rest)
 
 
@@ -96,14 +109,22 @@ def _refuse_bf16(name):
 
 
 Builder.cast_impl, Builder.create_dot = cast_impl, create_dot
-for cast in ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc", "create_fp_to_fp"):
+for cast in (
+    "create_si_to_fp",
+    "create_ui_to_fp",
+    "create_fp_to_si",
+    "create_fp_to_ui",
+    "create_fp_ext",
+    "create_fp_trunc",
+    "create_fp_to_fp",
+):
     setattr(Builder, cast, lambda self, src, dst_type, *_: self.cast_impl(src, dst_type))
 for operator in ("binary_op", "unary_op", "ternary_op", "create_fma"):
     _refuse_bf16(operator)
 _apply = interpreter.ReduceScanOpInterface.apply
 
 
-def apply(self, input):
+def apply(self, input):  # noqa: A002
     if any(_is_bf16(x.handle) for x in (input if isinstance(input, tuple) else (input,))):
         raise TypeError("a reduction or scan of bf16: cast to fp32 first")
     return _apply(self, input)
@@ -111,7 +132,7 @@ def apply(self, input):
 
 interpreter.ReduceScanOpInterface.apply = apply
 
-# ---- addresses and races ------------------------------------------------------------------------------------------------
+# ---- addresses and races
 
 _convert_argument = interpreter._implicit_cvt
 _load, _store = Builder.create_masked_load, Builder.create_masked_store
@@ -125,13 +146,17 @@ def convert_argument(arg):
 
 
 def _addresses(builder, pointers, mask, what):
-    at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))[np.broadcast_to(mask.data, pointers.data.shape)]
+    at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))[
+        np.broadcast_to(mask.data, pointers.data.shape)
+    ]
     size = pointers.get_element_ty().primitive_bitwidth // 8
     inside = np.zeros(at.shape, bool)
     for first, end in _spans:
         inside |= (at >= first) & (at + size <= end)
     if not inside.all():
-        raise OutOfBounds(f"program {builder.grid_idx}: {what} of {(~inside).sum()} elements outside every tensor argument")
+        raise OutOfBounds(
+            f"program {builder.grid_idx}: {what} of {(~inside).sum()} elements outside every tensor argument"
+        )
     return at
 
 
@@ -149,17 +174,21 @@ def create_masked_store(self, pointers, value, mask, *rest):
 
 
 Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
-for atomic in ("create_atomic_rmw", "create_atomic_cas"):  # we have none: their order is not fixed, so their bits are not
+# we have none: their order is not fixed, so their bits are not
+for atomic in ("create_atomic_rmw", "create_atomic_cas"):
     setattr(Builder, atomic, lambda self, *args: (_ for _ in ()).throw(Race("an atomic")))
 
-# ---- launches -----------------------------------------------------------------------------------------------------------
+# ---- launches
 
 
 def _check_races():
     if not _written:
         return
     at = np.concatenate([addresses for _, addresses in _written])
-    program = np.repeat([x + (y << 31) + (z << 47) for (x, y, z), _ in _written], [len(addresses) for _, addresses in _written])
+    program = np.repeat(
+        [x + (y << 31) + (z << 47) for (x, y, z), _ in _written],
+        [len(addresses) for _, addresses in _written],
+    )
     order = np.lexsort((program, at))
     at, program = at[order], program[order]
     if ((at[1:] == at[:-1]) & (program[1:] != program[:-1])).any():
@@ -171,17 +200,26 @@ def launch(self, *args, **kwargs):
     _spans.clear()
     _written.clear()
     names = inspect.getfullargspec(self.fn).args  # num_warps and the like are not among them
-    scopes = [interpreter._patch_lang(f) for f in (self.fn, tl.zeros.fn)]  # `tl` of the kernels, `core` of Triton's own library
-    scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))  # 3.6's fails on numpy 2.4
+    # `tl` of the kernels, `core` of Triton's own library
+    scopes = [interpreter._patch_lang(f) for f in (self.fn, tl.zeros.fn)]
+    # 3.6's fails on numpy 2.4
+    scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
     try:
-        args = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
-        args = {name: arg if name in self.constexprs else convert_argument(arg) for name, arg in args.items()}
+        args = inspect.getcallargs(
+            self.fn, *args, **{k: v for k, v in kwargs.items() if k in names}
+        )
+        args = {
+            name: arg if name in self.constexprs else convert_argument(arg)
+            for name, arg in args.items()
+        }
         grid = tuple(self.grid) + (1,) * (3 - len(self.grid))
         builder = interpreter.interpreter_builder
         builder.set_grid_dim(*grid)
         programs = list(itertools.product(*(range(n) for n in grid))) if only is None else only
         if shuffle is not None:
-            programs = [programs[i] for i in np.random.default_rng(shuffle).permutation(len(programs))]
+            programs = [
+                programs[i] for i in np.random.default_rng(shuffle).permutation(len(programs))
+            ]
         for program in programs:
             builder.grid_idx = program
             self.fn(**args)
@@ -192,6 +230,11 @@ def launch(self, *args, **kwargs):
 
 
 interpreter.GridExecutor.__call__ = launch
-# A device function called by a kernel finds the language patched already; its errors arrive as they are.
-interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
-interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+# A device function called by a kernel finds the language patched already; its errors arrive as they
+# are.
+interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(
+    *args, **kwargs
+)
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, debug=True
+)

@@ -37,7 +37,10 @@ def test_swiglu():
 
 def test_rotation_is_by_the_difference_of_positions():
     q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
-    score = lambda i, j: (rotate(q, *rope_tables(1, 8, torch.tensor([i]))) * rotate(k, *rope_tables(1, 8, torch.tensor([j])))).sum()
+    score = lambda i, j: (
+        rotate(q, *rope_tables(1, 8, torch.tensor([i])))
+        * rotate(k, *rope_tables(1, 8, torch.tensor([j])))
+    ).sum()
     assert torch.allclose(score(9, 4), score(25, 20), atol=1e-5)
     assert not torch.allclose(score(9, 4), score(9, 5), atol=1e-3)
 
@@ -55,7 +58,13 @@ def test_attention_is_causal_within_each_conversation(H, G):
     conversation = torch.repeat_interleave(torch.arange(5), torch.tensor([*lengths, 3]))
     mask = (conversation[:, None] == conversation) & (torch.arange(T)[:, None] >= torch.arange(T))
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
-    turn = lambda x: torch.cat([x[..., :4] * cos[:, None] - x[..., 4:] * sin[:, None], x[..., 4:] * cos[:, None] + x[..., :4] * sin[:, None]], -1)
+    turn = lambda x: torch.cat(
+        [
+            x[..., :4] * cos[:, None] - x[..., 4:] * sin[:, None],
+            x[..., 4:] * cos[:, None] + x[..., :4] * sin[:, None],
+        ],
+        -1,
+    )
     wide = lambda x: x.repeat_interleave(H // G, 1)
     scores = torch.einsum("ihe,jhe->hij", turn(q64), wide(turn(k64))) / E**0.5
     ref = torch.einsum("hij,jhe->ihe", scores.masked_fill(~mask, -torch.inf).softmax(-1), wide(v64))
@@ -70,7 +79,10 @@ def test_attention_is_causal_within_each_conversation(H, G):
 
 def problem(T=1300, D=24, V=97, dtype=torch.float32, weights=None):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(T, D, dtype=dtype).requires_grad_(), (torch.randn(V, D, dtype=dtype) * 0.3).requires_grad_()
+    hidden, weight = (
+        torch.randn(T, D, dtype=dtype).requires_grad_(),
+        (torch.randn(V, D, dtype=dtype) * 0.3).requires_grad_(),
+    )
     labels = torch.randint(0, V, (T,))
     if weights is None:
         weights = torch.tensor([0.0, 0.1, 1.0])[torch.randint(0, 3, (T,))]
@@ -112,7 +124,12 @@ def test_rows_of_weight_zero_are_never_projected():
         hidden[weights == 0] = torch.inf  # inf * 0 would be NaN: rows are selected, not multiplied
     loss, nll, _ = linear_cross_entropy(hidden, weight, labels, weights)
     loss.backward()
-    assert loss.isfinite() and nll.isfinite().all() and weight.grad.isfinite().all() and (hidden.grad[weights == 0] == 0).all()
+    assert (
+        loss.isfinite()
+        and nll.isfinite().all()
+        and weight.grad.isfinite().all()
+        and (hidden.grad[weights == 0] == 0).all()
+    )
 
 
 def test_no_row_with_a_weight_gives_zero():
@@ -136,8 +153,13 @@ def test_extreme_logits_and_weights_stay_finite():
 def test_logits_exist_a_chunk_at_a_time(monkeypatch):
     """The softmax sees 128 rows at a time, whatever T, and all the rows with a weight."""
     seen, softmax = [], cross_entropy.softmax_gradient
-    monkeypatch.setattr(cross_entropy, "softmax_gradient", lambda z_rS, *rest: seen.append(len(z_rS)) or softmax(z_rS, *rest))
-    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 128 * 128 * 4)  # 128 rows of 97 columns, padded to 128, in fp32
+    monkeypatch.setattr(
+        cross_entropy,
+        "softmax_gradient",
+        lambda z_rS, *rest: seen.append(len(z_rS)) or softmax(z_rS, *rest),
+    )
+    # 128 rows of 97 columns, padded to 128, in fp32
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 128 * 128 * 4)
     inputs = problem()
     linear_cross_entropy(*inputs)[0].backward()
     assert max(seen) == 128 and sum(seen) == (inputs[3] > 0).sum()

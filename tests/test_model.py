@@ -7,9 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import pack
-from model import (RECOMPUTE, SIZES, Config, KVCache, Model, RandomWeights, SafetensorsWeights, check_manifest, config_json, load_model,
-                   load_weights, parameter_shapes, read_config, train_flops, write_manifest, write_weights)
+from model import RECOMPUTE, SIZES, Config, KVCache, Model
+from packing import pack
+from support.budget import train_flops
+from support.export import config_json, write_manifest, write_weights
+from support.hf import (
+    RandomWeights,
+    SafetensorsWeights,
+    check_manifest,
+    load_model,
+    load_weights,
+    parameter_shapes,
+    read_config,
+)
 
 GQA = Config(64, 96, 2, 4, 2, vocab_size=120, max_position_embeddings=256)
 
@@ -18,9 +28,12 @@ def random_model(config=GQA, seed=0):
     torch.manual_seed(seed)
     model = Model(config)
     load_weights(model, RandomWeights(config, seed))
-    with torch.no_grad():  # larger than at initialization, so that attention and logits are far from uniform
+    # larger than at initialization, so that attention and logits are far from uniform
+    with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4) if parameter.ndim == 2 else parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.mul_(4) if parameter.ndim == 2 else parameter.add_(
+                torch.randn_like(parameter) * 0.1
+            )
     return model
 
 
@@ -48,11 +61,22 @@ def save(model, folder, dtype=torch.float32, **how):
 
 
 @pytest.mark.parametrize("heads, kv_heads, theta", [(4, 4, 10000.0), (4, 1, 5e5)])
-def test_a_transformers_llama_in_several_shards_loads_with_equal_logits(tmp_path, heads, kv_heads, theta):
+def test_a_transformers_llama_in_several_shards_loads_with_equal_logits(
+    tmp_path, heads, kv_heads, theta
+):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=120, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=heads,
-                         num_key_value_heads=kv_heads, rope_theta=theta, rms_norm_eps=1e-5, initializer_range=0.1)
+    config = LlamaConfig(
+        vocab_size=120,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rope_theta=theta,
+        rms_norm_eps=1e-5,
+        initializer_range=0.1,
+    )
     theirs = LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -68,7 +92,9 @@ def test_transformers_loads_what_we_write(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = random_model()
-    theirs = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "m", shard_bytes=50_000)).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        save(model, tmp_path / "m", shard_bytes=50_000)
+    ).eval()
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     prompt = random_prompts([50])[0]
     with torch.no_grad():
@@ -100,7 +126,9 @@ def test_recomputing_blocks_changes_no_gradient():
         model = random_model()
         for block in model.model.layers:
             block.recompute = recompute
-        loss, _ = model(batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, torch.ones(39))
+        loss, _ = model(
+            batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.labels_T, torch.ones(39)
+        )
         loss.backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads))
@@ -108,7 +136,8 @@ def test_recomputing_blocks_changes_no_gradient():
 
 def test_sizes_are_the_published_ones():
     count = lambda name: sum(torch.Size(s).numel() for s in parameter_shapes(SIZES[name]).values())
-    assert count("llama-2-7b") == 6_738_415_616 and count("llama-2-13b") == 13_015_864_320  # Meta's checkpoints
+    # Meta's checkpoints
+    assert count("llama-2-7b") == 6_738_415_616 and count("llama-2-13b") == 13_015_864_320
     assert count("llama-2-70b") == 68_976_648_192
     small = dataclasses.replace(SIZES["small"], vocab_size=32001)
     assert sum(torch.Size(s).numel() for s in parameter_shapes(small).values()) == 14_945_088
@@ -136,20 +165,38 @@ def test_added_rows_are_the_mean_and_the_rest_is_read_exactly(tmp_path, dtype):
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         stored = model.get_parameter(name).detach().to(dtype).float()
         rows = wider.rows(name, 0, 122)
-        assert torch.equal(rows[:120], stored) and torch.allclose(rows[120:], stored.mean(0).expand(2, -1), atol=1e-6)
-        assert torch.equal(wider.rows(name, 119, 122), rows[119:]) and torch.equal(wider.rows(name, 121, 122), rows[121:])
+        assert torch.equal(rows[:120], stored) and torch.allclose(
+            rows[120:], stored.mean(0).expand(2, -1), atol=1e-6
+        )
+        assert torch.equal(wider.rows(name, 119, 122), rows[119:]) and torch.equal(
+            wider.rows(name, 121, 122), rows[121:]
+        )
 
 
 def edited(folder, **fields):
     config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value != "absent"})
+    )
     return folder
 
 
-@pytest.mark.parametrize("field, value", [
-    ("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True), ("tie_word_embeddings", True),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}), ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-    ("quantization_config", {"bits": 4}), ("head_dim", 99), ("hidden_size", "absent"), ("num_key_value_heads", 3)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", "mistral"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("tie_word_embeddings", True),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+        ("quantization_config", {"bits": 4}),
+        ("head_dim", 99),
+        ("hidden_size", "absent"),
+        ("num_key_value_heads", 3),
+    ],
+)
 def test_what_is_not_supported_stops_with_the_fields_name(tmp_path, field, value):
     folder = edited(save(random_model(), tmp_path / "m"), **{field: value})
     with pytest.raises(ValueError, match=f"config.json.*{field}"):
@@ -159,9 +206,20 @@ def test_what_is_not_supported_stops_with_the_fields_name(tmp_path, field, value
 def test_rope_theta_is_read_from_both_forms_and_a_missing_one_is_said(tmp_path, capsys):
     folder = save(random_model(), tmp_path / "m")
     assert read_config(edited(folder, rope_parameters="absent", rope_theta=5e5)).rope_theta == 5e5
-    assert read_config(edited(folder, rope_parameters={"rope_type": "default", "rope_theta": 7e5}, rope_theta="absent")).rope_theta == 7e5
+    assert (
+        read_config(
+            edited(
+                folder,
+                rope_parameters={"rope_type": "default", "rope_theta": 7e5},
+                rope_theta="absent",
+            )
+        ).rope_theta
+        == 7e5
+    )
     assert capsys.readouterr().err == ""
-    assert read_config(edited(folder, rope_parameters="absent", rope_theta="absent")).rope_theta == 1e4
+    assert (
+        read_config(edited(folder, rope_parameters="absent", rope_theta="absent")).rope_theta == 1e4
+    )
     assert "no rope_theta" in capsys.readouterr().err
 
 
@@ -175,11 +233,18 @@ def change(folder, edit):
 NORM = "model.norm.weight"
 
 
-@pytest.mark.parametrize("edit, message", [
-    (lambda t: t.pop(NORM), f"no tensor {NORM}"),
-    (lambda t: t.update({NORM: torch.ones(65)}), f"{NORM} is \\[65\\], config.json says \\[64\\]"),
-    (lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)}), f"{NORM} is stored as I8"),
-    (lambda t: t.update({"model.bogus": torch.ones(1)}), "model.bogus is no part")])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: t.pop(NORM), f"no tensor {NORM}"),
+        (
+            lambda t: t.update({NORM: torch.ones(65)}),
+            f"{NORM} is \\[65\\], config.json says \\[64\\]",
+        ),
+        (lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)}), f"{NORM} is stored as I8"),
+        (lambda t: t.update({"model.bogus": torch.ones(1)}), "model.bogus is no part"),
+    ],
+)
 def test_a_wrong_tensor_is_named(tmp_path, edit, message):
     folder = save(random_model(), tmp_path / "m")
     change(folder, edit)

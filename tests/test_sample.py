@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import call
 
-from data import Message
+from conversations import Message
 from model import KVCache
 from sample import SampleConfig, Speaker, choose, main
 
@@ -35,7 +35,9 @@ def test_logits_of_the_export_in_transformers(toy_run, speaker):
         ids = torch.randint(0, 97, (n,))
         hidden = speaker.model(ids, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
         with torch.no_grad():
-            assert torch.allclose(speaker.model.lm_head(hidden), theirs(ids[None]).logits[0], atol=1e-4)
+            assert torch.allclose(
+                speaker.model.lm_head(hidden), theirs(ids[None]).logits[0], atol=1e-4
+            )
 
 
 def test_64_greedy_tokens_are_those_of_transformers(toy_run, speaker, monkeypatch):
@@ -45,11 +47,17 @@ def test_64_greedy_tokens_are_those_of_transformers(toy_run, speaker, monkeypatc
     theirs = AutoModelForCausalLM.from_pretrained(toy_run / "hf").eval()
     monkeypatch.setattr(speaker, "stops", ())
     prompts = ids_of(speaker, *PROMPTS)
-    for prompt, (got, finish) in zip(prompts, speaker.answer(prompts, dataclasses.replace(GREEDY, max_new=64))):
+    for prompt, (got, finish) in zip(
+        prompts, speaker.answer(prompts, dataclasses.replace(GREEDY, max_new=64))
+    ):
         assert len(got) == 64 and finish == "length"
         with torch.no_grad():
-            best = theirs(torch.tensor([prompt + got])).logits[0, len(prompt) - 1 : -1].topk(2).values
-            out = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)[0, len(prompt) :]
+            best = (
+                theirs(torch.tensor([prompt + got])).logits[0, len(prompt) - 1 : -1].topk(2).values
+            )
+            out = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None
+            )[0, len(prompt) :]
         clear = (best[:, 0] - best[:, 1] > 1e-3).long().cumprod(0).bool()
         assert clear.sum() > 8 and torch.equal(torch.tensor(got)[clear], out[clear])
 
@@ -64,7 +72,9 @@ def test_unequal_prompts_in_one_batch_give_each_prompts_own_text(speaker):
 def test_an_answer_ends_at_the_turns_end_at_max_new_or_at_the_contexts(speaker, monkeypatch):
     plan = iter([[5, 5], [speaker.tokenizer.eot, 5], [7, 5], [7, 5]])
     monkeypatch.setattr("sample.choose", lambda logits, config, generator: torch.tensor(next(plan)))
-    answers = speaker.answer(ids_of(speaker, "copy a", "sort b"), dataclasses.replace(GREEDY, max_new=4))
+    answers = speaker.answer(
+        ids_of(speaker, "copy a", "sort b"), dataclasses.replace(GREEDY, max_new=4)
+    )
     assert answers == [([5], "stop"), ([5, 5, 5, 5], "length")]
     monkeypatch.undo()
     monkeypatch.setattr(speaker, "stops", ())
@@ -74,13 +84,28 @@ def test_an_answer_ends_at_the_turns_end_at_max_new_or_at_the_contexts(speaker, 
 
 def test_choose():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).repeat(4000, 1)
-    draw = lambda **how: torch.bincount(choose(logits.clone(), SampleConfig(**how), torch.Generator().manual_seed(0))[:], minlength=4) / 4000
+    draw = lambda **how: (
+        torch.bincount(
+            choose(logits.clone(), SampleConfig(**how), torch.Generator().manual_seed(0))[:],
+            minlength=4,
+        )
+        / 4000
+    )
     assert draw(temperature=0).tolist() == [0, 1, 0, 0]
     assert torch.allclose(draw(temperature=1.0), logits[0].softmax(0), atol=0.03)
     assert torch.allclose(draw(temperature=0.5), (logits[0] * 2).softmax(0), atol=0.03)
-    assert torch.allclose(draw(temperature=1.0, top_k=2), torch.tensor([-torch.inf, 3, -torch.inf, 2]).softmax(0), atol=0.03)
-    # Masses 0.64, 0.24, 0.09, 0.03: the set that reaches 0.7 is the first two; 0.6 is reached by the first.
-    assert torch.allclose(draw(temperature=1.0, top_p=0.7), torch.tensor([-torch.inf, 3, -torch.inf, 2]).softmax(0), atol=0.03)
+    assert torch.allclose(
+        draw(temperature=1.0, top_k=2),
+        torch.tensor([-torch.inf, 3, -torch.inf, 2]).softmax(0),
+        atol=0.03,
+    )
+    # Masses 0.64, 0.24, 0.09, 0.03: the set that reaches 0.7 is the first two; 0.6 is reached by
+    # the first.
+    assert torch.allclose(
+        draw(temperature=1.0, top_p=0.7),
+        torch.tensor([-torch.inf, 3, -torch.inf, 2]).softmax(0),
+        atol=0.03,
+    )
     assert draw(temperature=1.0, top_p=0.6).tolist() == [0, 1, 0, 0]
 
 
@@ -88,7 +113,10 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(speaker, monkeypatch):
     decode = speaker.model.prefill
     padded = lambda *args: torch.cat([decode(*args), torch.full((1, 7), 1e9)], 1)
     monkeypatch.setattr(speaker.model, "prefill", padded)
-    assert speaker.answer(ids_of(speaker, "copy a"), dataclasses.replace(GREEDY, max_new=1))[0][0][0] <= 96
+    assert (
+        speaker.answer(ids_of(speaker, "copy a"), dataclasses.replace(GREEDY, max_new=1))[0][0][0]
+        <= 96
+    )
 
 
 def test_the_seed_decides(speaker):
@@ -103,7 +131,9 @@ def test_the_seed_decides(speaker):
 
 def test_batches_draw_on(speaker):
     """Eight times the same prompt, four a batch: the second batch is not the first again."""
-    answers = speaker.answer_all(ids_of(speaker, "copy a b c d") * 8, SampleConfig(temperature=3.0, max_new=12, batch=4))
+    answers = speaker.answer_all(
+        ids_of(speaker, "copy a b c d") * 8, SampleConfig(temperature=3.0, max_new=12, batch=4)
+    )
     assert answers[:4] != answers[4:]
 
 
@@ -117,7 +147,9 @@ def test_a_prompt_near_the_contexts_end_beside_one_with_room(speaker, monkeypatc
 
 def test_conditions_and_templates(toy_run, speaker):
     text = lambda ids: "".join(speaker.tokenizer.piece(i) for i in ids).replace("\u2581", " ")
-    ask = lambda **how: text(Speaker(toy_run / "hf", **how).ids([Message("user", "copy a")], system=how.get("system")))
+    ask = lambda **how: text(
+        Speaker(toy_run / "hf", **how).ids([Message("user", "copy a")], system=how.get("system"))
+    )
     assert ask() == "<s> GPT4 User: copy a<|end_of_turn|> GPT4 Assistant:"
     assert ask(condition="GPT3") == "<s> GPT3 User: copy a<|end_of_turn|> GPT3 Assistant:"
     assert ask(template="base") == "<s> copy a"
@@ -141,26 +173,57 @@ def test_a_prompt_longer_than_the_context_stops_or_is_cut_on_the_left(speaker):
     cut = speaker.ids([Message("user", "a " * 200)], truncate_left=True, max_new=28)
     whole = ids_of(speaker, "a")[0]
     assert len(cut) == 100 and cut[0] == 1 and cut[-5:] == whole[-5:] and speaker.cut == 1
-    assert len(speaker.ids([Message("user", "a " * 200)], truncate_left=True, max_new=512)) == 64  # half the context at least
+    # half the context at least
+    assert len(speaker.ids([Message("user", "a " * 200)], truncate_left=True, max_new=512)) == 64
     speaker.cut = 0
 
 
 def test_files_in_and_out(toy_run, tmp_path, capsys):
-    rows = [{"prompt": "copy a b", "id": 7}, {"messages": [{"role": "user", "content": "sort b a"}]}, {"prompt": "copy a b", "note": "\u2028"},
-            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "sort b a"}]}]
+    rows = [
+        {"prompt": "copy a b", "id": 7},
+        {"messages": [{"role": "user", "content": "sort b a"}]},
+        {"prompt": "copy a b", "note": "\u2028"},
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": "y"},
+                {"role": "user", "content": "sort b a"},
+            ]
+        },
+    ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    source.write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     sample = lambda *words: main(list(map(str, words)))
-    sample(toy_run / "hf", "--input", source, "--output", target, "--temperature", 0, "--max_new", 5)
+    sample(
+        toy_run / "hf", "--input", source, "--output", target, "--temperature", 0, "--max_new", 5
+    )
     got = [json.loads(line) for line in target.read_text(encoding="utf-8").split("\n") if line]
-    assert [{key: value for key, value in row.items() if key not in ("response", "finish")} for row in got] == rows
-    assert all(row["finish"] in ("stop", "length") for row in got) and got[0]["response"] == got[2]["response"] != ""
+    assert [
+        {key: value for key, value in row.items() if key not in ("response", "finish")}
+        for row in got
+    ] == rows
+    assert (
+        all(row["finish"] in ("stop", "length") for row in got)
+        and got[0]["response"] == got[2]["response"] != ""
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
-    out, _ = call("sample.py", toy_run, "--prompt", "copy a b", "--temperature", 0, "--max_new", 5)  # the run's folder will do
+    # the run's folder will do
+    out, _ = call("sample.py", toy_run, "--prompt", "copy a b", "--temperature", 0, "--max_new", 5)
     assert out.strip() == got[0]["response"]
     capsys.readouterr()
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a " * 200}) + "\n")
-    sample(toy_run / "hf", "--input", tmp_path / "long.jsonl", "--output", target, "--truncate_left", "--max_new", 5)
+    sample(
+        toy_run / "hf",
+        "--input",
+        tmp_path / "long.jsonl",
+        "--output",
+        target,
+        "--truncate_left",
+        "--max_new",
+        5,
+    )
     assert "1 prompts cut on the left" in capsys.readouterr().err
 
 
@@ -169,7 +232,9 @@ def test_streaming_prints_the_answer_once(speaker, capsys, monkeypatch):
 
     ids = [*speaker.tokenizer.encode("a b c d"), speaker.tokenizer.eot]
     plan = iter(ids)
-    monkeypatch.setattr("sample.choose", lambda logits, config, generator: torch.tensor([next(plan)]))
+    monkeypatch.setattr(
+        "sample.choose", lambda logits, config, generator: torch.tensor([next(plan)])
+    )
     assert say(speaker, ids_of(speaker, "copy a b c d")[0], GREEDY) == "a b c d"
     assert capsys.readouterr().out == "a b c d\n"
 
