@@ -327,11 +327,12 @@ def _dkv_consumer(
         slot = step % STAGES
         lap = (step // STAGES) & 1
         mbarrier.wait(full.index(slot), lap)
-        b_dp = b_zero - s_delta.index(slot).load(ML)[None, :]
         b_s = warpgroup_mma(
             s_k, s_q.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
         )
-        b_dp = warpgroup_mma(s_v, s_do.index(slot).permute((1, 0)), b_dp, is_async=True)
+        b_dp = warpgroup_mma(
+            s_v, s_do.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True
+        )
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
         b_lse = s_lse.index(slot).load(ML)
         b_p = gl.exp2(b_s * scale - b_lse[None, :])
@@ -340,7 +341,8 @@ def _dkv_consumer(
         b_pd = gl.convert_layout(b_p.to(dtype), P)
         b_dv = warpgroup_mma(b_pd, s_do.index(slot), b_dv, is_async=True)
         b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
-        b_ds = gl.convert_layout((b_p * b_dp).to(dtype), P)
+        b_delta = s_delta.index(slot).load(ML)
+        b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(dtype), P)
         b_dk = warpgroup_mma(b_ds, s_q.index(slot), b_dk, is_async=True)
         b_dv = warpgroup_mma_wait(1, deps=(b_dv,))
         b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
