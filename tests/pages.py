@@ -1,0 +1,178 @@
+"""The tables of README and docs, rendered from results/*.json.
+
+    python tests/pages.py        write them into the pages, between `<!-- name -->` and `<!-- end -->`
+
+tests/test_readme.py checks that each page shows what its results say.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+
+# Where our kernels stand in README: one case of each, LLaMA-2 7B's.
+README_CASES = [
+    ("rms_norm", "D=4096", "RMSNorm + residual"),
+    ("swiglu", "F=11008", "SwiGLU"),
+    ("rotary_attention", "H=32 G=32 lengths=sharegpt seed=0", "attention with RoPE, packed"),
+    ("cross_entropy", "D=4096 supervised=1.0", "head and weighted loss"),
+    ("cross_entropy", "D=4096 supervised=0.6", "the same, 60% supervised"),
+]
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def where(results: dict) -> str:
+    """One line on the machine, below a table."""
+    return (
+        f"{results['device']}, driver {results['driver']}, torch {results['torch']}, "
+        f"triton {results['triton']}, {results['date']}; `{results['command']}`"
+    )
+
+
+# ---- kernels.bench
+
+
+def cases_of(results: dict) -> dict:
+    """{(kernel, shape, direction): {implementation: row}}, shapes as text without what is alike."""
+    cases = {}
+    for row in results["rows"]:
+        sizes = {k: v for k, v in row["shape"].items() if k not in ("T", "E", "V")}
+        shape = " ".join(f"{k}={v}" for k, v in sizes.items())
+        key = row["kernel"], shape, row["direction"]
+        cases.setdefault(key, {})[row["implementation"]] = row
+    return cases
+
+
+def comparable(case: dict) -> dict:
+    """The peers: neither ours, nor a part of it. One "without RoPE" does less than ours."""
+    peers = {}
+    for name, row in case.items():
+        if name != "ours" and "of it" not in name:
+            peers[name] = row
+    return peers
+
+
+def gpu() -> str:
+    """README: ours beside the fastest peer."""
+    results = read("bench.json")
+    cases = cases_of(results)
+    rows = []
+    for kernel, shape, title in README_CASES:
+        for (name, sizes, direction), case in cases.items():
+            if (name, sizes) != (kernel, shape):
+                continue
+            ours = case["ours"]
+            fastest = min(comparable(case).values(), key=lambda row: row["milliseconds"])
+            rows.append(
+                [
+                    title,
+                    direction if direction != "both" else "forward and backward",
+                    f"{ours['milliseconds']:.2f}",
+                    f"{ours['share']:.0%}",
+                    f"{fastest['milliseconds']:.2f}",
+                    fastest["implementation"],
+                ]
+            )
+    head = ["kernel", "pass", "ours, ms", "of the ceiling", "fastest peer, ms", "which"]
+    return f"{markdown(head, rows)}\n\n{ceiling(results)}\n{where(results)}"
+
+
+def ceiling(results: dict) -> str:
+    measured = results["ceiling"]
+    return (
+        f"Ceilings measured in the same run: a copy at {measured['bytes'] / 1e12:.2f} TB/s, "
+        f"an 8192^3 matmul at {measured['flops'] / 1e12:.0f} TFLOP/s."
+    )
+
+
+def bench() -> str:
+    """docs/kernels.md: every case with every peer."""
+    results = read("bench.json")
+    rows = []
+    for (kernel, shape, direction), case in cases_of(results).items():
+        ours = case["ours"]
+        unit = "TB/s" if ours["unit"] == "bytes" else "TFLOP/s"
+        rate = f"{ours['rate'] / 1e12:.2f}" if unit == "TB/s" else f"{ours['rate'] / 1e12:.0f}"
+        others = {name: row for name, row in case.items() if name != "ours"}
+        peers = [f"{name} {row['milliseconds']:.2f}" for name, row in others.items()]
+        rows.append(
+            [
+                f"{kernel} {shape}",
+                direction,
+                f"{ours['milliseconds']:.3f}",
+                f"{rate} {unit}, {ours['share']:.0%}",
+                f"{ours['error']:.1e}, {case['torch']['error']:.1e}",
+                "; ".join(peers),
+            ]
+        )
+    head = ["kernel and sizes", "pass", "ours, ms", "rate, of the ceiling"]
+    head += ["error: ours, PyTorch's", "peers, ms"]
+    return f"{markdown(head, rows)}\n\n{ceiling(results)}\n{where(results)}"
+
+
+# ---- paper.step
+
+
+def step_gpu() -> str:
+    results = read("step_gpu_7b.json")
+    rows = []
+    for row in results["rows"]:
+        rows.append(
+            [
+                row["contestant"],
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['tflops']:.0f}",
+                f"{row['mfu']:.0%}",
+                f"{row['peak_bytes'] / 2**30:.1f}",
+            ]
+        )
+    head = ["contestant", "tokens/s", "TFLOP/s", "MFU", "peak GiB"]
+    return f"{markdown(head, rows)}\n\n{where(results)}"
+
+
+# ---- the paper in miniature
+
+
+def table2_short() -> str:
+    """docs/method.md: four columns of paper/README.md's Table 2."""
+    head, _, *lines = read("paper/table2.json")["table"].splitlines()
+    keep = (0, 1, 2, 3, 7)
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    titles = ["arm", "paper, %", "sampled", "greedy", "below C-RLFT, sampled"]
+    return markdown(titles, [[row[i] for i in keep] for row in rows])
+
+
+PAGES = {
+    "README.md": [gpu],
+    "docs/kernels.md": [bench],
+    "docs/training.md": [step_gpu],
+    "docs/method.md": [table2_short],
+}
+
+
+def region(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+
+
+def main() -> None:
+    for page, tables in PAGES.items():
+        text = (ROOT / page).read_text()
+        for table in tables:
+            rendered = table()
+            # a function, since the text of a replacement must not be read for escapes
+            text = region(table.__name__).sub(lambda m, x=rendered: f"{m[1]}{x}\n{m[2]}", text)
+        (ROOT / page).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
