@@ -9,9 +9,9 @@ Four words, used in this sense everywhere:
 
 The data is of mixed quality: few conversations of an expert, many of weaker sources, and nothing
 but the label says which is which. C-RLFT uses the class twice. Its condition goes into the prompt,
-so that the model learns one policy per class, pi(y|x,c). Its coarse reward r_c (Eq. 3) becomes the
-weight exp(r_c / beta) of every token of an answer (Eq. 6). That is all that it does to data; from a
-file to what the model takes, the whole way is five functions:
+so that the model learns one policy per class, pi(y|x,c). Its coarse reward r_c, 1 for the expert
+and less for others (Eq. 3), becomes the weight exp(r_c / beta) of every token of an answer (Eq. 6).
+That is all that it does to data. From a file to what the model takes, the way is five functions:
 
     read(file)                    -> Conversations     one of three formats, recognized by content
     Classes(table).assign(..)     -> Conversation      with its class's condition and weights
@@ -245,19 +245,21 @@ class Class:
 def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class]]:
     """[(label glob, Class)] of a table such as "Model: GPT-4=GPT4:1.0,*=GPT3:0.1".
 
-    The number is the class's weight; with beta it is the reward r_c (`weight_of_reward`).
-    ValueError: no such table.
+    A glob is a label in which * stands for any text and ? for any character. The number is the
+    class's weight; with beta it is the reward r_c (`weight_of_reward`). ValueError: no such table.
     """
     if beta is not None and not beta > 0:
         raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 is above 0")
+    if not text:
+        return []
     entries = []
     weights_of = collections.defaultdict(set)
-    for entry in text.split(",") if text else ():
+    for entry in text.split(","):
         glob, condition, weight = parse_entry(entry, beta)
         entries.append((glob, condition, weight))
         weights_of[condition].add(weight)
 
-    # A class is called by its condition. Two that share it are told from each other by weight.
+    # A class is called by its condition, and by its weight, too, where two share a condition.
     table = []
     for glob, condition, weight in entries:
         name = condition
@@ -296,7 +298,8 @@ def weight_of_reward(reward: float, beta: float) -> float:
 
     exp(r_c / beta) is the factor between pi* and pi_c of Eq. 5, and Eq. 6 makes it a weight. The
     factor exp(1 / beta) that is missing here is common to all classes, and the division of the loss
-    by the sum of weights cancels it.
+    by the sum of weights cancels it. beta is the KL coefficient of Eq. 4: the smaller, the further
+    the weights of the classes are apart.
     """
     return math.exp(min((reward - 1) / beta, MAX_EXPONENT))
 
@@ -309,7 +312,7 @@ class Classes:
 
     def __init__(self, table: list[tuple[str, Class]] = ()):
         self.table = list(table)
-        # several globs may lead to one class
+        # each once, in their order: several globs may lead to one class
         self.all = list(dict.fromkeys(class_ for _, class_ in table))
 
     def assign(self, conversation: Conversation) -> Conversation:
@@ -352,7 +355,7 @@ class Classes:
             if class_.condition == condition:
                 return class_
 
-        # names are kept apart: the counts of a prepared file are kept by name
+        # no name twice: the counts of a prepared file are kept by name
         name = condition or "none"
         names = {class_.name for class_ in self.all}
         while name in names:
@@ -477,16 +480,20 @@ def cut_to_length(
     """([(tokens, weights)], ledger): what is trained on of a conversation, max_len tokens at most.
 
     too_long says what becomes of a longer one: "truncate", "split" at turns, or "drop". The ledger
-    counts conversations and turns, and every token:
+    counts conversations and turns, and no token is lost from it:
 
         tokens_read + added_by_split = trained + prompt + truncated + dropped + trailing_cut
+
+        trained         tokens with a weight           truncated     beyond max_len
+        prompt          those before and between       trailing_cut  behind the last with a weight
+        added_by_split  the preamble, repeated         dropped       where nothing is left to train
     """
     whole = tokenize(conversation, tokenizer, template)
     length = len(whole[0])
     ledger = collections.Counter(
         conversations=1, turns=len(conversation.messages), tokens_read=length
     )
-    # one would teach the model to say nothing
+    # an empty answer would teach the model to say nothing
     if has_empty_answer(conversation):
         ledger.update(dropped=length, dropped_conversations=1)
         return [], ledger
@@ -497,9 +504,10 @@ def cut_to_length(
         parts = [tokenize(part, tokenizer, template) for part in shorter]
         # every part repeats the preamble
         ledger["added_by_split"] += sum(len(tokens) for tokens, _ in parts) - length
-        ledger["split_conversations"] += len(parts) > 1
-    if too_long != "drop":
-        ledger["truncated_conversations"] += any(len(tokens) > max_len for tokens, _ in parts)
+        if len(parts) > 1:
+            ledger["split_conversations"] += 1
+    if too_long != "drop" and any(len(tokens) > max_len for tokens, _ in parts):
+        ledger["truncated_conversations"] += 1
 
     kept = []
     for tokens, weights in parts:
@@ -514,11 +522,13 @@ def cut_to_length(
         ledger["trained"] += len(supervised)
         ledger["prompt"] += end - len(supervised)
         kept.append((tokens[:end], weights[:end]))
-    ledger["dropped_conversations"] += not kept
+    if not kept:
+        ledger["dropped_conversations"] += 1
     return kept, ledger
 
 
 def has_empty_answer(conversation: Conversation) -> bool:
+    """Whether an answer holds nothing but spaces."""
     answers = [m.text for m in conversation.messages if m.role == "assistant"]
     return any(not text.strip() for text in answers)
 
@@ -560,6 +570,6 @@ def prompt_hash(conversation: Conversation) -> int:
     """
     asked = [message.text for message in conversation.messages if message.role == "user"]
     prompt = asked[0] if asked else ""
-    # Python's own hash is another in every process
+    # not Python's hash(), which differs from process to process
     hashed = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(hashed.digest(), "big", signed=True)
