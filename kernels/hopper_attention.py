@@ -89,25 +89,61 @@ def _hand_over(full):
 
 
 @gluon.jit
+def _work(round_, plan, cu_seqlens, blocks, T, N, H: gl.constexpr):
+    """This program's block of that round: conversation (-1: none), the block's first row in it, the
+    conversation's first row and length, and the head."""
+    programs = gl.num_programs(0)
+    i = gl.program_id(0)
+    # The plan lists the longest work first. Every second round runs backwards through the programs,
+    # so that none always gets the longer end.
+    if round_ % 2 == 1:
+        i = programs - 1 - i
+    work = round_ * programs + i
+    at = plan + 2 * (work // H).to(gl.int64)
+    m_work = work < blocks * H
+    n = gl.load(at, mask=m_work, other=-1)
+    first = gl.load(at + 1, mask=m_work, other=0)
+    start = gl.load(cu_seqlens + n, mask=n >= 0, other=0)
+    end = gl.load(cu_seqlens + n + 1, mask=(n >= 0) & (n < N), other=T)
+    return n, first, start, end - start, work % H
+
+
+@gluon.jit
 def _fwd_producer(
-    d_k, d_v, s_k, s_v, k_full, k_free, v_full, v_free, landed, last, valid, column, tiles,
-    E: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    d_q, d_k, d_v, cu_seqlens, plan, s_q, s_k, s_v,
+    q_full, q_free, k_full, k_free, v_full, v_free, landed, rounds, blocks, T, N,
+    H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    for i in range(tiles):
-        slot = i % STAGES
-        # a new barrier counts as flipped once before: the first lap does not wait
-        lap = (i // STAGES) & 1
-        row = last - i * BN
-        mbarrier.wait(k_free.index(slot), lap ^ 1)
-        _fetch(d_k, row, column, s_k.index(slot), k_full.index(slot))
-        mbarrier.wait(v_free.index(slot), lap ^ 1)
-        if valid < BN and i == 0:
-            _fetch(d_v, row, column, s_v.index(slot), landed.index(0))
-            mbarrier.wait(landed.index(0), 0)
-            _wash(s_v.index(slot), valid, BN, E)
-            _hand_over(v_full.index(slot))
-        else:
-            _fetch(d_v, row, column, s_v.index(slot), v_full.index(slot))
+    # tiles and blocks so far: from them come slots and the parities of their barriers
+    step = 0
+    turn = 0
+    washed = 0
+    for r in range(rounds):
+        n, first, start, length, i_h = _work(r, plan, cu_seqlens, blocks, T, N, H)
+        if (n >= 0) & (n < N):
+            column = i_h // (H // G) * E
+            for i in range(first // BN + 1):
+                slot = step % STAGES
+                # a new barrier counts as flipped once before: the first lap does not wait
+                lap = (step // STAGES) & 1
+                row = start + first - i * BN
+                mbarrier.wait(k_free.index(slot), lap ^ 1)
+                _fetch(d_k, row, column, s_k.index(slot), k_full.index(slot))
+                if i == 0:
+                    for half in gl.static_range(2):
+                        mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
+                        _fetch(d_q, row + half * 64, i_h * E, s_q.index(half), q_full.index(half))
+                mbarrier.wait(v_free.index(slot), lap ^ 1)
+                if (i == 0) & (first + BN > length):
+                    _fetch(d_v, row, column, s_v.index(slot), landed.index(0))
+                    mbarrier.wait(landed.index(0), washed & 1)
+                    _wash(s_v.index(slot), length - first, BN, E)
+                    _hand_over(v_full.index(slot))
+                    washed += 1
+                else:
+                    _fetch(d_v, row, column, s_v.index(slot), v_full.index(slot))
+                step += 1
+            turn += 1
 
 
 @gluon.jit
@@ -124,50 +160,105 @@ def _softmax(b_s, b_m, b_l, scale, dtype: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit
 def _fwd_consumer(
-    half: gl.constexpr, q, cos, sin, o, lse, s_q, s_k, s_v, k_full, k_free, v_full, v_free,
-    start, first, length, i_h, tiles, scale, T,
+    half: gl.constexpr, cos, sin, o, lse, cu_seqlens, plan, s_q, s_k, s_v,
+    q_full, q_free, k_full, k_free, v_full, v_free, rounds, blocks, scale, T, N,
     H: gl.constexpr, E: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    step = 0
+    turn = 0
+    s_q = s_q.index(half)
+    for r in range(rounds):
+        n, first, start, length, i_h = _work(r, plan, cu_seqlens, blocks, T, N, H)
+        first += half * 64
+        if n == N:
+            _zero_rows(o + i_h * E, lse + i_h.to(gl.int64) * T, start, first, length, H * E, E)
+        elif n >= 0:
+            mbarrier.wait(q_full.index(half), turn & 1)
+            _rotate(s_q, cos, sin, start + first, length - first, E)
+            tiles = first // BN + 1
+            _fwd_block(
+                half,
+                o + i_h * E,
+                lse + i_h.to(gl.int64) * T,
+                s_q,
+                s_k,
+                s_v,
+                q_free.index(half),
+                k_full,
+                k_free,
+                v_full,
+                v_free,
+                step,
+                start,
+                first,
+                length,
+                tiles,
+                scale,
+                H * E,
+                E,
+                BN,
+                STAGES,
+            )
+            step += tiles
+            turn += 1
+
+
+@gluon.jit
+def _zero_rows(o, lse, start, first, length, stride: gl.constexpr, E: gl.constexpr):
+    BL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    _store_rows(gl.zeros([64, E], gl.float32, BL), o, start, first, length, stride, E)
+    o_r = first + gl.arange(0, 64, gl.SliceLayout(1, BL))
+    b_zero = gl.zeros([64], gl.float32, gl.SliceLayout(1, BL))
+    gl.store(lse + start + o_r, b_zero, mask=o_r < length)
+
+
+@gluon.jit
+def _rotate(s_q, cos, sin, t, rows, E: gl.constexpr):
     C: gl.constexpr = E // 2
-    dtype: gl.constexpr = q.dtype.element_ty
-    # [64, 8 C]: rows in memory, 16 bytes a thread
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    o_r = gl.arange(0, 64, gl.SliceLayout(1, BL))
+    o_c = gl.arange(0, C, gl.SliceLayout(0, BL))
+    o_tc = (t + o_r).to(gl.int64)[:, None] * C + o_c[None, :]
+    m_r = (o_r < rows)[:, None]
+    b_cos = gl.load(cos + o_tc, mask=m_r, other=0.0)
+    b_sin = gl.load(sin + o_tc, mask=m_r, other=0.0)
+    s_lo = s_q.slice(0, C, dim=1)
+    s_hi = s_q.slice(C, C, dim=1)
+    b_lo = s_lo.load(BL).to(gl.float32)
+    b_hi = s_hi.load(BL).to(gl.float32)
+    s_lo.store((b_lo * b_cos - b_hi * b_sin).to(s_q.dtype))
+    s_hi.store((b_hi * b_cos + b_lo * b_sin).to(s_q.dtype))
+    fence_async_shared()
+    partition_barrier()
+
+
+@gluon.jit
+def _fwd_block(
+    half: gl.constexpr, o, lse, s_q, s_k, s_v, q_free, k_full, k_free, v_full, v_free,
+    step, start, first, length, tiles, scale,
+    stride: gl.constexpr, E: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = o.dtype.element_ty
     # the accumulators of wgmma
     OL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, OL, 2)
-
-    o_m = first + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, BL))
-    o_c = gl.arange(0, C, gl.SliceLayout(0, BL))
-    m_m = (o_m < length)[:, None]
-    o_t = (start + o_m).to(gl.int64)[:, None]
-    o_q = o_t * (H * E) + i_h * E + o_c[None, :]
-    o_tc = o_t * C + o_c[None, :]
-    b_lo = gl.load(q + o_q, mask=m_m, other=0.0).to(gl.float32)
-    b_hi = gl.load(q + o_q + C, mask=m_m, other=0.0).to(gl.float32)
-    b_cos = gl.load(cos + o_tc, mask=m_m, other=0.0)
-    b_sin = gl.load(sin + o_tc, mask=m_m, other=0.0)
-    s_q = s_q.index(half)
-    s_q.slice(0, C, dim=1).store((b_lo * b_cos - b_hi * b_sin).to(dtype))
-    s_q.slice(C, C, dim=1).store((b_hi * b_cos + b_lo * b_sin).to(dtype))
-    fence_async_shared()
-    partition_barrier()
-
     b_zero = gl.zeros([64, BN], gl.float32, SL)
     b_o = gl.zeros([64, E], gl.float32, OL)
     b_m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SL))
     b_l = gl.zeros([64], gl.float32, gl.SliceLayout(1, SL))
 
-    mbarrier.wait(k_full.index(0), 0)
-    b_s = warpgroup_mma(s_q, s_k.index(0).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    slot = step % STAGES
+    mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+    b_s = warpgroup_mma(s_q, s_k.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
-    mbarrier.arrive(k_free.index(0), count=1)
+    mbarrier.arrive(k_free.index(slot), count=1)
     o_row = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, SL))
     o_column = gl.arange(0, BN, gl.SliceLayout(0, SL))
     b_s = gl.where(o_row[:, None] >= o_column[None, :], b_s, float("-inf"))
     b_p, b_decay, b_m, b_l = _softmax(b_s, b_m, b_l, scale, dtype, P)
 
-    for i in range(1, tiles):
+    for i in range(step + 1, step + tiles):
         slot = i % STAGES
         mbarrier.wait(k_full.index(slot), (i // STAGES) & 1)
         b_s = warpgroup_mma(
@@ -179,19 +270,22 @@ def _fwd_consumer(
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
         mbarrier.arrive(k_free.index(slot), count=1)
         b_p, b_decay, b_m, b_l = _softmax(b_s, b_m, b_l, scale, dtype, P)
-        b_o, b_p = warpgroup_mma_wait(0, deps=(b_o, b_p))
+        b_o = warpgroup_mma_wait(0, deps=(b_o,))
         mbarrier.arrive(v_free.index(before), count=1)
         b_o = b_o * gl.convert_layout(b_decay, gl.SliceLayout(1, OL))[:, None]
+    mbarrier.arrive(q_free, count=1)
 
-    slot = (tiles - 1) % STAGES
-    mbarrier.wait(v_full.index(slot), ((tiles - 1) // STAGES) & 1)
+    last = step + tiles - 1
+    slot = last % STAGES
+    mbarrier.wait(v_full.index(slot), (last // STAGES) & 1)
     b_o = warpgroup_mma(b_p, s_v.index(slot), b_o, is_async=True)
     b_o = warpgroup_mma_wait(0, deps=(b_o,))
+    mbarrier.arrive(v_free.index(slot), count=1)
     b_o = b_o / gl.convert_layout(b_l, gl.SliceLayout(1, OL))[:, None]
 
-    _store_rows(b_o, o + i_h * E, start, first + half * 64, length, H * E, E)
-    o_m = first + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, SL))
-    gl.store(lse + i_h * T + start + o_m, b_m + gl.log2(b_l), mask=o_m < length)
+    _store_rows(b_o, o, start, first, length, stride, E)
+    o_m = first + gl.arange(0, 64, gl.SliceLayout(1, SL))
+    gl.store(lse + start + o_m, b_m + gl.log2(b_l), mask=o_m < length)
 
 
 @gluon.jit
@@ -205,51 +299,117 @@ def _store_rows(b_x, x, start, first, length, stride: gl.constexpr, E: gl.conste
     gl.store(x + o_x, b_x, mask=(o_r < length)[:, None])
 
 
-@gluon.jit(do_not_specialize=["T", "N"])
+@gluon.jit(do_not_specialize=["T", "N", "blocks", "rounds"])
 def _fwd_kernel(
-    q, d_k, d_v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N,
+    d_q, d_k, d_v, cos, sin, cu_seqlens, plan, o, lse, scale, rounds, blocks, T, N,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    at = plan + 2 * gl.program_id(0).to(gl.int64)
-    n = gl.load(at)
-    first = gl.load(at + 1)
-    i_h = gl.program_id(1).to(gl.int64)
-    start = gl.load(cu_seqlens + n, mask=n >= 0, other=0)
-    end = gl.load(cu_seqlens + n + 1, mask=n < N, other=T)
-    length = end - start
-    if n == N:
-        OL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-        o_m = first + gl.arange(0, 64, gl.SliceLayout(1, OL))
-        b_zero = gl.zeros([64, E], gl.float32, OL)
-        b_zero1 = gl.zeros([64], gl.float32, gl.SliceLayout(1, OL))
-        for half in gl.static_range(2):
-            _store_rows(b_zero, o + i_h * E, start, first + half * 64, length, H * E, E)
-            o_r = o_m + half * 64
-            gl.store(lse + i_h * T + start + o_r, b_zero1, mask=o_r < length)
-    elif n >= 0:
-        tiles = first // BN + 1
-        column = gl.program_id(1) // (H // G) * E
-        s_q = gl.allocate_shared_memory(
-            d_k.dtype, [2, 64, E], gl.NVMMASharedLayout(128, 16, 2)
-        )
-        s_k = gl.allocate_shared_memory(d_k.dtype, [STAGES, BN, E], d_k.layout)
-        s_v = gl.allocate_shared_memory(d_v.dtype, [STAGES, BN, E], d_v.layout)
-        k_full = _barriers(STAGES, 1)
-        k_free = _barriers(STAGES, 2)
-        v_full = _barriers(STAGES, 1)
-        v_free = _barriers(STAGES, 2)
-        landed = _barriers(1, 1)
-        rings = (s_k, s_v, k_full, k_free, v_full, v_free)
-        place = (start, first, length, i_h, tiles, scale, T, H, E, BN, STAGES)
-        gl.warp_specialize(
-            [
-                (_fwd_consumer, (0, q, cos, sin, o, lse, s_q, s_k, s_v, k_full, k_free, v_full, v_free, start, first, length, i_h, tiles, scale, T, H, E, BN, STAGES)),
-                (_fwd_consumer, (1, q, cos, sin, o, lse, s_q, s_k, s_v, k_full, k_free, v_full, v_free, start, first, length, i_h, tiles, scale, T, H, E, BN, STAGES)),
-                (_fwd_producer, (d_k, d_v, s_k, s_v, k_full, k_free, v_full, v_free, landed, start + first, length - first, column, tiles, E, BN, STAGES)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
+    s_q = gl.allocate_shared_memory(d_q.dtype, [2, 64, E], d_q.layout)
+    s_k = gl.allocate_shared_memory(d_k.dtype, [STAGES, BN, E], d_k.layout)
+    s_v = gl.allocate_shared_memory(d_v.dtype, [STAGES, BN, E], d_v.layout)
+    q_full = _barriers(2, 1)
+    q_free = _barriers(2, 1)
+    k_full = _barriers(STAGES, 1)
+    k_free = _barriers(STAGES, 2)
+    v_full = _barriers(STAGES, 1)
+    v_free = _barriers(STAGES, 2)
+    landed = _barriers(1, 1)
+    gl.warp_specialize(
+        [
+            (
+                _fwd_consumer,
+                (
+                    0,
+                    cos,
+                    sin,
+                    o,
+                    lse,
+                    cu_seqlens,
+                    plan,
+                    s_q,
+                    s_k,
+                    s_v,
+                    q_full,
+                    q_free,
+                    k_full,
+                    k_free,
+                    v_full,
+                    v_free,
+                    rounds,
+                    blocks,
+                    scale,
+                    T,
+                    N,
+                    H,
+                    E,
+                    BN,
+                    STAGES,
+                ),
+            ),
+            (
+                _fwd_consumer,
+                (
+                    1,
+                    cos,
+                    sin,
+                    o,
+                    lse,
+                    cu_seqlens,
+                    plan,
+                    s_q,
+                    s_k,
+                    s_v,
+                    q_full,
+                    q_free,
+                    k_full,
+                    k_free,
+                    v_full,
+                    v_free,
+                    rounds,
+                    blocks,
+                    scale,
+                    T,
+                    N,
+                    H,
+                    E,
+                    BN,
+                    STAGES,
+                ),
+            ),
+            (
+                _fwd_producer,
+                (
+                    d_q,
+                    d_k,
+                    d_v,
+                    cu_seqlens,
+                    plan,
+                    s_q,
+                    s_k,
+                    s_v,
+                    q_full,
+                    q_free,
+                    k_full,
+                    k_free,
+                    v_full,
+                    v_free,
+                    landed,
+                    rounds,
+                    blocks,
+                    T,
+                    N,
+                    H,
+                    G,
+                    E,
+                    BN,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
 
 @gluon.jit
 def _dkv_producer(
@@ -269,7 +429,20 @@ def _dkv_producer(
             mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
             valid = length - first - i * BM
             if valid < BM:
-                _fetch_step(d_q, d_do, d_lse, d_delta, s_q.index(slot), s_do.index(slot), s_lse.index(slot), s_delta.index(slot), row, i_h * E, i_h * T, landed.index(0))
+                _fetch_step(
+                    d_q,
+                    d_do,
+                    d_lse,
+                    d_delta,
+                    s_q.index(slot),
+                    s_do.index(slot),
+                    s_lse.index(slot),
+                    s_delta.index(slot),
+                    row,
+                    i_h * E,
+                    i_h * T,
+                    landed.index(0),
+                )
                 mbarrier.wait(landed.index(0), (i_h - i_g * (H // G)) & 1)
                 _set_rest(s_lse.index(slot), valid, float("inf"), BM)
                 _set_rest(s_delta.index(slot), valid, 0.0, BM)
@@ -277,13 +450,32 @@ def _dkv_producer(
                 _wash(s_do.index(slot), valid, BM, E)
                 _hand_over(full.index(slot))
             else:
-                _fetch_step(d_q, d_do, d_lse, d_delta, s_q.index(slot), s_do.index(slot), s_lse.index(slot), s_delta.index(slot), row, i_h * E, i_h * T, full.index(slot))
+                _fetch_step(
+                    d_q,
+                    d_do,
+                    d_lse,
+                    d_delta,
+                    s_q.index(slot),
+                    s_do.index(slot),
+                    s_lse.index(slot),
+                    s_delta.index(slot),
+                    row,
+                    i_h * E,
+                    i_h * T,
+                    full.index(slot),
+                )
             step += 1
 
 
 @gluon.jit
 def _fetch_step(d_q, d_do, d_lse, d_delta, s_q, s_do, s_lse, s_delta, row, column, at, full):
-    mbarrier.expect(full, d_q.block_type.nbytes + d_do.block_type.nbytes + d_lse.block_type.nbytes + d_delta.block_type.nbytes)
+    mbarrier.expect(
+        full,
+        d_q.block_type.nbytes
+        + d_do.block_type.nbytes
+        + d_lse.block_type.nbytes
+        + d_delta.block_type.nbytes,
+    )
     tma.async_copy_global_to_shared(d_q, [row, column], full, s_q)
     tma.async_copy_global_to_shared(d_lse, [at + row], full, s_lse)
     tma.async_copy_global_to_shared(d_delta, [at + row], full, s_delta)
@@ -406,19 +598,107 @@ def _dkv_kernel(
         landed = _barriers(1, 1)
         gl.warp_specialize(
             [
-                (_dkv_consumer, (0, cos, sin, dk, dv, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, full, free, start + first, length - first, i_g, tiles, scale, H, G, E, BM, STAGES)),
-                (_dkv_consumer, (1, cos, sin, dk, dv, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, full, free, start + first, length - first, i_g, tiles, scale, H, G, E, BM, STAGES)),
-                (_dkv_producer, (d_q, d_k, d_v, d_do, d_lse, d_delta, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, full, free, landed, start, first, length, i_g, tiles, T, H, G, E, BM, STAGES)),
+                (
+                    _dkv_consumer,
+                    (
+                        0,
+                        cos,
+                        sin,
+                        dk,
+                        dv,
+                        s_q,
+                        s_k,
+                        s_v,
+                        s_do,
+                        s_lse,
+                        s_delta,
+                        kv_full,
+                        full,
+                        free,
+                        start + first,
+                        length - first,
+                        i_g,
+                        tiles,
+                        scale,
+                        H,
+                        G,
+                        E,
+                        BM,
+                        STAGES,
+                    ),
+                ),
+                (
+                    _dkv_consumer,
+                    (
+                        1,
+                        cos,
+                        sin,
+                        dk,
+                        dv,
+                        s_q,
+                        s_k,
+                        s_v,
+                        s_do,
+                        s_lse,
+                        s_delta,
+                        kv_full,
+                        full,
+                        free,
+                        start + first,
+                        length - first,
+                        i_g,
+                        tiles,
+                        scale,
+                        H,
+                        G,
+                        E,
+                        BM,
+                        STAGES,
+                    ),
+                ),
+                (
+                    _dkv_producer,
+                    (
+                        d_q,
+                        d_k,
+                        d_v,
+                        d_do,
+                        d_lse,
+                        d_delta,
+                        s_q,
+                        s_k,
+                        s_v,
+                        s_do,
+                        s_lse,
+                        s_delta,
+                        kv_full,
+                        full,
+                        free,
+                        landed,
+                        start,
+                        first,
+                        length,
+                        i_g,
+                        tiles,
+                        T,
+                        H,
+                        G,
+                        E,
+                        BM,
+                        STAGES,
+                    ),
+                ),
             ],
             [4, 1],
             [240, 24],
         )
 
 
-
 def _descriptor(x, rows):
     x = x.view(len(x), -1)
-    layout = gl.NVMMASharedLayout.get_default_for([rows, HEAD_SIZE], getattr(gl, str(x.dtype).removeprefix("torch.")))
+    layout = gl.NVMMASharedLayout.get_default_for(
+        [rows, HEAD_SIZE], getattr(gl, str(x.dtype).removeprefix("torch."))
+    )
     return TensorDescriptor.from_tensor(x, [rows, HEAD_SIZE], layout)
 
 
@@ -426,13 +706,39 @@ def _rows(x):
     return TensorDescriptor.from_tensor(x.view(-1), [DKV_TILE], gl.NVMMASharedLayout(0, 32, 1))
 
 
+def _programs(x):
+    """One for each multiprocessor."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def forward(q, k, v, cos, sin, cu_seqlens, plan, o, lse, scale):
     T, H, E = q.shape
     G = k.shape[1]
     N = len(cu_seqlens) - 1
-    d_k, d_v = _descriptor(k, BLOCK), _descriptor(v, BLOCK)
-    _fwd_kernel[(len(plan), H)](
-        q, d_k, d_v, cos, sin, cu_seqlens, plan, o, lse, scale, T, N, H, G, E, BLOCK, FWD_STAGES, num_warps=4
+    blocks = len(plan)
+    programs = _programs(q)
+    rounds = -(-blocks * H // programs)
+    _fwd_kernel[(programs,)](
+        _descriptor(q, 64),
+        _descriptor(k, BLOCK),
+        _descriptor(v, BLOCK),
+        cos,
+        sin,
+        cu_seqlens,
+        plan,
+        o,
+        lse,
+        scale,
+        rounds,
+        blocks,
+        T,
+        N,
+        H,
+        G,
+        E,
+        BLOCK,
+        FWD_STAGES,
+        num_warps=4,
     )
 
 
@@ -442,5 +748,25 @@ def dkv(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv):
     N = len(cu_seqlens) - 1
     norm = E**-0.5
     _dkv_kernel[(len(plan), G)](
-        _descriptor(q, DKV_TILE), _descriptor(k, 64), _descriptor(v, 64), _descriptor(do, DKV_TILE), _rows(lse), _rows(delta), cos, sin, cu_seqlens, plan, dk, dv, norm * LOG2E, T, N, H, G, E, DKV_TILE, DKV_STAGES, num_warps=4
+        _descriptor(q, DKV_TILE),
+        _descriptor(k, 64),
+        _descriptor(v, 64),
+        _descriptor(do, DKV_TILE),
+        _rows(lse),
+        _rows(delta),
+        cos,
+        sin,
+        cu_seqlens,
+        plan,
+        dk,
+        dv,
+        norm * LOG2E,
+        T,
+        N,
+        H,
+        G,
+        E,
+        DKV_TILE,
+        DKV_STAGES,
+        num_warps=4,
     )
