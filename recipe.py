@@ -141,23 +141,22 @@ def finetune_lr(supervised_tokens: float, pretrain_lr: float = PRETRAIN_LR) -> t
     read it: 3e-4 * sqrt(200k / 4M) = 6.7e-5, the paper's learning rate.
     """
     lr = pretrain_lr * math.sqrt(supervised_tokens / PRETRAIN_TOKENS)
-    reason = (
-        f"lr {lr:.3g} = {pretrain_lr:g} * "
-        f"sqrt({supervised_tokens:,.0f} supervised tokens a step / 4e6)"
-    )
-    return lr, reason
+    ratio = f"{supervised_tokens:,.0f} supervised tokens a step / 4e6"
+    return lr, f"lr {lr:.3g} = {pretrain_lr:g} * sqrt({ratio})"
 
 
 def lr_at(step: int, steps: int, config: TrainConfig) -> float:
     """The learning rate of optimizer step `step` of `steps`, the first being 1.
 
-    Linear up to config.lr, then half a wave of a cosine, from lr to min_lr * lr in the last step.
+    It rises in a line to config.lr, and then falls by a cosine to min_lr * lr in the last step.
     """
     warmup = max(1, round(config.warmup * steps))
     if step <= warmup:
         return config.lr * step / warmup
-    # 1 where the warm-up ends, 0 in the last step
-    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    # half a turn, from where the warm-up ends to the last step
+    angle = math.pi * (step - warmup) / max(1, steps - warmup)
+    # from 1 to 0
+    cosine = 0.5 + 0.5 * math.cos(angle)
     return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
 
 
@@ -181,14 +180,14 @@ def epoch_steps(
 ) -> Steps:
     """The steps of one epoch of these conversations: int64, rising, indices into data."""
     planned = plan(
-        data.lengths[conversations],
-        data.class_ids[conversations],
-        data.weight_sums[conversations],
-        config.seed,
-        epoch,
-        config.batch_tokens,
-        config.micro_tokens,
-        cost,
+        lengths=data.lengths[conversations],
+        class_ids=data.class_ids[conversations],
+        weight_sums=data.weight_sums[conversations],
+        seed=config.seed,
+        epoch=epoch,
+        batch_tokens=config.batch_tokens,
+        micro_tokens=config.micro_tokens,
+        cost=cost,
     )
     # plan numbers what it is given from 0: back to the numbers that data has
     steps = []

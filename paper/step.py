@@ -1,24 +1,37 @@
-"""A whole training step beside transformers': the same conversations, the same AdamW, an untied head.
+"""A whole training step beside transformers': the same conversations, the same AdamW, the same
+model with an untied head.
 
-    python -m paper.step                    this CPU, one thread, a process for each contestant, in turn   -> results/step_cpu.json
-    python -m paper.step --model 13b        a GPU: 8 layers of LLaMA-2-13B's width, 16,384 packed tokens    -> results/step_gpu_13b.json
+    python -m paper.step                this CPU                      -> results/step_cpu.json
+    python -m paper.step --model 13b    a GPU, LLaMA-2-13B's width    -> results/step_gpu_13b.json
+    python -m paper.step --out DIR      the file goes into another folder
 
-Contestants: ours; ours in plain PyTorch (the kernels' references; on a GPU only); transformers packed (rows filled first-fit
-decreasing, positions from 0 in each conversation, a block-diagonal mask, so the same numbers) and padded; on a GPU both with
-Liger's kernels. On the CPU time is process CPU time; memory is the peak above the level before the model is built.
-tokens/s counts real tokens. MFU = FLOPs that the batch needs (`train_flops`: 6 per weight of a matmul and token, the head's per
-supervised token, attention within conversations, its causal half) / seconds / the GPU's dense bf16 peak.
+On the CPU the model has 15M parameters and one thread. On a GPU it has 8 layers of the width, and a
+step has 16,384 packed tokens. Each contestant runs in a process of its own, one after the other:
+
+    ours
+    ours, plain PyTorch           on a GPU: the kernels' references, but for the loss
+    transformers, packed          rows filled first-fit decreasing, positions from 0 in each
+                                  conversation, a block-diagonal mask: the same numbers as ours
+    transformers, padded          a conversation to a row
+    transformers + Liger, ..      on a GPU: both with Liger's kernels
+
+tokens/s counts real tokens. On the CPU time is process CPU time, and memory is the peak above the
+level before the model is built. On a GPU, MFU is the FLOPs that the batch needs (`train_flops`),
+per second, over the GPU's dense bf16 peak.
 """
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,12 +48,33 @@ from support.cli import parse_args, run
 from support.ranks import local_rows, start_group
 from train import Tally, build, train_step
 
-WIDTHS = {  # config of the model, conversations, tokens of a row, rows of a step
-    "cpu": (Config(288, 768, 6, 6, 6, 32000, 2048), 64, 1024, 4),
-    "7b": (SIZES["llama-2-7b"], 88, 4096, 4),
-    "13b": (SIZES["llama-2-13b"], 88, 4096, 4),
+VOCABULARY = 32_000
+
+# AdamW's, of all contestants
+LR = 1e-4
+
+# of the gradient's norm
+CLIP = 1.0
+
+
+class Width(NamedTuple):
+    """A model, and the batches that it is trained on."""
+
+    config: Config
+    conversations: int
+    row: int  # tokens of a peer's row
+    rows: int  # of a step; ours has as many tokens in one micro-batch
+
+
+WIDTHS = {
+    "cpu": Width(Config(288, 768, 6, 6, 6, VOCABULARY, 2048), 64, 1024, 4),
+    "7b": Width(SIZES["llama-2-7b"], 88, 4096, 4),
+    "13b": Width(SIZES["llama-2-13b"], 88, 4096, 4),
 }
+
+# The share of the tokens that have a loss. We do not project the others to the vocabulary.
 SUPERVISED = {"cpu": (1.0, 0.6), "cuda": (0.6,)}
+
 CONTESTANTS = {
     "cpu": ("ours", "transformers, packed", "transformers, padded"),
     "cuda": (
@@ -55,226 +89,326 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class StepConfig:
-    model: str = "cpu"  # or 7b, 13b: widths
-    layers: int = 8  # of a GPU's model
+    # the width: cpu, 7b or 13b
+    model: str = "cpu"
+    # of a GPU's model
+    layers: int = 8
+    # how often each contestant runs
     rounds: int = 3
+    # of ours: none, cheap or all
     recompute: str = "none"
+    # number of conversations, instead of the width's own
     conversations: int | None = None
-    contestant: str | None = None  # set by the parent process
+    # the folder of the results
+    out: str = "results"
+    # who runs; set by the parent process
+    contestant: str | None = None
+    # the share of supervised tokens; set by the parent process
     supervised: float | None = None
 
 
-def workload(config, supervised):
-    """A row of WIDTHS with its conversations, (tokens, weights), in them. The answer is the last part of a conversation."""
-    model_config, n, row, rows = WIDTHS[config.model]
-    n, rng = config.conversations or n, np.random.default_rng(0)
-    if config.model == "cpu":  # log-normal, mean 350 before the cut
-        lengths = np.clip(rng.lognormal(np.log(350) - 0.8**2 / 2, 0.8, n), 8, 1024).astype(int)
+# ---- the work
+
+# A conversation: (tokens int32 [n], loss weights fp32 [n])
+Tokenized = tuple[np.ndarray, np.ndarray]
+
+# Makes one optimizer step. Its batch is ready, so that the time is the step's alone.
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Workload:
+    model_config: Config
+    conversations: list[Tokenized]
+    row: int
+    rows: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(tokens) for tokens, _ in self.conversations])
+
+
+def workload(config: StepConfig, supervised: float) -> Workload:
+    """Random conversations; the last part of each, the answer, is supervised."""
+    width = WIDTHS[config.model]
+    model_config = width.config
+    n = config.conversations or width.conversations
+    rng = np.random.default_rng(0)
+    if config.model == "cpu":
+        # log-normal with mean 350, then cut to a row
+        sigma = 0.8
+        mu = np.log(350) - sigma**2 / 2
+        lengths = np.clip(rng.lognormal(mu, sigma, n), 8, width.row).astype(int)
     else:
-        lengths, model_config = (
-            sharegpt_like(n, 0)[0],
-            dataclasses.replace(model_config, num_hidden_layers=config.layers),
-        )
-    weights = lambda n: (np.arange(n) >= round(n * (1 - supervised))).astype(np.float32)
-    return (
-        model_config,
-        [(rng.integers(0, 32000, n).astype(np.int32), weights(n)) for n in lengths],
-        row,
-        rows,
-    )
+        lengths = sharegpt_like(n, 0).lengths
+        model_config = dataclasses.replace(model_config, num_hidden_layers=config.layers)
+
+    conversations = []
+    for length in lengths:
+        tokens = rng.integers(0, VOCABULARY, length).astype(np.int32)
+        question = round(length * (1 - supervised))
+        weights = (np.arange(length) >= question).astype(np.float32)
+        conversations.append((tokens, weights))
+    return Workload(model_config, conversations, width.row, width.rows)
 
 
-def our_steps(config, model_config, conversations, row, rows, device):
-    """A function for each step; train.py's own model, optimizer and step."""
-    how = TrainConfig(
-        dtype="bfloat16" if device.type == "cuda" else "float32",
-        recompute=config.recompute,
-        lr=1e-4,
-    )
-    start_group(None, alone=device.type == "cuda", timeout=600)
-    model, optimizer, _ = build(how, model_config, device)
-    for p in model.parameters():
-        torch.nn.init.normal_(local_rows(p)[0].detach(), std=0.02)
-    lengths, sums = (
-        np.array([len(t) for t, _ in conversations]),
-        np.array([w.sum() for _, w in conversations]),
-    )
+# ---- ours
+
+
+def our_steps(config: StepConfig, work: Workload, device: torch.device) -> list[Step]:
+    """The epoch's steps, with train.py's own model, optimizer and step."""
+    on_gpu = device.type == "cuda"
+    dtype = "bfloat16" if on_gpu else "float32"
+    settings = TrainConfig(dtype=dtype, recompute=config.recompute, lr=LR)
+    start_group(None, alone=on_gpu, timeout=600)
+    model, optimizer, _ = build(settings, work.model_config, device)
+    for parameter in model.parameters():
+        rows, _ = local_rows(parameter)
+        torch.nn.init.normal_(rows.detach(), std=0.02)
+
+    # one micro-batch a step
     planned = plan(
-        lengths,
-        np.zeros(len(lengths), int),
-        sums,
-        0,
-        0,
-        row * rows,
-        row * rows,
-        train_flops(model_config).plan_cost,
+        work.lengths,
+        class_ids=np.zeros(len(work.lengths), int),
+        weight_sums=np.array([weights.sum() for _, weights in work.conversations]),
+        seed=0,
+        epoch=0,
+        batch_tokens=work.row * work.rows,
+        micro_tokens=work.row * work.rows,
+        cost=train_flops(work.model_config).plan_cost,
     )
 
-    def step(rows):
-        batch = pack([conversations[i] for i in rows])
-        return lambda: train_step(
-            model,
-            optimizer,
-            [batch],
-            device,
-            batch.weights_T.sum().item(),
-            1.0,
-            Tally(1, device),
-        )
+    def our_step(conversations: np.ndarray) -> Step:
+        batch = pack([work.conversations[i] for i in conversations])
 
-    return [step(flat([s])) for s in planned]
+        def go() -> float:
+            weight_sum = batch.weights_T.sum().item()
+            tally = Tally(1, device)
+            return train_step(model, optimizer, [batch], device, weight_sum, CLIP, tally)
+
+        return go
+
+    return [our_step(flat([step])) for step in planned]
 
 
-def peer_steps(name, model_config, conversations, row, rows, device):
-    """transformers' model on the same conversations: fp32 masters under autocast on a GPU, clipped, as ours."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+# ---- transformers'
 
-    if "Liger" in name:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        apply_liger_kernel_to_llama()
-    with device:
-        model = (
-            LlamaForCausalLM(
-                LlamaConfig(
-                    **dataclasses.asdict(model_config), use_cache=False, attn_implementation="sdpa"
-                )
-            )
-            .float()
-            .train()
-        )
+def peer_steps(name: str, work: Workload, device: torch.device) -> list[Step]:
+    """The epoch's steps with transformers' model: fp32 weights under autocast on a GPU, clipped, as
+    ours.
+    """
+    on_gpu = device.type == "cuda"
+    model = peer_model(name, work.model_config, device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=1e-4,
+        lr=LR,
         betas=(0.9, 0.95),
         eps=1e-5,
         weight_decay=0.1,
-        fused=device.type == "cuda",
+        fused=on_gpu,
     )
-    if "padded" in name:
-        filled = [[c] for c in conversations]
-    else:
-        filled, room = [], []
-        for c in sorted(conversations, key=lambda c: -len(c[0])):
-            fits = next((i for i, left in enumerate(room) if left >= len(c[0])), len(room))
-            if fits == len(room):
-                filled.append([])
-                room.append(row)
-            filled[fits].append(c)
-            room[fits] -= len(c[0])
 
-    def batch(group):
-        ids, labels, positions = (
-            torch.zeros(len(group), row, dtype=torch.long),
-            torch.full((len(group), row), -100),
-            torch.zeros(len(group), row, dtype=torch.long),
-        )
-        which = torch.full((len(group), row), -1)
-        for r, members in enumerate(group):
-            start = 0
-            for j, (tokens, weights) in enumerate(members):
-                here, x = slice(start, start + len(tokens)), torch.from_numpy(tokens).long()
-                ids[r, here], positions[r, here], which[r, here] = x, torch.arange(len(x)), j
-                labels[r, here] = x.where(torch.from_numpy(weights) > 0, -100)
-                labels[r, start] = -100  # nothing predicts a conversation's first token
-                start += len(tokens)
-        mask = which >= 0
-        if "packed" in name:
-            mask = (
-                (which[:, :, None] == which[:, None, :])
-                & torch.ones(row, row, dtype=torch.bool).tril()
-            )[:, None]
-        return {
-            k: v.to(device)
-            for k, v in dict(
-                input_ids=ids, labels=labels, position_ids=positions, attention_mask=mask
-            ).items()
-        }
+    def peer_step(rows: list[list[Tokenized]]) -> Step:
+        inputs = peer_inputs(rows, work.row, "packed" in name, device)
 
-    def step(group):
-        inputs = batch(group)
-
-        def go():
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        def go() -> float:
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 loss = model(**inputs).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
             return loss.item()
 
         return go
 
-    return [step(filled[i : i + rows]) for i in range(0, len(filled), rows)]
+    if "packed" in name:
+        filled = fill_rows(work.conversations, work.row)
+    else:
+        filled = [[conversation] for conversation in work.conversations]
+    starts = range(0, len(filled), work.rows)
+    return [peer_step(filled[start : start + work.rows]) for start in starts]
 
 
-def contest(config):
-    """One contestant's line: an epoch of steps after a first one to warm up."""
+def peer_model(name: str, model_config: Config, device: torch.device) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    # before the model is built: Liger replaces its classes
+    if "Liger" in name:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    fields = dataclasses.asdict(model_config)
+    peer_config = LlamaConfig(**fields, use_cache=False, attn_implementation="sdpa")
+    with device:
+        return LlamaForCausalLM(peer_config).float().train()
+
+
+def fill_rows(conversations: list[Tokenized], row: int) -> list[list[Tokenized]]:
+    """Rows of at most so many tokens: the longest conversation first, each into the first row that
+    has room for it.
+    """
+
+    def longest_first(conversation: Tokenized) -> int:
+        return -len(conversation[0])
+
+    filled = []
+    room = []
+    for conversation in sorted(conversations, key=longest_first):
+        length = len(conversation[0])
+        with_room = (i for i, left in enumerate(room) if left >= length)
+        i = next(with_room, None)
+        if i is None:
+            i = len(room)
+            filled.append([])
+            room.append(row)
+        filled[i].append(conversation)
+        room[i] -= length
+    return filled
+
+
+def peer_inputs(
+    rows: list[list[Tokenized]], row: int, packed: bool, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """What transformers' model takes. B rows, of conversations; L tokens of a row."""
+    shape = (len(rows), row)
+    tokens_BL = torch.zeros(shape, dtype=torch.long)
+    positions_BL = torch.zeros(shape, dtype=torch.long)
+    # -100 is transformers' word for a token without loss
+    labels_BL = torch.full(shape, -100)
+    # the number of the conversation in its row; -1 is padding
+    conversation_BL = torch.full(shape, -1)
+    for b, conversations in enumerate(rows):
+        start = 0
+        for number, (tokens, weights) in enumerate(conversations):
+            end = start + len(tokens)
+            tokens = torch.from_numpy(tokens).long()
+            is_supervised = torch.from_numpy(weights) > 0
+            tokens_BL[b, start:end] = tokens
+            positions_BL[b, start:end] = torch.arange(len(tokens))
+            conversation_BL[b, start:end] = number
+            labels_BL[b, start:end] = tokens.where(is_supervised, -100)
+            # nothing predicts the first token of a conversation
+            labels_BL[b, start] = -100
+            start = end
+
+    mask = conversation_BL >= 0
+    if packed:
+        # [B, 1, L, L]: from a token to those of its own conversation up to itself
+        is_same = conversation_BL[:, :, None] == conversation_BL[:, None, :]
+        is_past = torch.ones(row, row, dtype=torch.bool).tril()
+        mask = (is_same & is_past)[:, None]
+    return {
+        "input_ids": tokens_BL.to(device),
+        "labels": labels_BL.to(device),
+        "position_ids": positions_BL.to(device),
+        "attention_mask": mask.to(device),
+    }
+
+
+# ---- one contestant, in a process of its own
+
+
+def contest(config: StepConfig) -> None:
+    """Print the contestant's line: an epoch of steps, after a first step to warm up."""
     torch.set_num_threads(1)
     device = torch.device("cpu" if config.model == "cpu" else "cuda")
-    model_config, conversations, row, rows = workload(config, config.supervised)
-    peak, resident = 0, lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+    on_gpu = device.type == "cuda"
+    work = workload(config, config.supervised)
     if "transformers" in config.contestant:
-        import transformers  # noqa: F401, before the level is read
-    level = resident()
+        # its own memory is not a step's
+        import transformers  # noqa: F401
+    memory = PeakMemory()
 
-    def watch():
-        nonlocal peak
-        while True:
-            peak = max(peak, resident() - level)
-            time.sleep(0.002)
-
-    threading.Thread(target=watch, daemon=True).start()
     if config.contestant == "ours, plain PyTorch":
         for module in (kernels.rms_norm, kernels.rotary_attention, kernels.swiglu):
-            module.on_gpu = lambda _: False
-    ours = config.contestant.startswith("ours")
-    steps = (
-        our_steps(config, model_config, conversations, row, rows, device)
-        if ours
-        else peer_steps(config.contestant, model_config, conversations, row, rows, device)
-    )
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+            module.on_gpu = never
+    if config.contestant.startswith("ours"):
+        steps = our_steps(config, work, device)
+    else:
+        steps = peer_steps(config.contestant, work, device)
+
+    clock = time.perf_counter if on_gpu else time.process_time
     steps[0]()
     began = clock()
     for step in steps:
         step()
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
     seconds = clock() - began
-    lengths = np.array([len(t) for t, _ in conversations])
-    supervised = sum(int(w[1:].sum()) for _, w in conversations)
-    squares = (lengths.astype(float) ** 2).sum()
-    flops = train_flops(model_config).total(lengths.sum(), supervised, squares)
+
+    tokens = work.lengths.sum()
+    squares = (work.lengths.astype(float) ** 2).sum()
+    supervised = sum(int(weights[1:].sum()) for _, weights in work.conversations)
+    flops = train_flops(work.model_config).total(tokens, supervised, squares)
     line = {
         "contestant": config.contestant,
         "supervised": config.supervised,
-        "tokens": int(lengths.sum()),
+        "tokens": int(tokens),
         "steps": len(steps),
         "seconds": seconds,
-        "tokens_per_s": lengths.sum() / seconds,
+        "tokens_per_s": tokens / seconds,
         "tflops": flops / seconds / 1e12,
-        "peak_bytes": peak if device.type == "cpu" else torch.cuda.max_memory_allocated(),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else memory.peak,
     }
-    if device.type == "cuda":
-        line["mfu"] = peak_flops() and flops / seconds / peak_flops()
+    if on_gpu:
+        peak = peak_flops()
+        line["mfu"] = peak and flops / seconds / peak
     print(json.dumps(line), flush=True)
 
 
-def main(argv):
+def never(_: torch.Tensor) -> bool:
+    """In place of a kernel's on_gpu: it takes its reference."""
+    return False
+
+
+class PeakMemory:
+    """`peak`: the most bytes of memory that this process has had above its level at the start.
+
+    A thread looks every 2 ms.
+    """
+
+    def __init__(self) -> None:
+        self.level = resident_bytes()
+        self.peak = 0
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, resident_bytes() - self.level)
+            time.sleep(0.002)
+
+
+def resident_bytes() -> int:
+    """Memory of this process, as Linux counts it."""
+    with open("/proc/self/statm") as file:
+        pages = file.read().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---- all of them
+
+
+def main(argv: list[str]) -> None:
     config = parse_args(StepConfig, argv)
     if config.contestant:
-        return contest(config)
+        contest(config)
+        return
     if config.model not in WIDTHS:
         raise ValueError(f"--model {config.model!r} is not one of {', '.join(WIDTHS)}")
     if config.model != "cpu" and not torch.cuda.is_available():
         raise ValueError(
             f"--model {config.model} needs a GPU; without --model the step is timed on this CPU"
         )
-    device, lines = "cpu" if config.model == "cpu" else "cuda", []
-    out = Path("results") / (
-        "step_cpu.json" if device == "cpu" else f"step_gpu_{config.model}.json"
-    )
+    if config.model == "cpu":
+        device = "cpu"
+        out = Path(config.out) / "step_cpu.json"
+    else:
+        device = "cuda"
+        out = Path(config.out) / f"step_gpu_{config.model}.json"
+
+    lines = []
     about = {
         "command": " ".join(["python -m paper.step", *argv]),
         "torch": torch.__version__,
@@ -282,50 +416,55 @@ def main(argv):
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "rows": lines,
     }
+    # Contestants take turns, so that a slow minute of the machine does not fall on one alone. The
+    # file is written after each, so that a run that ends early leaves what it has.
     for _ in range(config.rounds):
         for supervised in SUPERVISED[device]:
             for name in CONTESTANTS[device]:
-                done = subprocess.run(
-                    [
-                        sys.executable,
-                        "-m",
-                        "paper.step",
-                        *argv,
-                        "--contestant",
-                        name,
-                        "--supervised",
-                        str(supervised),
-                    ],
-                    capture_output=True,
-                    text=True,
-                )
-                if done.returncode:
-                    print(f"{name}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+                line = run_alone(name, supervised, argv)
+                if line is None:
                     continue
-                lines.append(json.loads(done.stdout.splitlines()[-1]))
-                print(
-                    f"{supervised:4.0%} supervised  {name:30} {lines[-1]['tokens_per_s']:9.0f} tokens/s {lines[-1]['peak_bytes'] / 2**20:9.0f} MiB"
-                    + (f" MFU {lines[-1]['mfu']:.0%}" if lines[-1].get("mfu") else ""),
-                    flush=True,
-                )
-                out.parent.mkdir(exist_ok=True)
+                lines.append(line)
+                show(line)
+                out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(about, indent=1) + "\n")
     for supervised in SUPERVISED[device]:
-        mine = {
-            name: statistics.median(
-                x["tokens_per_s"]
-                for x in lines
-                if (x["contestant"], x["supervised"]) == (name, supervised)
-            )
-            for name in CONTESTANTS[device]
-            if any(x["contestant"] == name for x in lines)
-        }
-        print(
-            f"{supervised:.0%} supervised, ours over: "
-            + ", ".join(
-                f"{name} {mine['ours'] / x:.2f}" for name, x in mine.items() if name != "ours"
-            )
-        )
+        show_ratios(supervised, [line for line in lines if line["supervised"] == supervised])
+
+
+def run_alone(name: str, supervised: float, argv: list[str]) -> dict | None:
+    """The line of this contestant; None where it failed, which is printed."""
+    own = ["--contestant", name, "--supervised", str(supervised)]
+    command = [sys.executable, "-m", "paper.step", *argv, *own]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        # a process that the system has killed prints nothing
+        errors = done.stderr.strip().splitlines() or ["killed"]
+        print(f"{name}: {errors[-1]}")
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(line: dict) -> None:
+    who = f"{line['supervised']:4.0%} supervised  {line['contestant']:30}"
+    speed = f"{line['tokens_per_s']:9.0f} tokens/s"
+    memory = f"{line['peak_bytes'] / 2**20:9.0f} MiB"
+    # None on a GPU whose peak we do not know
+    mfu = f" MFU {line['mfu']:.0%}" if line.get("mfu") else ""
+    print(f"{who} {speed} {memory}{mfu}", flush=True)
+
+
+def show_ratios(supervised: float, lines: list[dict]) -> None:
+    """Print our speed over each peer's, medians over the rounds."""
+    rates = {}
+    for line in lines:
+        rates.setdefault(line["contestant"], []).append(line["tokens_per_s"])
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ours = medians.pop("ours", None)
+    if ours is None:
+        return
+    ratios = ", ".join(f"{name} {ours / theirs:.2f}" for name, theirs in medians.items())
+    print(f"{supervised:.0%} supervised, ours over: {ratios}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """From conversations to batches: packing.py, and its peers in paper/packing.py."""
 
+import itertools
 import time
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_plan_uses_every_conversation_once_within_capacity(seed, n, M, epoch):
 
 
 def micro_batches_of(steps):
-    return [micro_batch for step in steps for micro_batch in step]
+    return list(itertools.chain.from_iterable(steps))
 
 
 def measured(steps, lengths, class_ids, weight_sums, M, cost):
@@ -79,7 +80,9 @@ def is_permutation(conversations, n):
     return np.array_equal(np.sort(conversations), np.arange(n))
 
 
-LONG = [pytest.param(M, seed, marks=pytest.mark.long) for M in (8, 16) for seed in range(6)]
+LONG = [
+    pytest.param(*case, marks=pytest.mark.long) for case in itertools.product((8, 16), range(6))
+]
 
 
 @pytest.mark.parametrize("M, seed", [(8, 0), (16, 1), *LONG])
@@ -260,7 +263,9 @@ def test_ranks_share_a_steps_micro_batches_and_idle_exactly(toy):
     file = Prepared(toy / "train.safetensors")
     some = slice(0, 300)
     steps = plan(file.lengths[some], file.class_ids[some], file.weight_sums[some], 0, 0, 1280, 256)
-    expected = [sorted(tokens_of(file.batch(micro)) for micro in step) for step in steps]
+    expected = []
+    for step in steps:
+        expected.append(sorted(tokens_of(file.batch(micro_batch)) for micro_batch in step))
     for world in (1, 2, 4, 8):
         batches_of = [list(my_batches(file, steps, rank, world)) for rank in range(world)]
         # every rank joins every collective
@@ -268,7 +273,9 @@ def test_ranks_share_a_steps_micro_batches_and_idle_exactly(toy):
         at = 0
         for step, micro_batches in zip(steps, expected):
             until = at + rounds(step, world)
-            batches = [b for batches in batches_of for b in batches[at:until]]
+            batches = []
+            for batches_of_rank in batches_of:
+                batches += batches_of_rank[at:until]
             at = until
             busy = [b for b in batches if b.weights_T.any()]
             idle = [b for b in batches if not b.weights_T.any()]
