@@ -413,58 +413,48 @@ def _fwd_kernel(
 
 @gluon.jit
 def _dkv_producer(
-    d_q, d_k, d_v, d_do, d_lse, d_delta, s_q, s_k, s_v, s_do, s_lse, s_delta,
-    kv_full, full, free, landed,
-    start, first, length, i_g, tiles, T,
+    d_q, d_k, d_v, d_do, d_lse, d_delta, cu_seqlens, plan, s_q, s_k, s_v, s_do, s_lse, s_delta,
+    kv_full, kv_free, full, free, landed, rounds, blocks, T, N,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    for half in gl.static_range(2):
-        _fetch(d_k, start + first + half * 64, i_g * E, s_k.index(half), kv_full.index(half))
-        _fetch(d_v, start + first + half * 64, i_g * E, s_v.index(half), kv_full.index(half))
     step = 0
-    for i_h in range(i_g * (H // G), (i_g + 1) * (H // G)):
-        for i in range(tiles):
-            slot = step % STAGES
-            row = start + first + i * BM
-            mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
-            valid = length - first - i * BM
-            if valid < BM:
-                _fetch_step(
-                    d_q,
-                    d_do,
-                    d_lse,
-                    d_delta,
-                    s_q.index(slot),
-                    s_do.index(slot),
-                    s_lse.index(slot),
-                    s_delta.index(slot),
-                    row,
-                    i_h * E,
-                    i_h * T,
-                    landed.index(0),
-                )
-                mbarrier.wait(landed.index(0), (i_h - i_g * (H // G)) & 1)
-                _set_rest(s_lse.index(slot), valid, float("inf"), BM)
-                _set_rest(s_delta.index(slot), valid, 0.0, BM)
-                _wash(s_q.index(slot), valid, BM, E)
-                _wash(s_do.index(slot), valid, BM, E)
-                _hand_over(full.index(slot))
-            else:
-                _fetch_step(
-                    d_q,
-                    d_do,
-                    d_lse,
-                    d_delta,
-                    s_q.index(slot),
-                    s_do.index(slot),
-                    s_lse.index(slot),
-                    s_delta.index(slot),
-                    row,
-                    i_h * E,
-                    i_h * T,
-                    full.index(slot),
-                )
-            step += 1
+    turn = 0
+    washed = 0
+    for r in range(rounds):
+        n, first, start, length, i_g = _work(r, plan, cu_seqlens, blocks, T, N, G)
+        if (n >= 0) & (n < N):
+            first = _from_end(first, length)
+            for half in gl.static_range(2):
+                row = start + first + half * 64
+                mbarrier.wait(kv_free.index(half), (turn & 1) ^ 1)
+                _fetch(d_k, row, i_g * E, s_k.index(half), kv_full.index(half))
+                _fetch(d_v, row, i_g * E, s_v.index(half), kv_full.index(half))
+            turn += 1
+            for i_h in range(i_g * (H // G), (i_g + 1) * (H // G)):
+                for i in range(0, length - first, BM):
+                    slot = step % STAGES
+                    row = start + first + i
+                    valid = length - first - i
+                    mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
+                    if valid < BM:
+                        _fetch_step(d_q, d_do, d_lse, d_delta, s_q.index(slot), s_do.index(slot), s_lse.index(slot), s_delta.index(slot), row, i_h * E, i_h * T, landed.index(0))
+                        mbarrier.wait(landed.index(0), washed & 1)
+                        _set_rest(s_lse.index(slot), valid, float("inf"), BM)
+                        _set_rest(s_delta.index(slot), valid, 0.0, BM)
+                        _wash(s_q.index(slot), valid, BM, E)
+                        _wash(s_do.index(slot), valid, BM, E)
+                        _hand_over(full.index(slot))
+                        washed += 1
+                    else:
+                        _fetch_step(d_q, d_do, d_lse, d_delta, s_q.index(slot), s_do.index(slot), s_lse.index(slot), s_delta.index(slot), row, i_h * E, i_h * T, full.index(slot))
+                    step += 1
+
+
+@gluon.jit
+def _from_end(first, length):
+    """The block's first row, counted from the conversation's end: the plan goes by the rows before
+    a block, and here the rows after it are the work."""
+    return (length - 1) - (length - 1) % 128 - first
 
 
 @gluon.jit
@@ -492,10 +482,36 @@ def _set_rest(s_x, valid, value, rows: gl.constexpr):
 
 @gluon.jit
 def _dkv_consumer(
-    half: gl.constexpr, cos, sin, dk, dv, s_q, s_k, s_v, s_do, s_lse, s_delta,
-    kv_full, full, free,
-    t, left, i_g, tiles, scale,
+    half: gl.constexpr, cos, sin, dk, dv, cu_seqlens, plan, s_q, s_k, s_v, s_do, s_lse, s_delta,
+    kv_full, kv_free, full, free, rounds, blocks, scale, T, N,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    step = 0
+    turn = 0
+    for r in range(rounds):
+        n, first, start, length, i_g = _work(r, plan, cu_seqlens, blocks, T, N, G)
+        first = _from_end(first, length)
+        if n == N:
+            BL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+            b_zero = gl.zeros([64, E], gl.float32, BL)
+            _store_rows(b_zero, dk + i_g * E, start, first + half * 64, length, G * E, E)
+            _store_rows(b_zero, dv + i_g * E, start, first + half * 64, length, G * E, E)
+        elif n >= 0:
+            mbarrier.wait(kv_full.index(half), turn & 1)
+            _dkv_block(
+                half, cos, sin, dk + i_g * E, dv + i_g * E, s_q, s_k.index(half), s_v.index(half), s_do, s_lse, s_delta,
+                kv_free.index(half), full, free, step, start + first, length - first, scale,
+                H // G, G * E, E, BM, STAGES,
+            )
+            step += H // G * ((length - first + BM - 1) // BM)
+            turn += 1
+
+
+@gluon.jit
+def _dkv_block(
+    half: gl.constexpr, cos, sin, dk, dv, s_q, s_k, s_v, s_do, s_lse, s_delta,
+    kv_free, full, free, step, t, left, scale,
+    group: gl.constexpr, stride: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = dk.dtype.element_ty
     AL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
@@ -510,12 +526,9 @@ def _dkv_consumer(
     b_zero = gl.zeros([64, BM], gl.float32, SL)
     o_n = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, SL))
     o_m = gl.arange(0, BM, ML)
-    s_k = s_k.index(half)
-    s_v = s_v.index(half)
-    mbarrier.wait(kv_full.index(half), 0)
-
+    tiles = (left + BM - 1) // BM
     i = 0
-    for step in range(H // G * tiles):
+    for step in range(step, step + group * tiles):
         slot = step % STAGES
         lap = (step // STAGES) & 1
         mbarrier.wait(full.index(slot), lap)
@@ -543,11 +556,13 @@ def _dkv_consumer(
         if i == tiles:
             i = 0
 
+    mbarrier.arrive(kv_free, count=1)
+
     t += half * 64
     left -= half * 64
-    _store_rows(b_dv, dv + i_g * E, t, 0, left, G * E, E)
+    _store_rows(b_dv, dv, t, 0, left, stride, E)
     b_dk = _unrotate(b_dk * (scale * LN2), cos, sin, t, left, AL, E)
-    _store_rows(b_dk, dk + i_g * E, t, 0, left, G * E, E)
+    _store_rows(b_dk, dk, t, 0, left, stride, E)
 
 
 @gluon.jit
@@ -565,133 +580,31 @@ def _unrotate(b_x, cos, sin, t, rows, L: gl.constexpr, E: gl.constexpr):
     return gl.convert_layout(gl.reshape(gl.permute(b_x, [0, 2, 1]), [64, E]), L)
 
 
-@gluon.jit(do_not_specialize=["T", "N"])
+@gluon.jit(do_not_specialize=["T", "N", "blocks", "rounds"])
 def _dkv_kernel(
-    d_q, d_k, d_v, d_do, d_lse, d_delta, cos, sin, cu_seqlens, plan, dk, dv, scale, T, N,
+    d_q, d_k, d_v, d_do, d_lse, d_delta, cos, sin, cu_seqlens, plan, dk, dv, scale, rounds, blocks, T, N,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    at = plan + 2 * gl.program_id(0).to(gl.int64)
-    n = gl.load(at)
-    first = gl.load(at + 1)
-    i_g = gl.program_id(1)
-    start = gl.load(cu_seqlens + n, mask=n >= 0, other=0)
-    end = gl.load(cu_seqlens + n + 1, mask=n < N, other=T)
-    length = end - start
-    first = (length - 1) - (length - 1) % 128 - first
-    if n == N:
-        BL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-        b_zero = gl.zeros([64, E], gl.float32, BL)
-        for half in gl.static_range(2):
-            _store_rows(b_zero, dk + i_g * E, start, first + half * 64, length, G * E, E)
-            _store_rows(b_zero, dv + i_g * E, start, first + half * 64, length, G * E, E)
-    elif n >= 0:
-        tiles = (length - first + BM - 1) // BM
-        s_q = gl.allocate_shared_memory(d_q.dtype, [STAGES, BM, E], d_q.layout)
-        s_k = gl.allocate_shared_memory(d_k.dtype, [2, 64, E], d_k.layout)
-        s_v = gl.allocate_shared_memory(d_v.dtype, [2, 64, E], d_v.layout)
-        s_do = gl.allocate_shared_memory(d_do.dtype, [STAGES, BM, E], d_do.layout)
-        s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_lse.layout)
-        s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_delta.layout)
-        kv_full = _barriers(2, 2)
-        full = _barriers(STAGES, 1)
-        free = _barriers(STAGES, 2)
-        landed = _barriers(1, 1)
-        gl.warp_specialize(
-            [
-                (
-                    _dkv_consumer,
-                    (
-                        0,
-                        cos,
-                        sin,
-                        dk,
-                        dv,
-                        s_q,
-                        s_k,
-                        s_v,
-                        s_do,
-                        s_lse,
-                        s_delta,
-                        kv_full,
-                        full,
-                        free,
-                        start + first,
-                        length - first,
-                        i_g,
-                        tiles,
-                        scale,
-                        H,
-                        G,
-                        E,
-                        BM,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _dkv_consumer,
-                    (
-                        1,
-                        cos,
-                        sin,
-                        dk,
-                        dv,
-                        s_q,
-                        s_k,
-                        s_v,
-                        s_do,
-                        s_lse,
-                        s_delta,
-                        kv_full,
-                        full,
-                        free,
-                        start + first,
-                        length - first,
-                        i_g,
-                        tiles,
-                        scale,
-                        H,
-                        G,
-                        E,
-                        BM,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _dkv_producer,
-                    (
-                        d_q,
-                        d_k,
-                        d_v,
-                        d_do,
-                        d_lse,
-                        d_delta,
-                        s_q,
-                        s_k,
-                        s_v,
-                        s_do,
-                        s_lse,
-                        s_delta,
-                        kv_full,
-                        full,
-                        free,
-                        landed,
-                        start,
-                        first,
-                        length,
-                        i_g,
-                        tiles,
-                        T,
-                        H,
-                        G,
-                        E,
-                        BM,
-                        STAGES,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [240, 24],
-        )
+    s_q = gl.allocate_shared_memory(d_q.dtype, [STAGES, BM, E], d_q.layout)
+    s_k = gl.allocate_shared_memory(d_k.dtype, [2, 64, E], d_k.layout)
+    s_v = gl.allocate_shared_memory(d_v.dtype, [2, 64, E], d_v.layout)
+    s_do = gl.allocate_shared_memory(d_do.dtype, [STAGES, BM, E], d_do.layout)
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_lse.layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_delta.layout)
+    kv_full = _barriers(2, 2)
+    kv_free = _barriers(2, 1)
+    full = _barriers(STAGES, 1)
+    free = _barriers(STAGES, 2)
+    landed = _barriers(1, 1)
+    gl.warp_specialize(
+        [
+            (_dkv_consumer, (0, cos, sin, dk, dv, cu_seqlens, plan, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, kv_free, full, free, rounds, blocks, scale, T, N, H, G, E, BM, STAGES)),
+            (_dkv_consumer, (1, cos, sin, dk, dv, cu_seqlens, plan, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, kv_free, full, free, rounds, blocks, scale, T, N, H, G, E, BM, STAGES)),
+            (_dkv_producer, (d_q, d_k, d_v, d_do, d_lse, d_delta, cu_seqlens, plan, s_q, s_k, s_v, s_do, s_lse, s_delta, kv_full, kv_free, full, free, landed, rounds, blocks, T, N, H, G, E, BM, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
 def _descriptor(x, rows):
@@ -746,8 +659,10 @@ def dkv(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv):
     T, H, E = q.shape
     G = k.shape[1]
     N = len(cu_seqlens) - 1
-    norm = E**-0.5
-    _dkv_kernel[(len(plan), G)](
+    blocks = len(plan)
+    programs = _programs(q)
+    rounds = -(-blocks * G // programs)
+    _dkv_kernel[(programs,)](
         _descriptor(q, DKV_TILE),
         _descriptor(k, 64),
         _descriptor(v, 64),
@@ -760,7 +675,9 @@ def dkv(q, k, v, do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv):
         plan,
         dk,
         dv,
-        norm * LOG2E,
+        E**-0.5 * LOG2E,
+        rounds,
+        blocks,
         T,
         N,
         H,
