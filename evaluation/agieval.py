@@ -253,10 +253,13 @@ def interval(correct: int, n: int) -> tuple[float, float]:
     # 95% of a normal distribution lie within so many standard deviations
     z = 1.96
     share = correct / n
+    variance = share * (1 - share) / n + z * z / (4 * n * n)
+    half = z * math.sqrt(variance)
     middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    low = (middle - half) / scale
+    high = (middle + half) / scale
+    return max(0.0, low), min(1.0, high)
 
 
 def agieval_table(rows: Iterable[dict], name: str = "this model") -> str:
