@@ -1,229 +1,264 @@
 """Every kernel against what a user would pick instead, in bf16, forward and backward, on one GPU.
 
-    python -m kernels.bench                                   all kernels, LLaMA-2 7B, 13B and 70B shapes
-    python -m kernels.bench rms_norm --T 16384 --D 5120       one kernel at your own shape
-    python -m kernels.bench --check                           the script itself, on a CPU: every case once at small shapes, no times
-    python -m kernels.bench --cpu                             head and loss on one CPU thread in fp32: time and memory
-    python -m kernels.bench --show results/bench.json         the table of an earlier run
+    python -m kernels.bench                              all kernels, LLaMA-2 7B, 13B and 70B shapes
+    python -m kernels.bench rms_norm --T 16384 --D 5120  one kernel at your own shape
+    python -m kernels.bench --check                      the script itself, on a CPU: every case once
+                                                         at small shapes, no times
+    python -m kernels.bench --cpu                        head and loss on one CPU thread in fp32
+    python -m kernels.bench --show results/bench.json    the table of an earlier run
 
-Ours and the peers run in turn, --runs times each, the L2 cache flushed before every run; a time is the median by CUDA events.
-Every time is a share of the ceiling measured in the same run: a copy of 1 GiB (bytes read and written) for the kernels that move
-memory, an 8192^3 bf16 matmul for those that multiply. Bytes and FLOPs are those of each kernel's docstring, so a peer that moves
-more bytes shows as slower, not as faster. Beside every time stands the largest error of an output or gradient against the definition
-in fp32; none of ours may be above 1.05 times plain PyTorch's in bf16 (marked WORSE; exit status 1). Each case is written to --out as
-soon as it is done, and no case is begun after --minutes.
+Ours and the peers run in turn, --runs times each (timing.py says how). Every time is a share of a
+ceiling measured in the same run: a copy that moves as many bytes for the kernels that move memory,
+an 8192^3 bf16 matmul for those that multiply. Bytes and FLOPs are those of each kernel's docstring,
+so a peer that moves more bytes shows as slower, not as faster. Beside every time stands the largest
+error of an output or gradient against the definition in fp32; none of ours may be above 1.05 times
+plain PyTorch's in bf16 (marked WORSE; exit status 1).
+
+The most telling case of each kernel comes first, then the second of each, and so on: --minutes, after
+which no case is begun, never cuts a whole kernel. Results are written to --out after each case.
 """
 
 import argparse
 import functools
 import json
-import math
 import multiprocessing
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch._functorch import config as functorch
 
-from kernels import triton
-from kernels.cases import absent, cases
+from kernels.cases import absent, cases, why
+from kernels.timing import (
+    copy_rate,
+    errors_of,
+    machine,
+    matmul_rate,
+    once,
+    outputs_of,
+    seconds_of,
+    timed,
+)
 
 CASES = cases()
 DEFAULTS = {name: size for case in CASES.values() for name, size in case.SIZES.items()}
 
 
-# ---- measuring
+# ---- one case
 
 
-def fresh(inputs):
-    """Copies that require gradients: some peers write into their inputs in the backward pass."""
-    return [x.detach().clone().requires_grad_() for x in inputs]
-
-
-def outputs_of(f, inputs):
-    outputs = f(*inputs)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def errors_of(ours, ref):
-    """The relative error by norm of each output and gradient; inf where anything is not finite."""
-    errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(ours, ref)]
-    return [e if math.isfinite(e) else math.inf for e in errors]
-
-
-def medians(functions, runs, device):
-    """{name: seconds}, the functions in turn, the L2 flushed before each run. On a CPU each is called once: nothing is timed there."""
-    if device == "cpu":
-        for f in functions.values():
-            f()
-        return dict.fromkeys(functions, 1.0)
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # 256 MiB, more than any L2
-    for f in functions.values():
-        for _ in range(3):
-            f()
-    events = {name: [] for name in functions}
-    for _ in range(runs):
-        for name, f in functions.items():
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            f()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {
-        name: statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
-        for name, pairs in events.items()
-    }
-
-
-def ceilings(runs, device):
-    """{bytes: B/s of a copy, flops: FLOP/s of a matmul}, measured now."""
-    size, width = (2**28, 8192) if device == "cuda" else (2**10, 64)
-    a, b = torch.randn(size, device=device), torch.empty(size, device=device)
-    m = [torch.randn(width, width, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    seconds = medians(dict(bytes=lambda: b.copy_(a), flops=lambda: m[0] @ m[1]), runs, device)
-    return dict(bytes=2 * a.nbytes / seconds["bytes"], flops=2 * width**3 / seconds["flops"])
-
-
-def once(f, inputs, upstream, device):
-    """(outputs then gradients, peak bytes beyond the inputs and the upstream gradients; None on a CPU)."""
-    inputs, before = fresh(inputs), 0
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    outputs = outputs_of(f, inputs)
-    gradients = torch.autograd.grad(outputs, inputs, upstream)
-    peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
-    return [*(x.detach() for x in outputs), *gradients], peak
-
-
-def timed(direction, f, inputs, upstream):
-    """A function to time: the forward pass under autograd, the backward pass of a kept graph, or both."""
-    leaves = fresh(inputs)
-    if direction == "forward":
-        return lambda: f(*leaves)
-    if direction == "both":
-        return lambda: torch.autograd.grad(outputs_of(f, leaves), leaves, upstream)
-    outputs = outputs_of(f, leaves)
-    return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-
-
-def run_case(kernel, shape, device, ceiling, runs):
-    """[a row per implementation and direction]."""
-    g = torch.Generator(device).manual_seed(0)
+def run_case(kernel: str, shape: dict, device: str, ceilings: dict, runs: int) -> list[dict]:
+    """A row for each implementation and direction."""
+    generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    make = lambda *shape: torch.randn(*shape, generator=g, device=device).to(dtype)
-    inputs, peers, definition, costs = CASES[kernel].peers_of(make, device, **shape)
+
+    def make(*sizes):
+        return torch.randn(*sizes, generator=generator, device=device).to(dtype)
+
+    case = CASES[kernel].case_of(make, device, **shape)
     with torch.no_grad():
-        upstream = [
-            torch.ones_like(x) if x.ndim == 0 else make(*x.shape)
-            for x in outputs_of(peers["ours"], inputs)
-        ]
-    ref, _ = once(definition, [x.float() for x in inputs], [u.float() for u in upstream], device)
-    rows, errors, peaks, functions = [], {}, {}, {direction: {} for direction in costs}
-    for name, f in peers.items():
+        outputs = outputs_of(case.peers["ours"], case.inputs)
+    # a loss is a scalar, whose gradient is 1
+    upstream = [torch.ones_like(x) if x.ndim == 0 else make(*x.shape) for x in outputs]
+
+    inputs32 = [x.float() for x in case.inputs]
+    upstream32 = [x.float() for x in upstream]
+    reference, _ = once(case.definition, inputs32, upstream32, device)
+    tried = {}
+    for name, function in case.peers.items():
         try:
-            if name.startswith("of it"):  # a part of ours, without a gradient
-                functions["backward" if name.endswith("q") else "forward"][name] = (
-                    functools.partial(f, *inputs)
-                )
-                continue
-            results, peaks[name] = once(f, inputs, upstream, device)
-            # without RoPE it computes something else
-            errors[name] = None if "without" in name else errors_of(results, ref)
-            del results
-            made = {direction: timed(direction, f, inputs, upstream) for direction in costs}
-            for run in made.values():
-                run(), run()
-            for direction, run in made.items():
-                functions[direction][name] = run
-        except Exception as broken:  # a peer of another version may break in any way; ours may not
+            tried[name] = try_peer(case, function, reference, upstream, device)
+        except Exception as broken:
+            # a peer of another version may break in any way; ours may not
             if name == "ours":
                 raise
-            absent[f"{kernel}: {name}"] = (
-                f"{type(broken).__name__}: {(str(broken) or '-').splitlines()[0]}"
-            )
-    del ref
-    worse = any(
-        ours > 1e-6 + 1.05 * torchs for ours, torchs in zip(errors["ours"], errors["torch"])
-    )
-    for direction, cost in costs.items():
-        seconds = medians(functions[direction], runs, device)
-        ((unit, amount),) = cost.items()
-        for name in functions[direction]:
-            part = name.startswith("of it")
-            rate = None if part else amount / seconds[name]
-            rows.append(
-                dict(
-                    kernel=kernel,
-                    shape=shape,
-                    direction=direction,
-                    implementation=name,
-                    milliseconds=seconds[name] * 1e3,
-                    unit=unit,
-                    rate=rate,
-                    share=rate and rate / ceiling[unit],
-                    error=max(errors[name]) if errors.get(name) else None,
-                    worse=name == "ours" and worse,
-                    peak_bytes=peaks.get(name),
-                )
-            )
+            absent[f"{kernel}: {name}"] = why(broken)
+    del reference
+
+    rows = []
+    for direction, cost in case.costs.items():
+        functions = {name: found["functions"][direction] for name, found in tried.items()}
+        parts = case.parts.get(direction, {})
+        functions |= {name: functools.partial(f, *case.inputs) for name, f in parts.items()}
+        times = seconds_of(functions, runs, device)
+        ceiling = ceilings["flops"]
+        if cost.unit == "bytes":
+            ceiling = copy_rate(cost.amount, runs, device)
+        for name, seconds in times.items():
+            row = {"kernel": kernel, "shape": shape, "direction": direction}
+            row |= row_of(name, seconds, cost, ceiling, name in parts)
+            row |= accuracy_of(name, tried, case.not_compared)
+            rows.append(row)
     return rows
 
 
-def table(results):
+def try_peer(case, function, reference, upstream, device) -> dict:
+    """Errors, peak memory, and a function to time for each direction, called twice already."""
+    results, peak = once(function, case.inputs, upstream, device)
+    errors = errors_of(results, reference)
+    del results
+    functions = {}
+    for direction in case.costs:
+        functions[direction] = timed(direction, function, case.inputs, upstream)
+        for _ in range(2):
+            functions[direction]()
+    return {"errors": errors, "peak": peak, "functions": functions}
+
+
+def row_of(name, seconds, cost, ceiling, is_part) -> dict:
+    rate = None if is_part else cost.amount / seconds.median
+    return {
+        "implementation": name,
+        "milliseconds": seconds.median * 1e3,
+        "min_milliseconds": seconds.least * 1e3,
+        "p90_milliseconds": seconds.most_of_ten * 1e3,
+        "unit": cost.unit,
+        "rate": rate,
+        "ceiling": ceiling,
+        "share": rate and rate / ceiling,
+    }
+
+
+def accuracy_of(name, tried, not_compared) -> dict:
+    row = {"error": None, "worse": False, "peak_bytes": None}
+    if name not in tried:
+        return row
+    row["peak_bytes"] = tried[name]["peak"]
+    if name not in not_compared:
+        row["error"] = max(tried[name]["errors"])
+    if name == "ours":
+        pairs = zip(tried["ours"]["errors"], tried["torch"]["errors"])
+        row["worse"] = any(ours > 1e-6 + 1.05 * plain for ours, plain in pairs)
+    return row
+
+
+# ---- all cases
+
+
+def in_turn(kernel: str | None, own: dict) -> list[tuple[str, dict]]:
+    """(kernel, sizes): the first case of each, then the second of each, .."""
+    if own:
+        return [(kernel, own)]
+    if kernel:
+        return [(kernel, shape) for shape in CASES[kernel].SHAPES]
+    lists = [[(name, shape) for shape in case.SHAPES] for name, case in CASES.items()]
+    rounds = zip_longest(*lists)
+    return [pair for one_round in rounds for pair in one_round if pair]
+
+
+def measure(args: argparse.Namespace, own: dict, out: Path) -> dict:
+    device = "cpu" if args.check else "cuda"
+    ceilings = {
+        "bytes": copy_rate(2**31, args.runs, device),
+        "flops": matmul_rate(args.runs, device),
+    }
+    results = machine("python -m kernels.bench") | {
+        "runs": args.runs,
+        "absent": absent,
+        "ceiling": ceilings,
+        "rows": [],
+    }
+    began = time.monotonic()
+    for kernel, shape in in_turn(args.kernel, own):
+        if time.monotonic() - began > 60 * args.minutes:
+            absent[f"{kernel} {shape}"] = f"not begun within --minutes {args.minutes}"
+            continue
+        sizes = CASES[kernel].SIZES | shape
+        if args.check:
+            sizes |= CASES[kernel].SMALL
+        rows = run_case(kernel, sizes, device, ceilings, args.runs)
+        first = not results["rows"]
+        results["rows"] += rows
+        out.write_text(json.dumps(results, indent=1))
+        if args.check:
+            print(check_line(rows))
+        else:
+            # the head of the table once, then rows only
+            lines = table(results | {"rows": rows}).splitlines()
+            print("\n".join(lines if first else lines[4:]), flush=True)
+            torch.cuda.empty_cache()
+    out.write_text(json.dumps(results, indent=1))
+    return results
+
+
+def check_line(rows: list[dict]) -> str:
+    shape = " ".join(f"{name}={size}" for name, size in rows[0]["shape"].items())
+    words = []
+    for row in rows:
+        verdict = "ok"
+        if row["error"] is None:
+            verdict = "not compared"
+        elif row["worse"]:
+            verdict = "WORSE"
+        words.append(f"{row['implementation']} {row['direction']} {verdict}")
+    return f"{rows[0]['kernel']} {shape}: {', '.join(words)}"
+
+
+# ---- what is shown
+
+
+def table(results: dict) -> str:
     """The rows as a Markdown table, under a line that says where and how they were measured."""
     ceiling = results["ceiling"]
     lines = [
-        f"{results['device']}, torch {results['torch']}, triton {results['triton']}; copy {ceiling['bytes'] / 1e12:.2f} TB/s, "
-        f"matmul {ceiling['flops'] / 1e12:.0f} TFLOP/s; `{results['command']}`",
+        f"{results['device']}, torch {results['torch']}, triton {results['triton']}; "
+        f"copy {ceiling['bytes'] / 1e12:.2f} TB/s, matmul {ceiling['flops'] / 1e12:.0f} TFLOP/s; "
+        f"`{results['command']}`",
         "",
         "| kernel | shape | | implementation | ms | rate | of ceiling | error | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
-        rate = (
-            ""
-            if row["rate"] is None
-            else f"{row['rate'] / 1e12:.2f} TB/s"
-            if row["unit"] == "bytes"
-            else f"{row['rate'] / 1e12:.0f} TFLOP/s"
-        )
-        share = "" if row["share"] is None else f"{row['share']:.0%}"
-        err = "" if row["error"] is None else f"{row['error']:.1e}" + " WORSE" * row["worse"]
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
-        lines.append(
-            f"| {row['kernel']} | {shape} | {row['direction']} | {row['implementation']} | {row['milliseconds']:.3f} | {rate} | {share} | {err} | {peak} |"
-        )
-    return "\n".join(
-        [*lines, *(f"not run: {peer} ({why})" for peer, why in results["absent"].items())]
-    )
+        lines.append(f"| {' | '.join(cells_of(row))} |")
+    for peer, reason in results["absent"].items():
+        lines.append(f"not run: {peer} ({reason})")
+    return "\n".join(lines)
 
 
-def draw(results, path):
-    """Each case's share of its ceiling, a bar per implementation."""
+def cells_of(row: dict) -> list[str]:
+    rate = ""
+    share = ""
+    if row["rate"] is not None:
+        digits, unit = (2, "TB/s") if row["unit"] == "bytes" else (0, "TFLOP/s")
+        rate = f"{row['rate'] / 1e12:.{digits}f} {unit}"
+        share = f"{row['share']:.0%}"
+    error = ""
+    if row["error"] is not None:
+        error = f"{row['error']:.1e}"
+        if row["worse"]:
+            error += " WORSE"
+    peak = ""
+    if row["peak_bytes"] is not None:
+        peak = f"{row['peak_bytes'] / 1e6:,.0f}"
+    shape = " ".join(f"{name}={size}" for name, size in row["shape"].items())
+    names = [row["kernel"], shape, row["direction"], row["implementation"]]
+    return [*names, f"{row['milliseconds']:.3f}", rate, share, error, peak]
+
+
+def draw(results: dict, path: Path) -> None:
+    """Each case's share of its ceiling, a bar for each implementation."""
     import matplotlib.pyplot as plt
 
-    cases = {}
+    shares = {}
     for row in results["rows"]:
-        label = f"{row['kernel']} {row['direction']}\n" + " ".join(
-            f"{k}={v}" for k, v in row["shape"].items() if k != "T"
-        )
+        sizes = [f"{name}={size}" for name, size in row["shape"].items() if name != "T"]
+        label = f"{row['kernel']} {row['direction']}\n{' '.join(sizes)}"
         if row["share"] is not None:
-            cases.setdefault(label, {})[row["implementation"]] = row["share"]
-    names = list(dict.fromkeys(name for case in cases.values() for name in case))
-    figure, axes = plt.subplots(figsize=(10, 0.16 * len(cases) * len(names) + 1))
+            shares.setdefault(label, {})[row["implementation"]] = row["share"]
+    names = list(dict.fromkeys(name for case in shares.values() for name in case))
+    figure, axes = plt.subplots(figsize=(10, 0.16 * len(shares) * len(names) + 1))
+    height = 0.8 / len(names)
     for i, name in enumerate(names):
-        at = [j + (i - len(names) / 2) * 0.8 / len(names) for j in range(len(cases))]
-        axes.barh(at, [case.get(name, 0) for case in cases.values()], 0.8 / len(names), label=name)
-    axes.set_yticks(range(len(cases)), cases, fontsize=6)
+        offset = (i - len(names) / 2) * height
+        at = [j + offset for j in range(len(shares))]
+        widths = [case.get(name, 0) for case in shares.values()]
+        axes.barh(at, widths, height, label=name)
+    axes.set_yticks(range(len(shares)), shares, fontsize=6)
     axes.invert_yaxis()
     axes.set_xlabel("share of the ceiling measured in the same run")
     axes.legend(fontsize=6)
@@ -231,68 +266,62 @@ def draw(results, path):
     figure.savefig(path, dpi=150)
 
 
-def cpu_loss(job):
-    """{seconds, peak_bytes} of one forward and backward pass of head and loss, in a process of its own: its peak is the case's."""
+# ---- head and loss on a CPU
+
+
+def cpu_loss(job: tuple) -> dict:
+    """{seconds, peak_bytes} of one forward and backward pass of head and loss, in a process of its
+    own: its peak is the case's."""
     name, supervised, (T, D, V) = job
     torch.set_num_threads(1)
-    make = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    inputs, peers, *_ = CASES["cross_entropy"].peers_of(make, "cpu", T, D, V, supervised)
-    leaves = [x.requires_grad_() for x in inputs]
-    resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    before, seconds = resident(), []
+
+    def make(*sizes):
+        return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
+
+    def resident():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    case = CASES["cross_entropy"].case_of(make, "cpu", T, D, V, supervised)
+    leaves = [x.requires_grad_() for x in case.inputs]
+    before = resident()
+    seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        torch.autograd.grad(peers[name](*leaves), leaves)
+        torch.autograd.grad(case.peers[name](*leaves), leaves)
         seconds.append(time.perf_counter() - start)
-    return dict(
-        implementation=name,
-        supervised=supervised,
-        T=T,
-        D=D,
-        V=V,
-        seconds=statistics.median(seconds),
-        peak_bytes=resident() - before,
-    )
+    row = {"implementation": name, "supervised": supervised, "T": T, "D": D, "V": V}
+    return row | {"seconds": statistics.median(seconds), "peak_bytes": resident() - before}
 
 
-def cpu_losses(out):
+def cpu_losses(out: Path) -> None:
     """Ours and plain PyTorch, all tokens supervised and 60%; written to out."""
-    jobs = [
-        (name, supervised, (4096, 512, 32001))
-        for supervised in (1.0, 0.6)
-        for name in ("ours", "torch")
-    ]
+    sizes = (4096, 512, 32001)
+    names = ("ours", "torch")
+    jobs = [(name, supervised, sizes) for supervised in (1.0, 0.6) for name in names]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = pool.map(cpu_loss, jobs, chunksize=1)
-    out.write_text(
-        json.dumps(
-            dict(
-                command="python -m kernels.bench --cpu",
-                torch=torch.__version__,
-                dtype="float32",
-                threads=1,
-                rows=rows,
-            ),
-            indent=1,
-        )
-    )
+    about = {"command": "python -m kernels.bench --cpu", "torch": torch.__version__}
+    about |= {"dtype": "float32", "threads": 1, "rows": rows}
+    out.write_text(json.dumps(about, indent=1))
     for row in rows:
         print(
-            f"{row['implementation']:5s} {row['supervised']:.0%} supervised: {row['seconds']:.2f} s, {row['peak_bytes'] / 2**20:,.0f} MiB"
+            f"{row['implementation']:5s} {row['supervised']:.0%} supervised: "
+            f"{row['seconds']:.2f} s, {row['peak_bytes'] / 2**20:,.0f} MiB"
         )
 
 
-def parse():
+# ---- the command line
+
+
+def parse() -> tuple[argparse.Namespace, dict]:
+    """(flags, the sizes that were given)."""
     parser = argparse.ArgumentParser(
         prog="kernels.bench", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0]
     )
     parser.add_argument("kernel", nargs="?", choices=CASES)
     for name, default in DEFAULTS.items():
-        parser.add_argument(
-            f"--{name}",
-            type=type(default),
-            help=f"with a kernel that has it ({', '.join(k for k, case in CASES.items() if name in case.SIZES)})",
-        )
+        text = f"with a kernel that has it ({', '.join(kernels_with(name))})"
+        parser.add_argument(f"--{name}", type=type(default), help=text)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=8, help="begin no case after so many")
     parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
@@ -305,97 +334,61 @@ def parse():
     own = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     if "H" in own:
         own.setdefault("G", own["H"])
-    for name in own:
-        if args.kernel is None or name not in CASES[args.kernel].SIZES:
-            parser.error(
-                f"--{name} goes with {' or '.join(k for k, case in CASES.items() if name in case.SIZES)}; name the kernel first"
-            )
-    if any(value <= 0 for name, value in own.items() if name not in ("lengths", "seed")):
-        parser.error("sizes are positive")
-    if own.get("H", 32) % own.get("G", 32) or own.get("E", 32) % 2 or own.get("supervised", 1) > 1:
-        parser.error("--H is a multiple of --G, --E is even, --supervised is at most 1")
-    if args.runs < 1:
-        parser.error("--runs is at least 1")
-    if (
-        not own.get("lengths", "1").isdigit()
-        and own["lengths"] not in ("sharegpt", "short")
-        or own.get("lengths") == "0"
-    ):
-        parser.error(f"--lengths {own['lengths']}: sharegpt, short or a number of tokens")
-    if args.show and not args.show.is_file():
-        parser.error(f"--show {args.show}: no such file")
+    check_sizes(parser, args, own)
     return args, own
 
 
-def main():
+def kernels_with(size: str) -> list[str]:
+    return [kernel for kernel, case in CASES.items() if size in case.SIZES]
+
+
+def check_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace, own: dict) -> None:
+    for name in own:
+        if args.kernel is None or name not in CASES[args.kernel].SIZES:
+            kernels = " or ".join(kernels_with(name))
+            parser.error(f"--{name} goes with {kernels}; name the kernel first")
+    sizes = [value for name, value in own.items() if name not in ("lengths", "seed")]
+    if any(value <= 0 for value in sizes):
+        parser.error("sizes are positive")
+    uneven = own.get("H", 32) % own.get("G", 32) or own.get("E", 32) % 2
+    if uneven or own.get("supervised", 1) > 1:
+        parser.error("--H is a multiple of --G, --E is even, --supervised is at most 1")
+    if args.runs < 1:
+        parser.error("--runs is at least 1")
+    lengths = own.get("lengths", "sharegpt")
+    if lengths not in ("sharegpt", "short") and not lengths.isdigit() or lengths == "0":
+        parser.error(f"--lengths {lengths}: sharegpt, short or a number of tokens")
+    if args.show and not args.show.is_file():
+        parser.error(f"--show {args.show}: no such file")
+
+
+def main() -> None:
     args, own = parse()
     if args.show:
-        return print(table(json.loads(args.show.read_text())))
+        print(table(json.loads(args.show.read_text())))
+        return
     if args.cpu:
-        return cpu_losses(Path("results/cpu_loss.json"))
-    device = "cpu" if args.check else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
-        return print(
-            "no CUDA GPU here: nothing was timed (--check runs every case once on the CPU)"
-        )
+        cpu_losses(Path("results/cpu_loss.json"))
+        return
+    if not args.check and not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing was timed (--check runs every case once on the CPU)")
+        return
+
     # torch.compile's backward would refuse retain_graph, by which it is timed
     functorch.donated_buffer = False
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json" if args.check else args.out
         out.parent.mkdir(parents=True, exist_ok=True)
-        results = dict(
-            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            torch=torch.__version__,
-            triton=getattr(triton, "__version__", None),
-            command=" ".join(["python -m kernels.bench", *sys.argv[1:]]),
-            runs=args.runs,
-            absent=absent,
-            ceiling=ceilings(args.runs, device),
-            rows=[],
-        )
-        began = time.monotonic()
-        for kernel in [args.kernel] if args.kernel else CASES:
-            for case in [own] if own else CASES[kernel].SHAPES:
-                if time.monotonic() - began > 60 * args.minutes:
-                    absent[f"{kernel} {case}"] = f"not begun within --minutes {args.minutes}"
-                    continue
-                sizes = CASES[kernel].SIZES | case | (CASES[kernel].SMALL if args.check else {})
-                rows = run_case(
-                    kernel,
-                    sizes,
-                    device,
-                    results["ceiling"],
-                    args.runs,
-                )
-                results["rows"] += rows
-                out.write_text(json.dumps(results, indent=1))
-                if args.check:
-                    shape = " ".join(f"{k}={v}" for k, v in rows[0]["shape"].items())
-                    print(
-                        f"{kernel} {shape}: "
-                        + ", ".join(
-                            f"{row['implementation']} {row['direction']} {'not compared' if row['error'] is None else 'WORSE' if row['worse'] else 'ok'}"
-                            for row in rows
-                        )
-                    )
-                else:
-                    print(
-                        "\n".join(
-                            table(results | dict(rows=rows)).splitlines()[
-                                2 if len(rows) == len(results["rows"]) else 4 :
-                            ]
-                        ),
-                        flush=True,
-                    )
-                    torch.cuda.empty_cache()
+        results = measure(args, own, out)
         draw(results, out.with_suffix(".png"))
-        if not args.check:
-            print("\n".join(f"not run: {peer} ({why})" for peer, why in absent.items()))
-            print(f"{out} and {out.with_suffix('.png')} written")
-    if worse := [row for row in results["rows"] if row["worse"]]:
-        sys.exit(
-            f"kernels.bench: {len(worse)} of ours have a larger error than the peers: {', '.join(sorted({row['kernel'] for row in worse}))}"
-        )
+    if not args.check:
+        for peer, reason in absent.items():
+            print(f"not run: {peer} ({reason})")
+        print(f"{out} and {out.with_suffix('.png')} written")
+    worse = {row["kernel"] for row in results["rows"] if row["worse"]}
+    if worse:
+        names = ", ".join(sorted(worse))
+        sys.exit(f"kernels.bench: ours have a larger error than the peers: {names}")
 
 
 if __name__ == "__main__":

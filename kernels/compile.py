@@ -3,12 +3,16 @@
     python -m kernels.compile                     all kernels, all architectures
     python -m kernels.compile --arch sm_90 --kernel rotary_attention --dtype bf16
 
-Each operator runs once on small CPU tensors with its launches diverted to the compiler, so what is compiled is what training
-launches: the same arguments, the same tiles. A line per kernel: registers, spills (loads and stores of local memory in the
-machine code), shared memory, tensor-core instructions, and below it what is wrong. On the NVIDIA targets a bf16 or fp16 kernel
-fails that spills or multiplies matrices off the tensor cores; any kernel fails there that wants more shared memory than the chip
-has, and everywhere one that multiplies fp32 as plain TF32, or whose address depends on a 32-bit product (it would wrap above
-2^31 elements). fp32 is for correctness: a spill there is printed. gfx942 (AMD MI300) must compile. Exit status 1 on a failure.
+Each operator runs once on small CPU tensors with its launches diverted to the compiler, so what is
+compiled is what training launches: the same arguments, the same tiles. A line for each kernel:
+registers, spills (loads and stores of local memory in the machine code), shared memory, tensor-core
+instructions, and below it what is wrong.
+
+On the NVIDIA targets a bf16 or fp16 kernel fails that spills or multiplies matrices off the tensor
+cores; any kernel fails there that wants more shared memory than the chip has, and everywhere one that
+multiplies fp32 as plain TF32, or whose address depends on a 32-bit product (it would wrap above 2^31
+elements). fp32 is for correctness: a spill there is printed. gfx942 (AMD MI300) must compile. Exit
+status 1 on a failure.
 """
 
 import argparse
@@ -19,7 +23,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,180 +70,250 @@ class _Driver:
         return TARGETS[self.name]
 
 
-def compile_case(name, case, dtype, shape):
+def compile_case(name: str, case: Callable, dtype: str, shape: dict) -> list[tuple]:
     """[(kernel's name, triton's compiled kernel)] for every launch of the case."""
-    done, run = [], triton.JITFunction.run
+    done = []
+    run = triton.JITFunction.run
 
     def divert(self, *args, grid, warmup, **kwargs):
-        done.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        done.append((self.fn.__name__, kernel))
 
     triton.runtime.driver.set_active(_Driver(name))
     triton.JITFunction.run = divert
-    for module in (importlib.import_module(f"kernels.{kernel}") for kernel in CASES):
-        module.on_gpu, module.arch = lambda x: True, lambda x: name
+    for kernel_file in CASES:
+        module = importlib.import_module(f"kernels.{kernel_file}")
+        module.on_gpu = lambda x: True
+        module.arch = lambda x: name
     try:
         case(DTYPES[dtype], **shape)
     finally:
         triton.JITFunction.run = run
+    # a kernel that was launched twice with the same arguments is one
     return list({kernel.hash: (kernel_name, kernel) for kernel_name, kernel in done}.values())
 
 
-def disassemble(cubin):
+def disassemble(cubin: bytes) -> tuple[int, str]:
+    """(registers, SASS) by the tools that Triton's package carries."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        usage, sass = (
-            subprocess.run(
-                [tools / tool, option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
+
+        def output(tool, option):
+            words = [tools / tool, option, file.name]
+            return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+        usage = output("cuobjdump", "--dump-resource-usage")
+        sass = output("nvdisasm", "-c")
     return int(re.search(r"REG:(\d+)", usage)[1]), sass
 
 
-def int32_products(ttir):
-    """32-bit products (and shifts) in Triton's IR that reach an address, by data flow forward from each of them."""
-    lines = [line.strip() for line in ttir.splitlines()]
-    values = lambda text: re.findall(r"%[\w#]+", text)
-    heads = {
-        label: re.findall(r"(%\w+):", args)
-        for line in lines
-        for label, args in re.findall(r"^(\^bb\d+)\((.*)\):", line)
-    }
-    tainted, before = {}, None
-    while before != len(tainted):  # a loop carries a value back to its head
-        before, regions = len(tainted), []
-        copy = lambda sources, targets: tainted.update(
-            {t: tainted[s] for s, t in zip(sources, targets) if s in tainted}
-        )
-        for line in lines:
+def int32_products(ttir: str) -> list[str]:
+    """32-bit products (and shifts) in Triton's IR that reach an address."""
+    flow = _Flow(ttir)
+    before = None
+    # a loop carries a value back to its head: go round until nothing new is found
+    while before != len(flow.tainted):
+        before = len(flow.tainted)
+        flow.walk()
+    return flow.products_in_addresses()
+
+
+class _Flow:
+    """Data flow forward from each 32-bit product through the lines of one kernel's IR."""
+
+    def __init__(self, ttir):
+        self.lines = [line.strip() for line in ttir.splitlines()]
+        # value -> the line of the product that it comes from
+        self.tainted = {}
+        # a block's label -> the values that it receives
+        self.heads = {}
+        for line in self.lines:
+            for label, arguments in re.findall(r"^(\^bb\d+)\((.*)\):", line):
+                self.heads[label] = re.findall(r"(%\w+):", arguments)
+
+    def walk(self):
+        # the open loops and branches: (their results, the values that a round starts with)
+        regions = []
+        for line in self.lines:
             results, _, body = line.partition(" = ") if line.startswith("%") else ("", "", line)
-            outer = re.match(r"(%\w+)(?::(\d+))?", results)
-            outer = (
-                [f"{outer[1]}#{i}" for i in range(int(outer[2]))]
-                if outer and outer[2]
-                else [outer[1]]
-                if outer
-                else []
-            )
-            if line.startswith("}") and not line.startswith(("} else", "})")) and regions:
+            targets = _names_of(results)
+            closes = line.startswith("}") and not line.startswith(("} else", "})"))
+            if closes and regions:
                 regions.pop()
             if re.match(r"scf\.(for|if|while)", body):
                 carried = re.findall(r"(%\w+) = (%[\w#]+)", body)
-                copy([start for _, start in carried], [inner for inner, _ in carried])
-                regions.append((outer, [inner for inner, _ in carried]))
+                inner = [name for name, _ in carried]
+                self.copy([start for _, start in carried], inner)
+                regions.append((targets, inner))
             elif line.startswith("scf.yield") and regions:
-                for targets in regions[-1]:
-                    copy(values(line), targets)
+                for receivers in regions[-1]:
+                    self.copy(_values(line), receivers)
             elif line.startswith("cf."):
                 for label, passed in re.findall(r"(\^bb\d+)\(([^)]*)\)", line):
-                    copy(values(passed), heads.get(label, []))
-            elif outer and not body.startswith(("tt.load", "arith.cmpi")):
-                hit = next((tainted[x] for x in values(body) if x in tainted), None)
-                if re.match(r"arith\.(muli|shli)", body) and re.search(
-                    r": (?:tensor<[\dx]*x)?i32", body
-                ):
-                    hit = line
-                tainted.update({x: hit for x in outer if hit})
-    addresses = (values(line.partition(" = ")[2])[1] for line in lines if " = tt.addptr " in line)
-    return sorted({tainted[x] for x in addresses if x in tainted})
+                    self.copy(_values(passed), self.heads.get(label, []))
+            elif targets and not body.startswith(("tt.load", "arith.cmpi")):
+                self.through(line, body, targets)
+
+    def copy(self, sources, targets):
+        for source, target in zip(sources, targets):
+            if source in self.tainted:
+                self.tainted[target] = self.tainted[source]
+
+    def through(self, line, body, targets):
+        """An operation hands its operands' product on; a 32-bit product begins here."""
+        origins = [self.tainted[value] for value in _values(body) if value in self.tainted]
+        origin = origins[0] if origins else None
+        # the type is what stands behind attributes, whose own types are none of the product's
+        without_attributes = re.sub(r"\{[^}]*\}", "", body)
+        is_int32 = re.search(r": (?:tensor<[\dx]*x)?i32", without_attributes)
+        if re.match(r"arith\.(muli|shli)", body) and is_int32:
+            origin = line
+        if origin:
+            self.tainted.update(dict.fromkeys(targets, origin))
+
+    def products_in_addresses(self):
+        found = set()
+        for line in self.lines:
+            if " = tt.addptr " in line:
+                _, _, body = line.partition(" = ")
+                offset = _values(body)[1]
+                if offset in self.tainted:
+                    found.add(self.tainted[offset])
+        return sorted(found)
 
 
-def plain_tf32(ttir):
+def _values(text):
+    return re.findall(r"%[\w#]+", text)
+
+
+def _names_of(results):
+    """%a -> [%a]; %a:2 -> [%a#0, %a#1]."""
+    match = re.match(r"(%\w+)(?::(\d+))?", results)
+    if not match:
+        return []
+    if match[2]:
+        return [f"{match[1]}#{i}" for i in range(int(match[2]))]
+    return [match[1]]
+
+
+def plain_tf32(ttir: str) -> list[str]:
     """Products of fp32 matrices that a GPU would make of TF32, ten bits of mantissa."""
-    return [
-        line.strip()
-        for line in ttir.splitlines()
-        if "tt.dot" in line
-        and re.search(r"inputPrecision = tf32\b", line)
-        and re.search(r"xf32[^-]*->", line)
-    ]
+    found = []
+    for line in ttir.splitlines():
+        is_tf32 = re.search(r"inputPrecision = tf32\b", line)
+        if "tt.dot" in line and is_tf32 and re.search(r"xf32[^-]*->", line):
+            found.append(line.strip())
+    return found
 
 
-def inspect_kernel(name, dtype, kernel):
-    """(registers, spills, shared bytes, tensor-core instructions, what is wrong)."""
-    asm, shared = kernel.asm, kernel.metadata.shared
+@dataclass
+class Report:
+    """What the machine code of one kernel says."""
+
+    registers: int
+    spills: int
+    shared: int
+    tensor_core: int
+    wrong: list[str]
+
+
+def inspect_kernel(name: str, dtype: str, kernel) -> Report:
+    asm = kernel.asm
+    shared = kernel.metadata.shared
     if name == "gfx942":
-        field = lambda key: int(re.search(rf"\.{key}: *(\d+)", asm["amdgcn"])[1])
-        registers, spills, code = field("vgpr_count"), field("vgpr_spill_count"), asm["amdgcn"]
+        code = asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count: *(\d+)", code)[1])
+        spills = int(re.search(r"\.vgpr_spill_count: *(\d+)", code)[1])
     else:
         registers, code = disassemble(asm["cubin"])
         spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    tensor = len(re.findall(TENSOR_CORE[name], code))
-    wrong = [
-        f"32-bit product reaches an address: {product}" for product in int32_products(asm["ttir"])
-    ]
-    wrong += [f"plain TF32: {dot}" for dot in plain_tf32(asm["ttir"])]
+    tensor_core = len(re.findall(TENSOR_CORE[name], code))
+    report = Report(registers, spills, shared, tensor_core, [])
+
+    for product in int32_products(asm["ttir"]):
+        report.wrong.append(f"32-bit product reaches an address: {product}")
+    for dot in plain_tf32(asm["ttir"]):
+        report.wrong.append(f"plain TF32: {dot}")
     if name in SHARED:
-        wrong += [f"{shared} bytes of shared memory, the chip has {SHARED[name]}"] * (
-            shared > SHARED[name]
-        )
-    if name in SHARED and dtype != "fp32":
-        wrong += [f"{spills} spills"] * (spills > 0)
-        wrong += [
-            f"off the tensor cores: {line.strip()}"
-            for line in asm["ttgir"].splitlines()
-            if re.search(r"tt\.dot .*-> tensor<[^>]*#blocked", line)
-        ]
-        wrong += ["a product without this chip's tensor-core instruction"] * (
-            "tt.dot " in asm["ttir"] and not tensor
-        )
-    return registers, spills, shared, tensor, wrong
+        report.wrong += nvidia_faults(name, dtype, asm, report)
+    return report
 
 
-def report(job):
+def nvidia_faults(name: str, dtype: str, asm: dict, report: Report) -> list[str]:
+    wrong = []
+    if report.shared > SHARED[name]:
+        wrong.append(f"{report.shared} bytes of shared memory, the chip has {SHARED[name]}")
+    # fp32 is for correctness: it may spill, and no tensor core makes its products
+    if dtype == "fp32":
+        return wrong
+    if report.spills:
+        wrong.append(f"{report.spills} spills")
+    for line in asm["ttgir"].splitlines():
+        if re.search(r"tt\.dot .*-> tensor<[^>]*#blocked", line):
+            wrong.append(f"off the tensor cores: {line.strip()}")
+    if "tt.dot " in asm["ttir"] and not report.tensor_core:
+        wrong.append("a product without this chip's tensor-core instruction")
+    return wrong
+
+
+def report_of(job: tuple) -> list[tuple[str, bool]]:
     """The lines of one case on one architecture: [(text, failed)]."""
     name, kernel_file, case, dtype, shape = job
     torch.set_num_threads(1)
-    where = (
-        f"{name:7s} {dtype} {kernel_file:16s} {' '.join(f'{k}={v}' for k, v in shape.items()):22s}"
-    )
+    sizes = " ".join(f"{k}={v}" for k, v in shape.items())
+    where = f"{name:7s} {dtype} {kernel_file:16s} {sizes:22s}"
     try:
         compiled = compile_case(name, case, dtype, shape)
     except Exception as error:
         # the compiler's own, of many kinds: a line of the report, not its end
         return [(f"{where} FAILED to compile: {str(error).splitlines()[0]}", True)]
+
     lines = []
     for kernel_name, kernel in compiled:
-        registers, spills, shared, tensor, wrong = inspect_kernel(name, dtype, kernel)
-        warps = kernel.metadata.num_warps
-        text = f"{where} {kernel_name:15s} {warps:2d} warps {registers:4d} registers {spills:4d} spills {shared:7d} B shared {tensor:4d} tensor-core"
-        lines.append((text + "".join(f"\n    FAILED {w}" for w in wrong), bool(wrong)))
+        found = inspect_kernel(name, dtype, kernel)
+        text = (
+            f"{where} {kernel_name:15s} {kernel.metadata.num_warps:2d} warps "
+            f"{found.registers:4d} registers {found.spills:4d} spills "
+            f"{found.shared:7d} B shared {found.tensor_core:4d} tensor-core"
+        )
+        for fault in found.wrong:
+            text += f"\n    FAILED {fault}"
+        lines.append((text, bool(found.wrong)))
     return lines
 
 
-def jobs(archs, kernels, dtypes, shapes):
+def jobs(archs: list, kernels: list, dtypes: list, shapes: int | None) -> list[tuple]:
     """Every case to compile; `shapes` cuts each kernel's shape classes to its first ones."""
-    return [
-        (arch, kernel, case.launch, dtype, shape)
-        for arch in archs
-        for kernel, case in CASES.items()
-        if kernel in kernels
-        for dtype in dtypes
-        for shape in case.COMPILED[:shapes]
-    ]
+    found = []
+    for arch in archs:
+        for kernel, case in CASES.items():
+            if kernel not in kernels:
+                continue
+            for dtype in dtypes:
+                for shape in case.COMPILED[:shapes]:
+                    found.append((arch, kernel, case.launch, dtype, shape))
+    return found
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(prog="kernels.compile", usage=argparse.SUPPRESS)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument(
-        "--kernel",
-        nargs="+",
-        choices=list(CASES),
-        default=list(CASES),
-    )
+    parser.add_argument("--kernel", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument(
         "--shapes", type=int, metavar="N", help="only the first N shape classes of each kernel"
     )
     args = parser.parse_args()
-    count, failed = 0, 0
+    count = 0
+    failed = 0
+    todo = jobs(args.arch, args.kernel, args.dtype, args.shapes)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for lines in pool.map(report, jobs(args.arch, args.kernel, args.dtype, args.shapes)):
+        for lines in pool.map(report_of, todo):
             for text, bad in lines:
                 print(text, flush=True)
-                count, failed = count + 1, failed + bad
+                count += 1
+                failed += bad
     print(f"{count} kernels compiled, {failed} failed")
     return 1 if failed else 0
 

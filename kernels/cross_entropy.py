@@ -43,6 +43,10 @@ from kernels import check, on_device_of, on_gpu, tl, triton
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 # Rows of logits in elements: 64 of bf16 are a cache line.
 ALIGNMENT = 64
+# Logits that a program of the softmax reads at a time, and its warps: the fastest of nine on an
+# H100, 2026-11-27 (results/gpu_tune.json).
+BLOCK = 4096
+WARPS = 8
 
 
 def linear_cross_entropy_ref(
@@ -155,7 +159,9 @@ def softmax_gradient(z_rS, labels_r, weights_r, V):
     nll_r = torch.empty_like(weights_r)
     correct_r = torch.empty_like(weights_r)
     with on_device_of(z_rS):
-        _softmax_kernel[(r,)](z_rS, labels_r, weights_r, nll_r, correct_r, S, V, 4096, num_warps=8)
+        _softmax_kernel[(r,)](
+            z_rS, labels_r, weights_r, nll_r, correct_r, S, V, BLOCK, num_warps=WARPS
+        )
     return nll_r, correct_r
 
 

@@ -1,69 +1,108 @@
-"""Head and loss at the sizes that are timed and compiled, beside its peers."""
+"""Head and loss at the sizes that are timed, tuned and compiled, beside their peers."""
 
 import torch
 import torch.nn.functional as F
 
-from kernels.cases import compiled, optional
+from kernels import cross_entropy as module
+from kernels.cases import Case, Cost, Knob, compiled, optional
 from kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_op,
     linear_cross_entropy_ref,
 )
 
-LESSON = 4  # its place in the reports
-
-# bench.py: what its flags set, with their defaults; LLaMA-2 7B, 13B and 70B; --check.
-SIZES = dict(T=16384, D=4096, V=32001, supervised=0.6)
+LESSON = 4
+SIZES = {"T": 16384, "D": 4096, "V": 32001, "supervised": 0.6}
+# LLaMA-2 7B with all rows and with 60%, 13B, 70B
 SHAPES = [
-    dict(D=4096, supervised=1.0),
-    dict(D=4096, supervised=0.6),
-    dict(D=5120, supervised=0.6),
-    dict(D=8192, supervised=0.6),
+    {"D": 4096, "supervised": 1.0},
+    {"D": 4096, "supervised": 0.6},
+    {"D": 5120, "supervised": 0.6},
+    {"D": 8192, "supervised": 0.6},
 ]
-SMALL = dict(T=96, D=64, V=101)
-
-# compile.py: LLaMA-2 7B, 13B, 70B and 1.1B, the toy, and a T that 16 does not divide.
-COMPILED = [dict(V=32000), dict(V=32001)]
+SMALL = {"T": 96, "D": 64, "V": 101}
+COMPILED = [{"V": 32000}, {"V": 32001}]
 
 
-def peers_of(make, device, T, D, V, supervised):
+def turn_chunk(value):
+    module.CHUNK_BYTES["cuda"] = value
+
+
+def turn_block(value):
+    module.BLOCK, module.WARPS = value
+
+
+KNOBS = [
+    Knob("bytes of a chunk", "both", (2**27, 2**28, 2**29, 2**30), turn_chunk),
+    Knob("block, warps", "both", ((2048, 4), (4096, 8), (8192, 8), (8192, 16)), turn_block),
+]
+
+
+def case_of(make, device, T, D, V, supervised):
+    """Weights are 1 or 0, since most peers take no others; those that do are named weighted."""
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(0, V, (T,), generator=g).to(device)
-    # the peers take no others
     weights = torch.where(torch.rand(T, generator=g) < supervised, 1.0, 0.0).to(device)
     rows = weights.nonzero()[:, 0]
     ignored = torch.where(weights > 0, labels, -100)
-    plain = lambda h, w: linear_cross_entropy_ref(h, w, labels, weights)[0]
-    unfused = lambda h, w: F.cross_entropy(F.linear(h, w).float(), ignored, reduction="sum")
-    peers = {
-        "ours": lambda h, w: linear_cross_entropy(h, w, labels, weights, rows)[0],
-        "torch": unfused,
-        "torch.compile": compiled(unfused, device),
-    }
-    if torch_fused := getattr(F, "linear_cross_entropy", None):
-        options = torch.nn.LinearCrossEntropyOptions()  # without it, the unfused reference runs
-        peers["F.linear_cross_entropy"] = lambda h, w: torch_fused(
-            h, w, ignored, reduction="sum", ignore_index=-100, options=options
-        )
-    if liger := optional(
-        device, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
-    ):
-        peers["Liger"] = lambda h, w: liger(h, w, ignored, reduction="sum")
-    if cce := optional(device, "cut_cross_entropy", "linear_cross_entropy"):
-        peers["cut-cross-entropy"] = lambda h, w: cce(h, w, ignored, reduction="sum")
+
+    def ours(hidden, matrix):
+        return linear_cross_entropy(hidden, matrix, labels, weights, rows)[0]
+
+    def definition(hidden, matrix):
+        return linear_cross_entropy_ref(hidden, matrix, labels, weights)[0]
+
+    def unfused(hidden, matrix):
+        logits = F.linear(hidden, matrix).float()
+        return F.cross_entropy(logits, ignored, reduction="sum")
+
+    def unfused_weighted(hidden, matrix):
+        logits = F.linear(hidden, matrix).float()
+        return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+    peers = {"ours": ours, "torch": unfused, "torch.compile": compiled(unfused, device)}
+    peers["torch, weighted"] = unfused_weighted
+    peers["torch.compile, weighted"] = compiled(unfused_weighted, device)
+    peers |= built_in(labels, ignored, weights) | packages(device, ignored)
     # gradients are made with the loss: one time for both
-    return (
-        (make(T, D), make(V, D) * D**-0.5),
-        peers,
-        plain,
-        dict(both=dict(flops=6 * len(rows) * D * V)),
+    cost = Cost("flops", 6 * len(rows) * D * V)
+    return Case((make(T, D), make(V, D) * D**-0.5), peers, definition, {"both": cost})
+
+
+def built_in(labels, ignored, weights):
+    """PyTorch 2.13's own fused form, without and with weights."""
+    fused = getattr(F, "linear_cross_entropy", None)
+    if fused is None:
+        return {}
+    # without options, the unfused reference runs
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def plain(hidden, matrix):
+        return fused(hidden, matrix, ignored, reduction="sum", ignore_index=-100, options=options)
+
+    def weighted(hidden, matrix):
+        return (fused(hidden, matrix, labels, reduction="none", options=options) * weights).sum()
+
+    return {"F.linear_cross_entropy": plain, "F.linear_cross_entropy, weighted": weighted}
+
+
+def packages(device, ignored):
+    peers = {}
+    liger = optional(
+        device, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
     )
+    if liger:
+        peers["Liger"] = lambda hidden, matrix: liger(hidden, matrix, ignored, reduction="sum")
+    cut = optional(device, "cut_cross_entropy", "linear_cross_entropy")
+    if cut:
+        peers["cut-cross-entropy"] = lambda hidden, matrix: cut(
+            hidden, matrix, ignored, reduction="sum"
+        )
+    return peers
 
 
 def launch(dtype, V, T=16):
-    hidden, weight, rows = (
-        torch.ones(T, 16, dtype=dtype),
-        torch.ones(V, 16, dtype=dtype),
-        torch.arange(T),
-    )
-    linear_cross_entropy_op(hidden, weight, rows, torch.ones(T), rows, True)
+    hidden = torch.ones(T, 16, dtype=dtype)
+    matrix = torch.ones(V, 16, dtype=dtype)
+    rows = torch.arange(T)
+    linear_cross_entropy_op(hidden, matrix, rows, torch.ones(T), rows, True)

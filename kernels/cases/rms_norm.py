@@ -1,44 +1,61 @@
-"""RMSNorm at the sizes that are timed and compiled, beside its peers."""
+"""RMSNorm at the sizes that are timed, tuned and compiled, beside its peers."""
 
 import torch
 import torch.nn.functional as F
 
-from kernels.cases import compiled, optional
+from kernels import arch
+from kernels import rms_norm as module
+from kernels.cases import Case, Cost, Knob, compiled, optional
 from kernels.rms_norm import rms_norm, rms_norm_bwd_op, rms_norm_op, rms_norm_ref
 
-LESSON = 1  # its place in the reports
-
-# bench.py: what its flags set, with their defaults; LLaMA-2 7B, 13B and 70B; --check.
-SIZES = dict(T=16384, D=4096)
-SHAPES = [dict(D=4096), dict(D=5120), dict(D=8192)]
-SMALL = dict(T=96, D=64)
-
-# compile.py: LLaMA-2 7B, 13B, 70B and 1.1B, the toy, and a T that 16 does not divide.
-COMPILED = [dict(D=4096), dict(D=5120), dict(D=8192), dict(D=96), dict(D=4096, T=17)]
+LESSON = 1
+SIZES = {"T": 16384, "D": 4096}
+# LLaMA-2 7B, 13B, 70B
+SHAPES = [{"D": 4096}, {"D": 5120}, {"D": 8192}]
+SMALL = {"T": 96, "D": 64}
+# the same, the toy, and a T that 16 does not divide
+COMPILED = [{"D": 4096}, {"D": 5120}, {"D": 8192}, {"D": 96}, {"D": 4096, "T": 17}]
 
 
-def peers_of(make, device, T, D):
-    inputs = make(T, D), make(T, D), make(D)
-    peers = {
-        "ours": lambda x, r, w: rms_norm(x, w, 1e-5, r),
-        "torch": lambda x, r, w: rms_norm_ref(x, w, 1e-5, r),
-        "F.rms_norm": lambda x, r, w: (F.rms_norm(h := x + r, (D,), w, 1e-5), h),
-        "torch.compile": compiled(lambda x, r, w: rms_norm_ref(x, w, 1e-5, r), device),
-    }
-    if liger := optional(
-        device, "liger_kernel.transformers.functional", "liger_fused_add_rms_norm"
-    ):
-        peers["Liger"] = lambda x, r, w: liger(x, r, w, 1e-5, in_place=False)
-    return (
-        inputs,
-        peers,
-        lambda x, r, w: rms_norm_ref(x, w, 1e-5, r),
-        dict(forward=dict(bytes=8 * T * D), backward=dict(bytes=8 * T * D)),
-    )
+def turn_programs(value):
+    """Programs of the backward pass, on this machine's GPU."""
+    module.PROGRAMS[arch(torch.empty(0, device="cuda"))] = value
+
+
+KNOBS = [Knob("backward programs", "backward", (132, 198, 264, 396, 528), turn_programs)]
+
+
+def case_of(make, device, T, D):
+    """With the residual: what a block of the model calls."""
+
+    def ours(x, residual, w):
+        return rms_norm(x, w, 1e-5, residual)
+
+    def plain(x, residual, w):
+        return rms_norm_ref(x, w, 1e-5, residual)
+
+    def built_in(x, residual, w):
+        h = x + residual
+        return F.rms_norm(h, (D,), w, 1e-5), h
+
+    peers = {"ours": ours, "torch": plain, "F.rms_norm": built_in}
+    peers["torch.compile"] = compiled(plain, device)
+    liger = optional(device, "liger_kernel.transformers.functional", "liger_fused_add_rms_norm")
+    if liger:
+        peers["Liger"] = lambda x, residual, w: liger(x, residual, w, 1e-5, in_place=False)
+    quack = optional(device, "quack.rmsnorm", "rmsnorm")
+    if quack:
+        peers["QuACK"] = lambda x, residual, w: quack(x, w, residual=residual, eps=1e-5)
+
+    # read x and residual, write y and h; read h, dy and dh, write dx; 2 bytes each
+    traffic = Cost("bytes", 8 * T * D)
+    inputs = (make(T, D), make(T, D), make(D))
+    return Case(inputs, peers, plain, {"forward": traffic, "backward": traffic})
 
 
 def launch(dtype, D, T=16):
-    x, w = torch.ones(T, D, dtype=dtype), torch.ones(D, dtype=dtype)
+    x = torch.ones(T, D, dtype=dtype)
+    w = torch.ones(D, dtype=dtype)
     for residual in (None, x):
         _, h, r = rms_norm_op(x, residual, w, 1e-5)
         rms_norm_bwd_op(x, w, r, x, residual)

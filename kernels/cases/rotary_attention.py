@@ -1,12 +1,13 @@
-"""Rotary attention at the sizes that are timed and compiled, beside its peers."""
+"""Rotary attention at the sizes that are timed, tuned and compiled, beside its peers."""
 
 import math
 from inspect import signature
 
 import torch
 
-from kernels.cases import optional
-from kernels.rotary_attention import _rotate as rotation
+from kernels import arch
+from kernels import rotary_attention as module
+from kernels.cases import Case, Cost, Knob, compiled, optional
 from kernels.rotary_attention import (
     rotary_attention,
     rotary_attention_bwd_op,
@@ -15,115 +16,200 @@ from kernels.rotary_attention import (
     rotate,
 )
 
-LESSON = 3  # its place in the reports
-
-# bench.py: what its flags set, with their defaults; LLaMA-2 7B, 13B and 70B; --check.
-SIZES = dict(T=16384, H=32, G=32, E=128, lengths="sharegpt", seed=0)
+LESSON = 3
+SIZES = {"T": 16384, "H": 32, "G": 32, "E": 128, "lengths": "sharegpt", "seed": 0}
+# LLaMA-2 7B's heads with conversations as people have them, then long and short ones; 70B's, 13B's
 SHAPES = [
-    *(dict(H=32, G=32, lengths="sharegpt", seed=seed) for seed in range(3)),
-    dict(H=32, G=32, lengths="short"),
-    dict(H=32, G=32, lengths="4096"),
-    dict(H=40, G=40, lengths="sharegpt"),
-    dict(H=64, G=8, lengths="sharegpt"),
+    {"H": 32, "G": 32, "lengths": "sharegpt", "seed": 0},
+    {"H": 32, "G": 32, "lengths": "4096"},
+    {"H": 64, "G": 8, "lengths": "sharegpt"},
+    {"H": 32, "G": 32, "lengths": "short"},
+    {"H": 32, "G": 32, "lengths": "sharegpt", "seed": 1},
+    {"H": 32, "G": 32, "lengths": "sharegpt", "seed": 2},
+    {"H": 40, "G": 40, "lengths": "sharegpt"},
 ]
-SMALL = dict(T=96, H=4, G=2, E=32)
-
-# compile.py: LLaMA-2 7B, 13B, 70B and 1.1B, the toy, and a T that 16 does not divide.
+SMALL = {"T": 96, "H": 4, "G": 2, "E": 32}
+# LLaMA-2 7B, 70B, 1.1B, the toy, and a T that 16 does not divide
 COMPILED = [
-    dict(E=128, H=32, G=32),
-    dict(E=128, H=64, G=8),
-    dict(E=64, H=32, G=4),
-    dict(E=32, H=3, G=3),
-    dict(E=128, H=32, G=32, T=17),
+    {"E": 128, "H": 32, "G": 32},
+    {"E": 128, "H": 64, "G": 8},
+    {"E": 64, "H": 32, "G": 4},
+    {"E": 32, "H": 3, "G": 3},
+    {"E": 128, "H": 32, "G": 32, "T": 17},
+]
+
+
+def turner(which):
+    """Sets the tiles of one kernel in the row of this machine's GPU."""
+
+    def turn(value):
+        name = arch(torch.empty(0, device="cuda"))
+        row = list(module.LAUNCH[name])
+        row[which] = value
+        module.LAUNCH[name] = tuple(row)
+
+    return turn
+
+
+# (rows owned, rows read at a time, warps, stages); the second divides the first
+FORWARD_TILES = ((128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3))
+DQ_TILES = ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3))
+DKV_TILES = ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3))
+KNOBS = [
+    Knob("forward tiles", "forward", FORWARD_TILES, turner(0)),
+    Knob("dq tiles", "backward", DQ_TILES, turner(1)),
+    Knob("dk, dv tiles", "backward", DKV_TILES, turner(2)),
 ]
 
 
 def conversation_lengths(kind, T, seed):
-    """Lengths that sum to T: "sharegpt", log-normal of mean 1,500 clipped at 4,096; "short", of mean 200; or a number, all alike."""
+    """Lengths that sum to T: "sharegpt", log-normal of mean 1,500 clipped at 4,096; "short", of mean
+    200; or a number, all alike."""
     if kind.isdigit():
         lengths = [int(kind)] * (T // int(kind) + 1)
     else:
-        g, mean = torch.Generator().manual_seed(seed), {"sharegpt": 1500, "short": 200}[kind]
-        lengths = (
-            (torch.randn(T, generator=g) * 0.8 + math.log(mean) - 0.32)
-            .exp()
-            .clamp(16, 4096)
-            .int()
-            .tolist()
-        )
+        mean = {"sharegpt": 1500, "short": 200}[kind]
+        spread = 0.8
+        normal = torch.randn(T, generator=torch.Generator().manual_seed(seed))
+        # the mean of exp(mu + spread * normal) is exp(mu + spread^2 / 2)
+        drawn = (normal * spread + math.log(mean) - spread**2 / 2).exp()
+        lengths = drawn.clamp(16, 4096).int().tolist()
     ends = torch.tensor([0, *lengths]).cumsum(0)
     ends = [*ends[ends < T].tolist(), T]
-    return [b - a for a, b in zip(ends, ends[1:])]
+    return [end - start for start, end in zip(ends, ends[1:])]
 
 
-def peers_of(make, device, T, H, G, E, lengths, seed):
+def case_of(make, device, T, H, G, E, lengths, seed):
     lengths = conversation_lengths(lengths, T, seed)
     positions = torch.cat([torch.arange(n) for n in lengths])
     angle = positions[:, None] / 10000 ** (torch.arange(0, E, 2) / E)
-    cos, sin = angle.cos().float().to(device), angle.sin().float().to(device)
+    cos = angle.cos().float().to(device)
+    sin = angle.sin().float().to(device)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    tables, longest = (cos, sin, cu_seqlens), max(lengths)
-    # SDPA, a conversation at a time
-    peers = {
-        "ours": lambda q, k, v: rotary_attention(q, k, v, *tables),
-        "torch": lambda q, k, v: rotary_attention_ref(q, k, v, *tables),
-    }
-    if varlen := optional(device, "torch.nn.attention.varlen", "varlen_attn"):
-        has = signature(varlen).parameters
-        options = (dict(window_size=(-1, 0)) if "window_size" in has else dict(is_causal=True)) | (
-            dict(enable_gqa=True) if "enable_gqa" in has else {}
-        )
-        wide = (
-            (lambda x: x)
-            if H == G or "enable_gqa" in has
-            else lambda x: x.repeat_interleave(H // G, 1)
-        )
-        packed = lambda q, k, v: varlen(
-            q, wide(k), wide(v), cu_seqlens, cu_seqlens, longest, longest, **options
-        )
-        peers["varlen_attn without RoPE"] = packed
-        peers["varlen_attn after RoPE"] = lambda q, k, v: packed(
-            rotate(q, cos, sin), rotate(k, cos, sin), v
-        )
-    elif flex := optional(device, "torch.nn.attention.flex_attention", "flex_attention"):
-        from torch.nn.attention.flex_attention import create_block_mask
 
-        conversation = torch.repeat_interleave(
-            torch.arange(len(lengths)), torch.tensor(lengths)
-        ).to(device)
-        mask = create_block_mask(
-            lambda b, h, i, j: (conversation[i] == conversation[j]) & (i >= j),
-            None,
-            None,
-            T,
-            T,
-            device=device,
-        )
-        flexed = torch.compile(flex, dynamic=False)
-        heads = lambda x: x.transpose(0, 1)[None]
-        peers["flex_attention after RoPE"] = lambda q, k, v: flexed(
-            heads(rotate(q, cos, sin)),
-            heads(rotate(k, cos, sin)),
-            heads(v),
-            block_mask=mask,
-            enable_gqa=H != G,
-        )[0].transpose(0, 1)
-    # what RoPE costs: ours spends this much of its time on writing rotated keys (backward: queries)
+    def ours(q, k, v):
+        return rotary_attention(q, k, v, cos, sin, cu_seqlens)
+
+    def plain(q, k, v):
+        # scaled_dot_product_attention, a conversation at a time
+        return rotary_attention_ref(q, k, v, cos, sin, cu_seqlens)
+
+    peers = {"ours": ours, "torch": plain}
+    without_rope = packed_peers(device, cu_seqlens, max(lengths), H // G)
+    for name, packed in without_rope.items():
+        peers[f"{name} without RoPE"] = packed
+    if "varlen_attn" in without_rope:
+        packed = without_rope["varlen_attn"]
+
+        def rotated(q, k, v):
+            return packed(rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+        peers["varlen_attn after RoPE"] = rotated
+        peers["varlen_attn after compiled RoPE"] = after_compiled(packed, cos, sin, device)
     if device == "cuda":
-        peers["of it: rotating k"] = lambda q, k, v: rotation(k, cos, sin)
-        peers["of it: rotating q"] = lambda q, k, v: rotation(q, cos, sin)
+        peers["flex_attention after RoPE"] = flex(lengths, cos, sin, H != G)
+
     squares = sum(n * n for n in lengths)
-    cost = dict(forward=dict(flops=2 * H * E * squares), backward=dict(flops=5 * H * E * squares))
-    return (
-        (make(T, H, E), make(T, G, E), make(T, G, E)),
-        peers,
-        lambda q, k, v: rotary_attention_ref(q, k, v, *tables),
-        cost,
+    return Case(
+        inputs=(make(T, H, E), make(T, G, E), make(T, G, E)),
+        peers=peers,
+        definition=plain,
+        costs={
+            "forward": Cost("flops", 2 * H * E * squares),
+            "backward": Cost("flops", 5 * H * E * squares),
+        },
+        parts=rotations(cos, sin) if device == "cuda" else {},
+        not_compared=tuple(name for name in peers if "without" in name),
     )
 
 
+def rotations(cos, sin):
+    """What RoPE costs: so much of our time goes into writing rotated keys, then queries."""
+
+    def keys(_q, k, _v):
+        return module._rotate(k, cos, sin)
+
+    def queries(q, _k, _v):
+        return module._rotate(q, cos, sin)
+
+    return {"forward": {"of it: rotating k": keys}, "backward": {"of it: rotating q": queries}}
+
+
+def packed_peers(device, cu_seqlens, longest, group):
+    """{name: packed causal attention of (q, k, v)}: PyTorch's own, and flash-attn's where it is."""
+    peers = {}
+    varlen = optional(device, "torch.nn.attention.varlen", "varlen_attn")
+    if varlen:
+        peers["varlen_attn"] = varlen_peer(varlen, cu_seqlens, longest, group)
+    ends = (cu_seqlens, cu_seqlens, longest, longest)
+    packages = {
+        "FA2": "flash_attn",
+        "FA3": "flash_attn_interface",
+        "FA4": "flash_attn.cute",
+    }
+    for name, package in packages.items():
+        attention = optional(device, package, "flash_attn_varlen_func")
+        if attention:
+            peers[name] = lambda q, k, v, f=attention: f(q, k, v, *ends, causal=True)
+    return peers
+
+
+def varlen_peer(varlen, cu_seqlens, longest, group):
+    """torch 2.11 has is_causal or a window, and no grouped heads; later ones have both."""
+    has = signature(varlen).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in has else {"is_causal": True}
+    grouped = "enable_gqa" in has
+    if grouped:
+        options["enable_gqa"] = True
+
+    def packed(q, k, v):
+        if group > 1 and not grouped:
+            k = k.repeat_interleave(group, 1)
+            v = v.repeat_interleave(group, 1)
+        return varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+    return packed
+
+
+def after_compiled(packed, cos, sin, device):
+    rotation = compiled(lambda q, k: (rotate(q, cos, sin), rotate(k, cos, sin)), device)
+
+    def attention(q, k, v):
+        q, k = rotation(q, k)
+        return packed(q, k, v)
+
+    return attention
+
+
+def flex(lengths, cos, sin, grouped):
+    """FlexAttention with a mask of whole conversations."""
+    attention = optional("cuda", "torch.nn.attention.flex_attention", "flex_attention")
+    block_mask = optional("cuda", "torch.nn.attention.flex_attention", "create_block_mask")
+    T = sum(lengths)
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+
+    def seen(_batch, _head, i, j):
+        return (numbers[i] == numbers[j]) & (i >= j)
+
+    mask = block_mask(seen, None, None, T, T, device="cuda")
+    attention = torch.compile(attention, dynamic=False)
+
+    def heads_first(x):
+        return x.transpose(0, 1)[None]
+
+    def rotated(q, k, v):
+        q = heads_first(rotate(q, cos, sin))
+        k = heads_first(rotate(k, cos, sin))
+        o = attention(q, k, heads_first(v), block_mask=mask, enable_gqa=grouped)
+        return o[0].transpose(0, 1)
+
+    return rotated
+
+
 def launch(dtype, E, H, G, T=16):
-    q, k = torch.ones(T, H, E, dtype=dtype), torch.ones(T, G, E, dtype=dtype)
-    cos, cu_seqlens = torch.ones(T, E // 2), torch.tensor([0, 3, T], dtype=torch.int32)
+    q = torch.ones(T, H, E, dtype=dtype)
+    k = torch.ones(T, G, E, dtype=dtype)
+    cos = torch.ones(T, E // 2)
+    cu_seqlens = torch.tensor([0, 3, T], dtype=torch.int32)
     o, k, lse = rotary_attention_op(q, k, k, cos, cos, cu_seqlens)
     rotary_attention_bwd_op(q, k, k, cos, cos, cu_seqlens, o, lse, o)

@@ -1,31 +1,36 @@
-"""SwiGLU at the sizes that are timed and compiled, beside its peers."""
+"""SwiGLU at the sizes that are timed, tuned and compiled, beside its peers."""
 
 import torch
 
-from kernels.cases import compiled, optional
+from kernels import swiglu as module
+from kernels.cases import Case, Cost, Knob, compiled, optional
 from kernels.swiglu import swiglu, swiglu_bwd_op, swiglu_op, swiglu_ref
 
-LESSON = 2  # its place in the reports
+LESSON = 2
+# F, the flag, is the ffn width
+SIZES = {"T": 16384, "F": 11008}
+# LLaMA-2 7B, 13B, 70B
+SHAPES = [{"F": 11008}, {"F": 13824}, {"F": 28672}]
+SMALL = {"T": 96, "F": 80}
+# 7B, and a size that 16 does not divide
+COMPILED = [{"F": 11008}, {"F": 11009, "T": 17}]
 
-# bench.py: what its flags set, with their defaults; LLaMA-2 7B, 13B and 70B; --check.
-SIZES = dict(T=16384, F=11008)
-SHAPES = [dict(F=11008), dict(F=13824), dict(F=28672)]
-SMALL = dict(T=96, F=80)
 
-# compile.py: LLaMA-2 7B, 13B, 70B and 1.1B, the toy, and a T that 16 does not divide.
-COMPILED = [dict(F=11008), dict(F=11008 + 1, T=17)]
+def turn_block(value):
+    module.BLOCK = value
 
 
-def peers_of(make, device, T, F):
+KNOBS = [Knob("block", "both", (1024, 2048, 4096), turn_block)]
+
+
+def case_of(make, device, T, F):
     peers = {"ours": swiglu, "torch": swiglu_ref, "torch.compile": compiled(swiglu_ref, device)}
-    if liger := optional(device, "liger_kernel.transformers.functional", "liger_swiglu"):
+    liger = optional(device, "liger_kernel.transformers.functional", "liger_swiglu")
+    if liger:
         peers["Liger"] = liger
-    return (
-        (make(T, F), make(T, F)),
-        peers,
-        swiglu_ref,
-        dict(forward=dict(bytes=6 * T * F), backward=dict(bytes=10 * T * F)),
-    )
+    # 3 and 5 tensors of 2 bytes an element
+    costs = {"forward": Cost("bytes", 6 * T * F), "backward": Cost("bytes", 10 * T * F)}
+    return Case((make(T, F), make(T, F)), peers, swiglu_ref, costs)
 
 
 def launch(dtype, F, T=16):
