@@ -29,6 +29,7 @@ import argparse
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -48,6 +49,7 @@ TIMES = ("seconds", "tokens_per_s")  # fields of metrics.jsonl that no two runs 
 TEMPLATES = ("before_speaker", "before_assistant", "beginning", "none")
 STYLES = (*TEMPLATES, "vicuna", "llama-2-chat", "guanaco", "ultralm", "openchat", "base")
 CLASSES = "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
+FAILED = "a command failed"
 DEMO_STEPS = 20  # as many as tests/demo_losses.json holds
 
 # Of every run: validation twice, and a checkpoint half way, from which the section `old` resumes.
@@ -131,16 +133,19 @@ class Comparison:
         """Compare what make(side) returns of either checkout, a dict of named bytes or texts."""
         with ThreadPoolExecutor(2 if at_once else 1) as pool:
             before, after = pool.map(functools.partial(attempt, make), (self.before, self.after))
+        if FAILED in before | after:  # one line then, not one for all that is missing
+            before = {FAILED: before.get(FAILED, "BEFORE works")}
+            after = {FAILED: after.get(FAILED, "AFTER works")}
         for part in before | after:
             self.item(f"{name}: {part}", before.get(part), after.get(part))
 
 
 def attempt(make: Callable[[Side], dict], side: Side) -> dict:
-    """make(side), or an item that tells why it has none, different on the two sides."""
+    """make(side), or one item that tells why there is none, never the same on the two sides."""
     try:
         return make(side)
     except FailedError as error:
-        return {"works": f"{side.name}: {error}"}
+        return {FAILED: f"{side.name.upper()}: {error}"}
 
 
 def difference(before: bytes | str | None, after: bytes | str | None) -> str:
@@ -721,7 +726,8 @@ def compiled(side: Side, words: tuple[str, ...]) -> dict[str, str]:
 
 def kept(side: Side, words: tuple[str, ...], folder: str) -> dict[str, str]:
     """What `compiled` gives, from the folder where it lies for these very sources."""
-    sources = [files_of(side.folder / "kernels"), words, sys.version]
+    versions = sys.version, importlib.metadata.version("triton")
+    sources = [files_of(side.folder / "kernels"), words, versions]
     name = hashlib.sha256(repr(sources).encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}.json"
     if not path.is_file():
