@@ -319,18 +319,18 @@ class Checkpoints:
         theirs = json.loads((path / "MANIFEST.json").read_text())["identity"]
         # An older version of the code wrote it, which did not know these keys.
         unknown = [key for key in self.identity if key not in theirs]
-        if unknown and rank() == 0:
-            print(
-                f"{path} does not hold {', '.join(unknown)} of the run that wrote it: "
-                "this could not be compared",
-                file=sys.stderr,
-            )
         for key in self.identity | theirs:
             if key not in unknown and theirs.get(key) != self.identity.get(key):
                 raise ValueError(
                     f"{path} is of a run with {key} {theirs.get(key)!r}, this one has "
                     f"{self.identity.get(key)!r}; use its value, or another --out"
                 )
+        if unknown and rank() == 0:
+            print(
+                f"{path} does not hold {', '.join(unknown)} of the run that wrote it: "
+                "this could not be compared",
+                file=sys.stderr,
+            )
 
     def load(self, path: Path, model, optimizer) -> None:
         """Fill model and optimizer from a checkpoint that any number of ranks wrote.
