@@ -317,7 +317,7 @@ class Checkpoints:
     def _require_same_run(self, path: Path) -> None:
         """ValueError where the run that wrote the checkpoint differs in its identity."""
         theirs = json.loads((path / "MANIFEST.json").read_text())["identity"]
-        # An older version of the code wrote it, which did not know these keys.
+        # Keys that the code which wrote it did not know yet do not stop the run.
         unknown = [key for key in self.identity if key not in theirs]
         for key in self.identity | theirs:
             if key not in unknown and theirs.get(key) != self.identity.get(key):
