@@ -523,7 +523,9 @@ class Kernel:
             return self.function(*args)
         pointers = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
         for at in itertools.product(*(range(n) for n in self.grid)):
-            program = Program(programs_seed + sum(7919 * (axis + 1) * i for axis, i in enumerate(at)))
+            program = Program(
+                programs_seed + sum(7919 * (axis + 1) * i for axis, i in enumerate(at))
+            )
             program.at = at
             program.grid = self.grid
             self.function(*pointers)
