@@ -455,11 +455,10 @@ def _dkv_consumer(
     for base in range(0, blocks * G, gl.num_programs(0)):
         n, start, length, first, i_g = _work(base, place, G)
         first = _from_end(first, length)
-        dk_g = dk + i_g.to(gl.int64) * E
-        dv_g = dv + i_g.to(gl.int64) * E
+        column = i_g.to(gl.int64) * E
         if n == N:
-            _store_zeros(dk_g, start, first + half * 64, length, G * E, E)
-            _store_zeros(dv_g, start, first + half * 64, length, G * E, E)
+            _store_zeros(dk + column, start, first + half * 64, length, G * E, E)
+            _store_zeros(dv + column, start, first + half * 64, length, G * E, E)
         elif n >= 0:
             count = (length - first + BM - 1) // BM
             mbarrier.wait(kv_full.index(half), turn & 1)
@@ -467,10 +466,10 @@ def _dkv_consumer(
             # the next block's k and v may come while this one's gradients are written
             mbarrier.arrive(kv_free.index(half), count=1)
             first += half * 64
-            _store_rows(b_dv, dv_g, start, first, length, G * E, E)
+            _store_rows(b_dv, dv + column, start, first, length, G * E, E)
             # scale is log2(e) / sqrt(E)
             b_dk = _unrotate(b_dk * (scale * LN2), cos, sin, start + first, length - first, E)
-            _store_rows(b_dk, dk_g, start, first, length, G * E, E)
+            _store_rows(b_dk, dk + column, start, first, length, G * E, E)
             step += H // G * count
             turn += 1
 
@@ -493,8 +492,9 @@ def _gather(
     o_n = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, SL))
     o_m = gl.arange(0, BM, ML)
 
-    # which tile of its head; one loop over all heads' tiles, two nested ones would spill
-    i = 0
+    # rows from the block's first key to the tile's first query
+    ahead = 0
+    # one loop over all heads' tiles: two nested ones would spill
     for this in range(step, step + group * count):
         slot = this % STAGES
         mbarrier.wait(full.index(slot), (this // STAGES) & 1)
@@ -509,8 +509,8 @@ def _gather(
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
         b_lse = s_lse.index(slot).load(ML)
         b_p = gl.exp2(b_s * scale - b_lse[None, :])
-        if i * BM < 128:
-            b_p = gl.where((o_m + i * BM)[None, :] >= o_n[:, None], b_p, 0.0)
+        if ahead < 128:
+            b_p = gl.where((o_m + ahead)[None, :] >= o_n[:, None], b_p, 0.0)
         b_pd = gl.convert_layout(b_p.to(dtype), P)
         b_dv = warpgroup_mma(b_pd, s_do.index(slot), b_dv, is_async=True)
 
@@ -521,9 +521,9 @@ def _gather(
         b_dv = warpgroup_mma_wait(1, deps=(b_dv,))
         b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
         mbarrier.arrive(free.index(slot), count=1)
-        i += 1
-        if i == count:
-            i = 0
+        ahead += BM
+        if ahead == count * BM:
+            ahead = 0
     return b_dk, b_dv
 
 
