@@ -35,10 +35,9 @@ def main(argv: list[str]) -> None:
     path = place_of(config) / "all.json"
     path.write_text(json.dumps(content) + "\n")
     minutes = (time.monotonic() - began) / 60
-    print(
-        f"{len(done)} runs and their analysis: {hours:.2f} core-hours, processes of one thread",
-        f"({config.processes} at a time; this call took {minutes:.0f} min)",
-    )
+    spent = f"{len(done)} runs and their analysis: {hours:.2f} core-hours, processes of one thread"
+    pace = f"({config.processes} at a time; this call took {minutes:.0f} min)"
+    print(spent, pace)
 
 
 if __name__ == "__main__":
