@@ -1,9 +1,10 @@
-# make demo, make test: each works on a fresh machine. A machine that has its own torch: make demo PYTHON=python3 VENV=
+# make demo, make test: each works on a fresh machine.
+# A machine that has its own torch: make demo PYTHON=python3 VENV=
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long lint paper paper_base gpu
+.PHONY: demo test test_long lint paper paper_base gpu gpu_check gpu_bench gpu_tune gpu_step
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -12,11 +13,13 @@ demo: $(if $(VENV),$(VENV)/ready)
 	$(RUN) sample.py out/demo/hf --prompt "reverse a c b d"
 	@$(RUN) -m paper.toy --score out/demo
 
-# The paper in miniature: every table and figure of paper/README.md. Stop it when you like; the same line goes on.
+# The paper in miniature: every table and figure of paper/README.md. Stop it when you like; the same
+# line goes on.
 paper: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper $(if $(CRLFT_ASSETS),--assets $(CRLFT_ASSETS))
 
-# What moves Table 2's order: random weights instead of the pre-trained base, the learning rate, three times the steps.
+# What moves Table 2's order: random weights instead of the pre-trained base, the learning rate,
+# three times the steps.
 paper_base: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper.base
 
@@ -27,13 +30,43 @@ test_long: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m pytest -q -rs tests
 
 lint: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest -q tests/test_style.py
 
-# On a machine with a GPU: every kernel checked on it, then kernels and whole steps timed against their peers; results/*.json grow case by case.
-gpu: $(if $(VENV),$(VENV)/dev)
-	@mkdir -p results
-	$(RUN) -m pytest -q -m gpu --junitxml=results/gpu.xml tests; checked=$$?; $(RUN) -m kernels.bench && $(RUN) -m paper.step --model 7b --rounds 1 \
-	  && $(RUN) -m paper.step --model 13b --rounds 1 && exit $$checked
+# On a machine with a GPU, without a network: `make gpu VENV= PYTHON=python3 OUT=results`. Each part
+# keeps to its own clock (MINUTES=), writes into OUT as it goes, and leaves at most four flat files.
+# CHECK=1 tries the scripts on a CPU, without a time.
+OUT ?= results
+TRY = $(if $(CHECK),--check)
+
+gpu:
+	@failed=0; \
+	for part in gpu_check gpu_bench gpu_tune gpu_step; do \
+	  $(MAKE) --no-print-directory $$part || failed=1; \
+	done; \
+	exit $$failed
+
+# facts of the machine, every kernel checked on it, a search for races
+gpu_check: $(if $(VENV),$(VENV)/dev)
+	$(RUN) -m kernels.check --out $(OUT) --minutes $(or $(MINUTES),5) $(TRY)
+
+# every kernel beside its peers
+gpu_bench: $(if $(VENV),$(VENV)/dev)
+	$(RUN) -m kernels.bench --out $(OUT)/bench.json --minutes $(or $(MINUTES),6) $(TRY)
+
+# tiles, warps and blocks
+gpu_tune: $(if $(VENV),$(VENV)/dev)
+	$(RUN) -m kernels.tune --out $(OUT)/gpu_tune.json --minutes $(or $(MINUTES),5) $(TRY)
+
+# a training step of 8 layers of 7B and 13B, beside transformers
+gpu_step: $(if $(VENV),$(VENV)/dev)
+ifdef CHECK
+	$(RUN) -m paper.step --out $(OUT) --rounds 1 --conversations 12
+else
+	$(RUN) -m paper.step --out $(OUT) --model 7b --micro 4 --rounds 1 --minutes $(or $(MINUTES),2)
+	$(RUN) -m paper.step --out $(OUT) --model 13b --micro 4 --rounds 1 --minutes $(or $(MINUTES),1)
+endif
 
 ifneq ($(VENV),)
 $(VENV)/ready: requirements.txt

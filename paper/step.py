@@ -39,8 +39,9 @@ import torch
 import kernels.rms_norm
 import kernels.rotary_attention
 import kernels.swiglu
+from kernels.timing import machine
 from model import SIZES, Config
-from packing import flat, pack, plan
+from packing import pack, plan
 from paper.packing import sharegpt_like
 from recipe import TrainConfig
 from support.budget import peak_flops, train_flops
@@ -79,9 +80,9 @@ CONTESTANTS = {
     "cpu": ("ours", "transformers, packed", "transformers, padded"),
     "cuda": (
         "ours",
-        "ours, plain PyTorch",
-        "transformers, packed",
         "transformers + Liger, packed",
+        "transformers, packed",
+        "ours, plain PyTorch",
         "transformers + Liger, padded",
     ),
 }
@@ -93,8 +94,12 @@ class StepConfig:
     model: str = "cpu"
     # of a GPU's model
     layers: int = 8
+    # micro-batches of an optimizer step: the paper's recipe has 2 on each of 8 GPUs
+    micro: int = 1
     # how often each contestant runs
     rounds: int = 3
+    # no contestant is begun after so many
+    minutes: float = 60.0
     # of ours: none, cheap or all
     recompute: str = "none"
     # number of conversations, instead of the width's own
@@ -166,35 +171,34 @@ def our_steps(config: StepConfig, work: Workload, device: torch.device) -> list[
         rows, _ = local_rows(parameter)
         torch.nn.init.normal_(rows.detach(), std=0.02)
 
-    # one micro-batch a step
     planned = plan(
         work.lengths,
         class_ids=np.zeros(len(work.lengths), int),
         weight_sums=np.array([weights.sum() for _, weights in work.conversations]),
         seed=0,
         epoch=0,
-        batch_tokens=work.row * work.rows,
+        batch_tokens=work.row * work.rows * config.micro,
         micro_tokens=work.row * work.rows,
         cost=train_flops(work.model_config).plan_cost,
     )
 
-    def our_step(conversations: np.ndarray) -> Step:
-        batch = pack([work.conversations[i] for i in conversations])
+    def our_step(micro_batches: list[np.ndarray]) -> Step:
+        batches = [pack([work.conversations[i] for i in micro]) for micro in micro_batches]
 
         def go() -> float:
-            weight_sum = batch.weights_T.sum().item()
+            weight_sum = sum(batch.weights_T.sum().item() for batch in batches)
             tally = Tally(1, device)
-            return train_step(model, optimizer, [batch], device, weight_sum, CLIP, tally)
+            return train_step(model, optimizer, batches, device, weight_sum, CLIP, tally)
 
         return go
 
-    return [our_step(flat([step])) for step in planned]
+    return [our_step(step) for step in planned]
 
 
 # ---- transformers'
 
 
-def peer_steps(name: str, work: Workload, device: torch.device) -> list[Step]:
+def peer_steps(name: str, work: Workload, micro: int, device: torch.device) -> list[Step]:
     """The epoch's steps with transformers' model: fp32 weights under autocast on a GPU, clipped, as
     ours.
     """
@@ -210,12 +214,16 @@ def peer_steps(name: str, work: Workload, device: torch.device) -> list[Step]:
     )
 
     def peer_step(rows: list[list[Tokenized]]) -> Step:
-        inputs = peer_inputs(rows, work.row, "packed" in name, device)
+        micro_batches = []
+        for start in range(0, len(rows), work.rows):
+            some = rows[start : start + work.rows]
+            micro_batches.append(peer_inputs(some, work.row, "packed" in name, device))
 
         def go() -> float:
-            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = model(**inputs).loss
-            loss.backward()
+            for inputs in micro_batches:
+                with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                    loss = model(**inputs).loss / len(micro_batches)
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -227,8 +235,9 @@ def peer_steps(name: str, work: Workload, device: torch.device) -> list[Step]:
         filled = fill_rows(work.conversations, work.row)
     else:
         filled = [[conversation] for conversation in work.conversations]
-    starts = range(0, len(filled), work.rows)
-    return [peer_step(filled[start : start + work.rows]) for start in starts]
+    rows_of_step = work.rows * micro
+    starts = range(0, len(filled), rows_of_step)
+    return [peer_step(filled[start : start + rows_of_step]) for start in starts]
 
 
 def peer_model(name: str, model_config: Config, device: torch.device) -> torch.nn.Module:
@@ -327,7 +336,7 @@ def contest(config: StepConfig) -> None:
     if config.contestant.startswith("ours"):
         steps = our_steps(config, work, device)
     else:
-        steps = peer_steps(config.contestant, work, device)
+        steps = peer_steps(config.contestant, work, config.micro, device)
 
     clock = time.perf_counter if on_gpu else time.process_time
     steps[0]()
@@ -413,14 +422,20 @@ def main(argv: list[str]) -> None:
         "command": " ".join(["python -m paper.step", *argv]),
         "torch": torch.__version__,
         "threads": 1,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "device": "CPU",
         "rows": lines,
     }
+    if device == "cuda":
+        about = machine("python -m paper.step") | {"micro": config.micro, "rows": lines}
+    began = time.monotonic()
     # Contestants take turns, so that a slow minute of the machine does not fall on one alone. The
     # file is written after each, so that a run that ends early leaves what it has.
     for _ in range(config.rounds):
         for supervised in SUPERVISED[device]:
             for name in CONTESTANTS[device]:
+                if time.monotonic() - began > 60 * config.minutes:
+                    print(f"{name}: not begun within --minutes {config.minutes}")
+                    continue
                 line = run_alone(name, supervised, argv)
                 if line is None:
                     continue
