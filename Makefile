@@ -62,7 +62,7 @@ gpu_tune: $(if $(VENV),$(VENV)/dev)
 # a training step of 8 layers of 7B and 13B, beside transformers
 gpu_step: $(if $(VENV),$(VENV)/dev)
 ifdef CHECK
-	$(RUN) -m paper.step --out $(OUT) --rounds 1 --conversations 12
+	$(RUN) -m paper.step --out $(OUT) --rounds 1 --conversations 4
 else
 	$(RUN) -m paper.step --out $(OUT) --model 7b --micro 4 --rounds 1 --minutes $(or $(MINUTES),2)
 	$(RUN) -m paper.step --out $(OUT) --model 13b --micro 4 --rounds 1 --minutes $(or $(MINUTES),1)
