@@ -1,1 +1,4 @@
-"""What stands around the method: the command line, files, ranks, checkpoints, directories in and out, figures."""
+"""What stands around the method.
+
+The command line, files, ranks, checkpoints, directories in and out, figures.
+"""
