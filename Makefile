@@ -49,7 +49,7 @@ gpu:
 
 # facts of the machine, every kernel checked on it, a search for races
 gpu_check: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m kernels.check --out $(OUT) --minutes $(or $(MINUTES),5) $(TRY)
+	$(RUN) -m kernels.gpu --out $(OUT) --minutes $(or $(MINUTES),5) $(TRY)
 
 # every kernel beside its peers
 gpu_bench: $(if $(VENV),$(VENV)/dev)

@@ -1,7 +1,7 @@
 """Facts of this GPU, every kernel checked on it, and a search for races.
 
-    python -m kernels.check --out results/      gpu_check.json, gpu_check.log, gpu_check.xml
-    python -m kernels.check --check             the script itself on a CPU
+    python -m kernels.gpu --out results/      gpu_check.json, gpu_check.log, gpu_check.xml
+    python -m kernels.gpu --check             the script itself on a CPU
 
 Facts: versions, clocks, the rate of a copy and of the loss's three matmuls with a vocabulary of
 32,001 and of 32,064 columns. Then `pytest -m gpu`, in parallel where pytest-xdist is installed. Then
@@ -77,7 +77,7 @@ def run_racecheck() -> dict:
     tool = shutil.which("compute-sanitizer")
     if not tool:
         return {"absent": "compute-sanitizer is not on the PATH"}
-    words = [tool, "--tool", "racecheck", sys.executable, "-m", "kernels.check", "--small"]
+    words = [tool, "--tool", "racecheck", sys.executable, "-m", "kernels.gpu", "--small"]
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, cwd=ROOT, timeout=60 * RACE_MINUTES
@@ -109,7 +109,7 @@ def small_case(device: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="kernels.check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="kernels.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--check", action="store_true", help="the script itself, on a CPU")
@@ -124,7 +124,7 @@ def main() -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "gpu_check.json"
-    results = machine("python -m kernels.check")
+    results = machine("python -m kernels.gpu")
 
     def note(name, value):
         results[name] = value
