@@ -372,12 +372,20 @@ def async_copy_global_to_shared(descriptor, coordinates, barrier, destination):
 
 
 class Product:
-    """A wgmma in flight, in place of its accumulator."""
+    """A wgmma in flight, in place of its accumulator: not to be touched."""
 
     def __init__(self, run, event):
         self.run = run
         self.event = event
         self.value = None
+
+    def __getattr__(self, name):
+        raise Race("an accumulator is used while its wgmma is in flight")
+
+    def _touched(self, _other):
+        raise Race("an accumulator is used while its wgmma is in flight")
+
+    __add__ = __sub__ = __mul__ = __truediv__ = __rmul__ = __rsub__ = _touched
 
 
 def _no_pending(*values):
