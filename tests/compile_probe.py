@@ -1,4 +1,4 @@
-"""Kernels that kernels/compile.py must fail, and one that it must not: run by test_triton.py.
+"""Kernels that kernels/compile.py must fail, and two that it must not: run by test_triton.py.
 
 python tests/compile_probe.py        a line for each: its name, and what failed
 """
@@ -41,6 +41,14 @@ def fine_kernel(x, y, n, stride, B: tl.constexpr):
 
 
 @triton.jit
+def hint_kernel(x, y, stride, B: tl.constexpr):
+    """A product of 64 bits with an alignment hint, an attribute of type i32 in the IR."""
+    row = tl.multiple_of(tl.program_id(0).to(tl.int64) * stride, 16)
+    o = row + tl.arange(0, B)
+    tl.store(y + tl.arange(0, B), tl.load(x + o))
+
+
+@triton.jit
 def tf32_kernel(x, y, B: tl.constexpr):
     o = tl.arange(0, B)[:, None] * B + tl.arange(0, B)
     b = tl.load(x + o)
@@ -62,6 +70,10 @@ def fine(dtype):
     fine_kernel[(1,)](x, x, 9, 33, 32)
 
 
+def hint(dtype):
+    hint_kernel[(1,)](x, x, 33, 32)
+
+
 def tf32(dtype):
     tf32_kernel[(1,)](x, x, 32)
 
@@ -73,12 +85,11 @@ def spill(dtype):
 
 
 def main():
-    probes = {"loop": loop, "branch": branch, "fine": fine, "tf32": tf32, "spill": spill}
-    for name, probe in probes.items():
-        dtype = "bf16" if name == "spill" else "fp32"
-        lines = aot.report_of(("sm_90", name, probe, dtype, {}))
+    for probe in (loop, branch, fine, hint, tf32, spill):
+        dtype = "bf16" if probe is spill else "fp32"
+        lines = aot.report_of(("sm_90", probe.__name__, probe, dtype, {}))
         failed = [text for text, bad in lines if bad]
-        print(name, "|".join(failed).replace("\n", " "))
+        print(probe.__name__, "|".join(failed).replace("\n", " "))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ holds NaN until it is written.
 import contextlib
 import itertools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -37,6 +39,17 @@ def kernels_on(module):
     finally:
         module.on_gpu = on_gpu
         torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def as_on(module, name):
+    """Launch as on this GPU: its row of the launch tables, its branches. Nothing else changes."""
+    arch = module.arch
+    module.arch = lambda x: name
+    try:
+        yield
+    finally:
+        module.arch = arch
 
 
 def close(what, ours, plain, ref, scale=None):
@@ -147,6 +160,13 @@ def rms_norm(m, dtype, T, D, residual=True, strided=False, seed=0, device="cpu")
         scales["dx"] = (g_TD / (h_TD.double().square() + 1e-5).sqrt()).norm().item()
         scales["dresidual"] = scales["dx"]
     return compare(names, dtype, ours, plain, exact, inputs, upstream, scales)
+
+
+def rms_norm_as_on(m, name):
+    """The programs of a GPU's backward pass, more than rows; fewer of them for wide rows."""
+    with as_on(m, name):
+        rms_norm(m, torch.float32, 5, 48)
+        rms_norm(m, torch.bfloat16, 2, 4104, residual=False)
 
 
 def swiglu64(gate_TU, up_TU):
@@ -270,6 +290,32 @@ def attention_blindness(m, dtype, lengths, H, G, E, seed=0, device="cpu"):
         assert not torch.equal(before[a:b], after[a:b])
 
 
+def rotary_attention_as_on(m, name):
+    """A GPU's tiles: conversations of several blocks, and the tiles of fp32 and of small heads."""
+    with as_on(m, name):
+        rotary_attention(m, torch.bfloat16, [150, 67], 5, 1, 1, 64)
+        rotary_attention(m, torch.float32, [37], 3, 1, 1, 32)
+
+
+def rotary_attention_with_other_tiles(m):
+    """Three kernels, three sizes of block: no plan serves two of them."""
+    name = "three sizes"
+    tiles = ((64, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1))
+    m.LAUNCH[name] = tiles
+    try:
+        with as_on(m, name):
+            rotary_attention(m, torch.bfloat16, [70, 33], 5, 1, 1, 64)
+    finally:
+        del m.LAUNCH[name]
+
+
+def tiles_divide(m):
+    """The rows read at a time divide the rows owned: the tiles before the diagonal have no mask."""
+    for table in (*m.LAUNCH.values(), m.LAUNCH_FP32):
+        for BM, BN, _warps, _stages in table:
+            assert BM % BN == 0, f"{BN} rows read at a time, of {BM} owned"
+
+
 # ---- the loss
 
 
@@ -367,9 +413,71 @@ def columns_beyond_the_vocabulary(m):
     z_rS[:, V:] = torch.nan
     labels_r = torch.tensor([0, 96, 50])
     weights_r = torch.tensor([1.0, 0.1, 2.0])
-    nll_r, correct_r = m.softmax_gradient(z_rS, labels_r, weights_r, V)
+    # of what is masked afterwards
+    with np.errstate(over="ignore"):
+        nll_r, correct_r = m.softmax_gradient(z_rS, labels_r, weights_r, V)
     expected = m.softmax_gradient_ref(expected_rV, labels_r, weights_r, V)
     assert torch.allclose(nll_r, expected[0], rtol=1e-5)
     assert torch.equal(correct_r, expected[1])
     assert torch.allclose(z_rS[:, :V], expected_rV, rtol=1e-4, atol=1e-6)
     assert (z_rS[:, V:] == 0).all(), "a gradient beyond V"
+
+
+def chunk_sizes(m):
+    """The softmax sees a multiple of 128 rows, as many as the chunk's bytes hold but at least 128;
+    at the end the rows that are left."""
+    seen = []
+    softmax = m.softmax_gradient
+
+    def watched(z_rS, *rest):
+        seen.append(tuple(z_rS.shape))
+        return softmax(z_rS, *rest)
+
+    inputs = loss_inputs(torch.float32, 300, 16, 97, torch.ones(300), 0, "cpu")
+    m.softmax_gradient = watched
+    try:
+        for rows, expected in ((290, [256, 44]), (0.5, [128, 128, 44])):
+            with chunks_of(m, rows, 97, torch.float32):
+                m.linear_cross_entropy(*inputs)
+            assert seen == [(chunk, 128) for chunk in expected]
+            seen.clear()
+    finally:
+        m.softmax_gradient = softmax
+
+
+def padded_matrix(m):
+    """On a GPU M has a multiple of 64 rows, zeros behind its own; no copy where it has already."""
+    matrix_VD = fresh((97, 8), torch.float32, 0, "cpu")
+    matrix_WD = m._padded(matrix_VD)
+    assert matrix_WD.shape == (128, 8)
+    assert torch.equal(matrix_WD[:97], matrix_VD)
+    assert (matrix_WD[97:] == 0).all()
+    aligned = fresh((128, 8), torch.float32, 0, "cpu")
+    assert m._padded(aligned) is aligned
+
+
+class Products(TorchDispatchMode):
+    """Notes every addmm under it: (operator, dtypes of the two matrices)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "addmm" in str(func):
+            self.seen.append((str(func), args[1].dtype, args[2].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def add_product_on_a_gpu(m):
+    """The lines of _add_product that only a GPU takes, on tensors without values: "meta" refuses
+    shapes and dtypes as CUDA does. 16-bit matrices are multiplied as they are, summed in fp32."""
+    for dtype in DTYPES.values():
+        dmatrix_WD = torch.empty(128, 24, device="meta")
+        # the logits' memory has more columns than are in use
+        dz_rW = torch.empty(5, 192, dtype=dtype, device="meta")[:, :128]
+        h_rD = torch.empty(5, 24, dtype=dtype, device="meta")
+        with Products() as products:
+            m._add_product(dmatrix_WD, dz_rW, h_rD)
+        operator = "aten.addmm_.default" if dtype == torch.float32 else "aten.addmm.dtype_out"
+        assert products.seen == [(operator, dtype, dtype)], products.seen

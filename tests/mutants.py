@@ -4,9 +4,11 @@
 
 prints every mutant: killed by what, or SURVIVED (exit status 1).
 
-A mutant is a kernel file with one change inside a @triton.jit function: a comparison or an
+A mutant is a kernel file with one change. Inside a @triton.jit function: a comparison or an
 operator replaced, a term dropped, a mask removed, a fill value or a function exchanged, a stored
-value scaled by 1%. A change that cannot show in any result is named in EQUIVALENT with the reason.
+value scaled by 1%. In the functions around the launches also: `and` and `or`, min and max
+exchanged, a `not`, a `.t()`, a `.contiguous()` dropped. In the launch tables: more rows read at a
+time than are owned. A change that cannot show in any result is named in EQUIVALENT with the reason.
 """
 
 import ast
@@ -22,6 +24,28 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 KERNELS = "rms_norm", "swiglu", "rotary_attention", "cross_entropy"
+
+# the functions around the kernels that are mutated too
+LAUNCHERS = {
+    "rms_norm": ("_shape", "rms_norm_op", "rms_norm_bwd_op"),
+    "swiglu": ("swiglu_op", "swiglu_bwd_op"),
+    "rotary_attention": (
+        "_launch",
+        "_plan",
+        "_rotate",
+        "rotary_attention_op",
+        "rotary_attention_bwd_op",
+    ),
+    "cross_entropy": (
+        "softmax_gradient",
+        "_padded",
+        "_aligned",
+        "_add_product",
+        "linear_cross_entropy_op",
+        "linear_cross_entropy_bwd_op",
+    ),
+}
+TABLES = "LAUNCH", "LAUNCH_FP32"
 
 COMPARE = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
 BINARY = {
@@ -46,6 +70,9 @@ CALLS = {
     "sum": "max",
     "rsqrt": "sqrt",
 }
+IDENTITIES = {ast.Is: "is not", ast.IsNot: "is"}
+# methods that a launcher calls without arguments
+METHODS = "contiguous", "t", "float"
 
 # (function, change, statement as ast.unparse writes it, why nothing shows): by what survives a
 # formatter.
@@ -54,8 +81,27 @@ TURNED = "masked rows are 0 before they turn, or are not stored"
 ZERO_ROWS = "rows beyond the conversation have q = do = 0"
 LATER_KEYS = "more key tiles, all of them after every query of the block: masked"
 LATER_QUERIES = "more tiles, all beyond the conversation: q = do = 0"
+WARPS = "warps change no number: kernels.compile sees what they cost"
+PROGRAMS = "any number of programs adds up the same rows"
 MASKED_BLOCK = "where BV divides V, a last block whose columns are all masked: it changes nothing"
 _EQUIVALENT = {
+    "rms_norm": (
+        ("_shape", "min -> max", "num_warps = min(max(BD // 256, 1), 8)", WARPS),
+        ("_shape", "max -> min", "num_warps = min(max(BD // 256, 1), 8)", WARPS),
+        ("_shape", "BD // 256 -> BD * 256", "num_warps = min(max(BD // 256, 1), 8)", WARPS),
+        (
+            "rms_norm_bwd_op",
+            "D <= 4096 -> D < 4096",
+            "programs = PROGRAMS[arch(h)] if D <= 4096 else PROGRAMS[arch(h)] // 2",
+            PROGRAMS,
+        ),
+        (
+            "rms_norm_bwd_op",
+            "PROGRAMS[arch(h)] // 2 -> PROGRAMS[arch(h)] * 2",
+            "programs = PROGRAMS[arch(h)] if D <= 4096 else PROGRAMS[arch(h)] // 2",
+            PROGRAMS,
+        ),
+    ),
     "cross_entropy": (
         ("_softmax_kernel", "WHOLE < V -> WHOLE <= V", "if WHOLE < V:", MASKED_BLOCK),
         (
@@ -199,19 +245,40 @@ class Text:
         return self.source[:begin] + new + self.source[end:]
 
 
-def mutations(source: str) -> list[tuple[str, str]]:
+def mutations(kernel: str, source: str) -> list[tuple[str, str]]:
     """[(what was changed, the changed source)], a change at a time."""
     text = Text(source)
     found = []
-    for function in ast.parse(source).body:
-        if not is_kernel(function):
-            continue
-        statement_of = innermost_statements(function)
-        for statement in function.body:
-            for node in ast.walk(statement):
-                for target, new in changes_of_kernel(node, text, function.name):
-                    what = description(function, target, new, statement_of[target])
-                    found.append((what, text.replaced(target, new)))
+    for top in ast.parse(source).body:
+        if is_kernel(top):
+            found += mutations_of_function(top, text, changes_of_kernel)
+        elif isinstance(top, ast.FunctionDef) and top.name in LAUNCHERS[kernel]:
+            found += mutations_of_function(top, text, changes_of_launcher)
+        elif isinstance(top, ast.Assign) and ast.unparse(top.targets[0]) in TABLES:
+            found += mutations_of_table(top, text)
+    return found
+
+
+def mutations_of_function(function, text, changes) -> list[tuple[str, str]]:
+    statement_of = innermost_statements(function)
+    found = []
+    for statement in function.body:
+        for node in ast.walk(statement):
+            for target, new in changes(node, text, function.name):
+                what = description(function, target, new, statement_of[target])
+                found.append((what, text.replaced(target, new)))
+    return found
+
+
+def mutations_of_table(table, text) -> list[tuple[str, str]]:
+    """Tiles (rows owned, rows read at a time, warps, stages) that read more than they own."""
+    name = ast.unparse(table.targets[0])
+    found = []
+    for node in ast.walk(table.value):
+        if isinstance(node, ast.Tuple) and isinstance(node.elts[0], ast.Constant):
+            owned, _, warps, stages = (text.of(element) for element in node.elts)
+            new = f"({owned}, 2 * {owned}, {warps}, {stages})"
+            found.append((f"{name}: {text.of(node)} -> {new}", text.replaced(node, new)))
     return found
 
 
@@ -282,6 +349,26 @@ def changes_of_access(node, text) -> Iterator[tuple[ast.AST, str]]:
         yield node, f"{text.of(node.func)}({arguments})"
 
 
+def changes_of_launcher(node, text, _function) -> Iterator[tuple[ast.AST, str]]:
+    yield from changes_of_operator(node, text)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in IDENTITIES:
+        left = text.of(node.left)
+        right = text.of(node.comparators[0])
+        yield node, f"({left} {IDENTITIES[type(node.ops[0])]} {right})"
+    if isinstance(node, ast.BoolOp):
+        other = " or " if isinstance(node.op, ast.And) else " and "
+        yield node, f"({other.join(text.of(value) for value in node.values)})"
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield node, text.of(node.operand)
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        if called in ("min", "max"):
+            yield node.func, "max" if called == "min" else "min"
+        is_method = isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
+        if is_method and not node.args:
+            yield node, text.of(node.func.value)
+
+
 # ---- the checks
 
 
@@ -296,28 +383,47 @@ def checks_of(kernel: str) -> list[Callable]:
     if kernel == "rms_norm":
         return [
             with_arguments(checks.rms_norm, f32, 7, 48),
-            with_arguments(checks.rms_norm, f32, 5, 97, residual=False),
-            with_arguments(checks.rms_norm, bf16, 5, 40),
+            with_arguments(checks.rms_norm, f32, 5, 97, residual=False, strided=True),
+            with_arguments(checks.rms_norm, bf16, 5, 40, strided=True),
+            with_arguments(checks.rms_norm_as_on, "sm_90"),
         ]
     if kernel == "swiglu":
         return [
             with_arguments(checks.swiglu, f32, 5, 700),
             with_arguments(checks.swiglu, bf16, 1, 9),
+            with_arguments(checks.swiglu, f32, 3, 9, strided=True),
         ]
     if kernel == "cross_entropy":
-        loss = checks.linear_cross_entropy
-        weights = torch.tensor([0, 1e-8, 1e4, 1, 0.1, 1])
-        return [
-            with_arguments(checks.columns_beyond_the_vocabulary),
-            with_arguments(loss, f32, 12, 16, 97),
-            with_arguments(loss, f32, 4, 16, 4160),
-            # two whole blocks of logits and a part of one
-            with_arguments(loss, f32, 12, 24, 8193),
-            with_arguments(loss, f32, 6, 24, 8193, weights=weights, scale=3e3),
-            with_arguments(loss, f32, 6, 24, 64, scale=0.0),
-            with_arguments(loss, bf16, 6, 24, 4097),
-        ]
+        return cross_entropy_checks(checks, f32, bf16)
+    return rotary_attention_checks(checks, f32, bf16)
+
+
+def cross_entropy_checks(checks, f32, bf16) -> list[Callable]:
+    import torch
+
+    loss = checks.linear_cross_entropy
+    weights = torch.tensor([0, 1e-8, 1e4, 1, 0.1, 1])
+    return [
+        with_arguments(checks.columns_beyond_the_vocabulary),
+        with_arguments(checks.padded_matrix),
+        with_arguments(checks.add_product_on_a_gpu),
+        with_arguments(loss, f32, 12, 16, 97),
+        with_arguments(checks.chunk_sizes),
+        with_arguments(loss, f32, 4, 16, 4160),
+        # two whole blocks of logits and a part of one
+        with_arguments(loss, f32, 12, 24, 8193),
+        with_arguments(loss, f32, 6, 24, 8193, weights=weights, scale=3e3),
+        with_arguments(loss, f32, 6, 24, 64, scale=0.0),
+        with_arguments(loss, bf16, 6, 24, 4097),
+        with_arguments(loss, f32, 5, 24, 97, weights=torch.zeros(5)),
+    ]
+
+
+def rotary_attention_checks(checks, f32, bf16) -> list[Callable]:
     attention = checks.rotary_attention
+    on_gpus = []
+    for name in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        on_gpus.append(with_arguments(checks.rotary_attention_as_on, name))
     return [
         with_arguments(checks.plan, [32, 33, 0, 64, 1, 31], 40),
         with_arguments(checks.plan, [1, 33, 2] * 43, 3),
@@ -326,6 +432,10 @@ def checks_of(kernel: str) -> list[Callable]:
         with_arguments(attention, f32, [64], 0, 1, 1, 64),
         with_arguments(checks.attention_blindness, f32, [5, 40, 17], 2, 1, 32),
         with_arguments(attention, bf16, [40], 33, 1, 1, 32),
+        with_arguments(attention, f32, [9], 0, 1, 1, 32, strided=True),
+        with_arguments(checks.rotary_attention_with_other_tiles),
+        *on_gpus,
+        with_arguments(checks.tiles_divide),
     ]
 
 
@@ -377,7 +487,7 @@ def source_of(kernel: str) -> str:
 def all_mutants(kernels=KERNELS) -> list[Mutant]:
     found = []
     for kernel in kernels:
-        for number, (what, source) in enumerate(mutations(source_of(kernel))):
+        for number, (what, source) in enumerate(mutations(kernel, source_of(kernel))):
             found.append(Mutant(kernel, number, what, source))
     return found
 

@@ -9,7 +9,13 @@ Import it before the kernels, in a process that has TRITON_INTERPRET=1. The stoc
     addresses     loads and stores outside every tensor argument go through. Here: OutOfBounds.
     races         two programs may store to one address. Here: Race; also one program twice in one
                   tl.store, and any atomic. (A program that loads what another stores is not seen.)
+    barriers      a program may load what it has stored. On a GPU another thread may have stored
+                  it, and not yet: here Race, unless a tl.debug_barrier stands between. Reductions
+                  do not count, though they often wait. Loading first and storing then is fine.
+    hints         tl.multiple_of, max_contiguous and max_constancy are believed. Here: FalseHint
+                  where the values say otherwise.
     int32         products wrap silently. Here: an overflow raises.
+    grid          any size runs. Here: as many programs in x, y and z as a GPU takes.
     order         programs run in order. Here: in the order that `shuffle` seeds, when it is set.
 
 `only`, when set, is the list of grid positions to run: a tensor above 2^31 elements is tested at
@@ -40,6 +46,11 @@ only = None
 _spans = []
 # of this launch: (program, addresses) of each store
 _written = []
+# of this program since its last barrier: (addresses in order, bytes of an element) of each store
+_unsettled = []
+
+# programs in x, y and z (CUDA; AMD's are no smaller)
+MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
 
 
 class OutOfBounds(IndexError):
@@ -47,6 +58,10 @@ class OutOfBounds(IndexError):
 
 
 class Race(RuntimeError):
+    pass
+
+
+class FalseHint(ValueError):
     pass
 
 
@@ -152,6 +167,7 @@ interpreter.ReduceScanOpInterface.apply = apply
 _convert_argument = interpreter._implicit_cvt
 _load = Builder.create_masked_load
 _store = Builder.create_masked_store
+_barrier = Builder.create_barrier
 
 
 def convert_argument(arg):
@@ -183,16 +199,30 @@ def _addresses(builder, pointers, mask, what):
 
 
 def create_masked_load(self, pointers, mask, *rest):
-    _addresses(self, pointers, mask, "load")
+    at = _addresses(self, pointers, mask, "load")
+    size = element_bytes(pointers)
+    for stored, stored_size in _unsettled:
+        # the stored elements that begin before this one ends, and after one that would end before
+        begin = np.searchsorted(stored, at - stored_size, side="right")
+        end = np.searchsorted(stored, at + size, side="left")
+        if (end > begin).any():
+            raise Race(f"program {self.grid_idx} loads what it has stored, without a barrier")
     return _load(self, pointers, mask, *rest)
 
 
 def create_masked_store(self, pointers, value, mask, *rest):
     at = _addresses(self, pointers, mask, "store")
-    if at.size != np.unique(at).size:
+    in_order = np.unique(at)
+    if at.size != in_order.size:
         raise Race(f"program {self.grid_idx} stores twice to one address in one tl.store")
     _written.append((self.grid_idx, at))
+    _unsettled.append((in_order, element_bytes(pointers)))
     return _store(self, pointers, value, mask, *rest)
+
+
+def create_barrier(self):
+    _unsettled.clear()
+    return _barrier(self)
 
 
 def refuse_atomic(self, *_):
@@ -201,9 +231,50 @@ def refuse_atomic(self, *_):
 
 Builder.create_masked_load = create_masked_load
 Builder.create_masked_store = create_masked_store
+Builder.create_barrier = create_barrier
 # we have none: their order is not fixed, so their bits are not
 Builder.create_atomic_rmw = refuse_atomic
 Builder.create_atomic_cas = refuse_atomic
+
+# ---- alignment hints
+
+
+def set_attr(self, hint, values):
+    """TensorHandle.set_attr: a value for each axis of the tensor, one for a scalar."""
+    right = {
+        "tt.divisibility": is_multiple,
+        "tt.contiguity": is_contiguous,
+        "tt.constancy": is_constant,
+    }
+    # of an address, bytes are meant; neighbours are an element apart
+    step = element_bytes(self) if isinstance(self.dtype, tl.pointer_type) else 1
+    numbers = np.atleast_1d(self.data).astype(np.int64)
+    for axis, value in enumerate(values):
+        if not right[hint](np.moveaxis(numbers, axis, 0), value, step):
+            raise FalseHint(f"{hint} {value} on axis {axis} is not so")
+    self.attr[hint] = values
+
+
+def is_multiple(numbers, value, step):
+    """The first of each run of neighbours is a multiple: so the compiler reads the hint."""
+    first = np.ones(numbers.shape, bool)
+    first[1:] = np.diff(numbers, axis=0) != step
+    return not (numbers[first] % value).any()
+
+
+def is_contiguous(numbers, value, step):
+    """Each group of so many are neighbours."""
+    within_group = np.arange(1, len(numbers)) % value != 0
+    return (np.diff(numbers, axis=0)[within_group] == step).all()
+
+
+def is_constant(numbers, value, step):
+    """Each group of so many are equal."""
+    within_group = np.arange(1, len(numbers)) % value != 0
+    return (np.diff(numbers, axis=0)[within_group] == 0).all()
+
+
+TensorHandle.set_attr = set_attr
 
 # ---- launches
 
@@ -260,9 +331,13 @@ def launch(self, *args, **kwargs):
     try:
         arguments = arguments_of(self, args, kwargs)
         grid = tuple(self.grid) + (1,) * (3 - len(self.grid))
+        for axis, programs, most in zip("xyz", grid, MOST_PROGRAMS):
+            if programs > most:
+                raise ValueError(f"{programs} programs in {axis}, a GPU takes {most}")
         builder = interpreter.interpreter_builder
         builder.set_grid_dim(*grid)
         for program in programs_of(grid):
+            _unsettled.clear()
             builder.grid_idx = program
             self.fn(**arguments)
     finally:

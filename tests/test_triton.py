@@ -13,6 +13,7 @@ import os
 import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import kernel_checks as checks
 import mutants
@@ -22,7 +23,7 @@ from conftest import ROOT, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import cross_entropy, rms_norm, rotary_attention, swiglu, tl, triton
+from kernels import cross_entropy, rms_norm, rotary_attention, swiglu
 
 MODULES = {
     "rms_norm": rms_norm,
@@ -389,47 +390,111 @@ def test_attention_beyond_2_31_elements(far_run):
     assert torch.allclose(out[-length:, -1].float(), dk[:, -1].float(), rtol=1e-2, atol=1e-3)
 
 
-@triton.jit
-def _bad_kernel(x, y, n, what: tl.constexpr):
-    i = tl.program_id(0)
-    if what == "bounds":
-        tl.store(y + i, tl.load(x + i + n))
-    if what == "race":
-        tl.store(y, i.to(tl.float32))
-    if what == "twice":
-        tl.store(y + tl.arange(0, 2) // 2, 1.0)
-    if what == "bf16":
-        tl.store(y + i, tl.load(x + i) * tl.load(x))
-    if what == "sum":
-        tl.store(y, tl.sum(tl.load(x + tl.arange(0, 4)), 0))
-    if what == "overflow":
-        tl.store(y + i, tl.load(x + i * 2**30 * n))
+# ---- what only a GPU takes: its launch tables, its branches, its matmul
 
 
-BAD = {
-    "bounds": "OutOfBounds",
-    "race": "Race",
-    "twice": "Race",
-    "bf16": "TypeError",
-    "sum": "TypeError",
-    "overflow": "AssertionError",
+GPUS = "sm_80", "sm_90", "sm_100", "gfx942"
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_launch_tables_of_gpus_give_the_same_numbers(name):
+    checks.rms_norm_as_on(rms_norm, name)
+    checks.rotary_attention_as_on(rotary_attention, name)
+
+
+def test_tiles_of_any_size_belong_together():
+    checks.tiles_divide(rotary_attention)
+    checks.rotary_attention_with_other_tiles(rotary_attention)
+
+
+def test_the_matmul_of_a_gpu_takes_its_operands_as_they_are():
+    checks.add_product_on_a_gpu(cross_entropy)
+    checks.padded_matrix(cross_entropy)
+
+
+CAPABILITIES = {
+    (8, 0): "sm_80",
+    (8, 6): "sm_80",
+    (8, 9): "sm_80",
+    (9, 0): "sm_90",
+    (10, 0): "sm_100",
+    (12, 0): "sm_80",
 }
 
 
-@pytest.mark.parametrize("what, error", BAD.items())
-def test_the_strict_interpreter_sees(what, error):
-    x = torch.ones(4, dtype=bf16 if what in ("bf16", "sum") else fp32)
-    with pytest.raises(Exception) as caught:
-        _bad_kernel[(4,)](x, torch.zeros(4), 4, what)
-    assert type(caught.value).__name__ == error, caught.value
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_gpu_has_a_row_of_the_launch_tables(capability, monkeypatch):
+    import kernels
+
+    on_second = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    asked = []
+
+    def of_device(device):
+        asked.append(device)
+        return capability
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of_device)
+    monkeypatch.setattr(torch.version, "hip", None)
+    name = kernels.arch(on_second)
+    assert name == CAPABILITIES[capability]
+    assert name in rotary_attention.LAUNCH
+    assert name in rms_norm.PROGRAMS
+    assert asked == [on_second.device]
+    monkeypatch.setattr(torch.version, "hip", "6")
+    assert kernels.arch(on_second) == "gfx942"
 
 
-def test_the_strict_interpreter_rounds_bf16_to_nearest_even():
-    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])
-    special = torch.tensor([torch.inf, torch.nan, 0.0, 3.4e38])
-    x = torch.cat([torch.randn(1000), ties, special])
-    rounded = torch.from_numpy(strict._bits(x.numpy())).view(bf16)
-    assert torch.equal(rounded.nan_to_num(7), x.bfloat16().nan_to_num(7))
+def test_a_kernel_starts_on_the_gpu_that_holds_its_tensors(monkeypatch):
+    import kernels
+
+    entered = []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    on_second = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    with kernels.on_device_of(on_second):
+        assert entered == [on_second.device]
+    with kernels.on_device_of(torch.zeros(1)):
+        assert entered == [on_second.device]
+
+
+# Faults that only a GPU's path shows: (kernel file, what stands there, what is put there, check).
+PLANTED = {
+    "more keys read at a time than queries owned": (
+        "rotary_attention",
+        '"sm_90": ((64, 64, 4, 3)',
+        '"sm_90": ((64, 128, 8, 2)',
+        lambda m: checks.rotary_attention_as_on(m, "sm_90"),
+    ),
+    "a plan that serves blocks of another size": (
+        "rotary_attention",
+        "if BN != BM:",
+        "if BN == 0:",
+        checks.rotary_attention_with_other_tiles,
+    ),
+    "a matrix that is not transposed": (
+        "cross_entropy",
+        "torch.addmm(dmatrix_WD, dz_rW.t(),",
+        "torch.addmm(dmatrix_WD, dz_rW,",
+        checks.add_product_on_a_gpu,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_fault_on_a_gpus_path_is_seen_on_a_cpu(fault):
+    kernel, before, after, check = PLANTED[fault]
+    source = mutants.source_of(kernel)
+    assert source.count(before) == 1
+    name = "planted_" + "_".join(fault.split())
+    module, path = mutants.load(source.replace(before, after), name)
+    os.unlink(path)
+    with checks.kernels_on(module), pytest.raises((AssertionError, IndexError, RuntimeError)):
+        check(module)
 
 
 # ---- PyTorch's side
@@ -491,6 +556,23 @@ def small_block(device):
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return block.to(device)
+
+
+def test_six_packings_make_one_graph():
+    """Other numbers of tokens and conversations in every batch: the compiler takes neither for a
+    constant, forward and backward."""
+    from torch._dynamo.utils import counters
+
+    block = small_block("cpu")
+    torch._dynamo.reset()
+    counters.clear()
+    f = torch.compile(block.compute, dynamic=True, fullgraph=True, backend="aot_eager")
+    for lengths in ([3, 9], [5, 9], [7, 20], [1, 30, 4], [11, 2], [6, 6, 6, 6]):
+        T, *tables = checks.packing(lengths, 1, 32)
+        x = torch.randn(T, 64, requires_grad=True)
+        f(x, *tables).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 def test_a_block_compiles_in_one_graph(device):
@@ -636,10 +718,11 @@ def test_every_kernel_compiles_at_every_shape_class():
 
 def test_the_report_fails_what_it_should():
     out, _ = call("tests/compile_probe.py")
-    loop, branch, fine, tf32, spill = out.splitlines()
+    loop, branch, fine, hint, tf32, spill = out.splitlines()
     for line in (loop, branch):
         assert "32-bit product reaches an address" in line
     assert fine == "fine "
+    assert hint == "hint "
     assert "plain TF32" in tf32
     assert " spills" in spill.partition("FAILED")[2]
 
