@@ -24,9 +24,6 @@ tokens and 32 heads of 128. That is 16% of a forward pass at 400 TFLOP/s over Sh
 (mean 1,500), 3% at 8,192 tokens each, 2% at mean 1,500 with 8 key heads for 64. It is saved in
 place of k, so it costs no memory, and the backward pass rotates q once in the same way.
 
-On Hopper, 16-bit tensors with heads of 128 take the forward pass and dk, dv of hopper_attention.py:
-the same plan and contract, 1.2 and 1.5 times as fast as the kernels here.
-
 Schedule. A block's work grows with its place in its conversation, from one tile to length / BN.
 _plan_kernel lists the blocks of all conversations, most work first, from cu_seqlens on the device:
 programs start in that order, so the last ones to end are short, and no program is spent on padding
@@ -45,7 +42,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels import arch, check, hopper_attention, on_device_of, on_gpu, tl, triton, warn_once
+from kernels import arch, check, on_device_of, on_gpu, tl, triton, warn_once
 
 LOG2E = math.log2(math.e)
 HEAD_SIZES = 32, 64, 128
@@ -442,13 +439,6 @@ def rotary_attention_op(
     N = len(cu_seqlens) - 1
     q, k, v, cos, sin, cu_seqlens = (x.contiguous() for x in (q, k, v, cos, sin, cu_seqlens))
     k = _rotate(k, cos, sin)
-    # Hopper has a form of its own
-    if T and hopper_attention.available(q):
-        plan = _plan(cu_seqlens, T, hopper_attention.BLOCK)
-        with on_device_of(q):
-            o, lse = hopper_attention.forward(q, k, v, (cos, sin, cu_seqlens, plan))
-        return o, k, lse
-
     BM, tiles = _launch(q, 0)
     plan = _plan(cu_seqlens, T, BM)
     o = torch.empty_like(q)
@@ -500,12 +490,6 @@ def rotary_attention_bwd_op(
     delta = torch.empty_like(lse)
     with on_device_of(q):
         _dq_kernel[(len(plan), H)](q, k, v, o, do, lse, delta, *tables, plan, dq, *sizes, **tiles)
-
-    if T and hopper_attention.available(q):
-        plan = _plan(cu_seqlens, T, hopper_attention.BLOCK)
-        with on_device_of(q):
-            dk, dv = hopper_attention.dkv(q, k, v, do, lse, delta, (*tables, plan))
-        return dq, dk, dv
 
     # here the rows that a program owns are keys
     BN, tiles = _launch(q, 2)

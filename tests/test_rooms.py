@@ -131,8 +131,6 @@ def test_no_kernel_imports_another():
     assert all((ROOT / "kernels" / f"{lesson}.py").is_file() for lesson in LESSONS)
     for lesson in sorted(LESSONS):
         names = set(imports(ROOT / "kernels" / f"{lesson}.py"))
-        # attention's second form, for one architecture
-        names -= {"kernels.hopper_attention"} if lesson == "rotary_attention" else set()
         assert not [name for name in names if name.startswith("kernels.")], lesson
         names = set(imports(ROOT / "kernels" / "cases" / f"{lesson}.py"))
         assert names & others == {f"kernels.{lesson}"}, lesson
