@@ -460,26 +460,29 @@ def _dkv_consumer(
             _store_zeros(dk + column, start, first + half * 64, length, G * E, E)
             _store_zeros(dv + column, start, first + half * 64, length, G * E, E)
         elif n >= 0:
-            count = (length - first + BM - 1) // BM
+            left = length - first
+            end = step + H // G * ((left + BM - 1) // BM)
+            t = start + first + half * 64
+            left -= half * 64
             mbarrier.wait(kv_full.index(half), turn & 1)
-            b_dk, b_dv = _gather(half, s_k, s_v, ring, step, count, scale, H // G, E, BM, STAGES)
+            b_dk, b_dv = _gather(half, s_k, s_v, ring, step, end, left, scale, E, BM, STAGES)
             # the next block's k and v may come while this one's gradients are written
             mbarrier.arrive(kv_free.index(half), count=1)
-            first += half * 64
-            _store_rows(b_dv, dv + column, start, first, length, G * E, E)
+            _store_rows(b_dv, dv + column, t, 0, left, G * E, E)
             # scale is log2(e) / sqrt(E)
-            b_dk = _unrotate(b_dk * (scale * LN2), cos, sin, start + first, length - first, E)
-            _store_rows(b_dk, dk + column, start, first, length, G * E, E)
-            step += H // G * count
+            b_dk = _unrotate(b_dk * (scale * LN2), cos, sin, t, left, E)
+            _store_rows(b_dk, dk + column, t, 0, left, G * E, E)
+            step = end
             turn += 1
 
 
 @gluon.jit
 def _gather(
-    half: gl.constexpr, s_k, s_v, ring, step, count, scale,
-    group: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    half: gl.constexpr, s_k, s_v, ring, step, end, left, scale,
+    E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """(sqrt(E) R dk, dv) of 64 keys from `count` tiles of queries of each head in the group."""
+    """(sqrt(E) R dk, dv) of 64 keys from the ring's tiles `step` to `end`: the queries of each head in
+    the group, of which `left` rows begin with the first of these keys."""
     s_q, s_do, s_lse, s_delta, full, free = ring
     dtype: gl.constexpr = s_k.dtype
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -489,13 +492,13 @@ def _gather(
     b_zero = gl.zeros([64, BM], gl.float32, SL)
     b_dk = gl.zeros([64, E], gl.float32, AL)
     b_dv = gl.zeros([64, E], gl.float32, AL)
-    o_n = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, SL))
+    o_n = gl.arange(0, 64, gl.SliceLayout(1, SL))
     o_m = gl.arange(0, BM, ML)
 
-    # rows from the block's first key to the tile's first query
-    ahead = 0
+    # rows from this half's first key to the tile's first query
+    ahead = -half * 64
     # one loop over all heads' tiles: two nested ones would spill
-    for this in range(step, step + group * count):
+    for this in range(step, end):
         slot = this % STAGES
         mbarrier.wait(full.index(slot), (this // STAGES) & 1)
         # [64, BM], the scores transposed
@@ -509,7 +512,7 @@ def _gather(
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
         b_lse = s_lse.index(slot).load(ML)
         b_p = gl.exp2(b_s * scale - b_lse[None, :])
-        if ahead < 128:
+        if ahead < 64:
             b_p = gl.where((o_m + ahead)[None, :] >= o_n[:, None], b_p, 0.0)
         b_pd = gl.convert_layout(b_p.to(dtype), P)
         b_dv = warpgroup_mma(b_pd, s_do.index(slot), b_dv, is_async=True)
@@ -518,12 +521,11 @@ def _gather(
         b_delta = s_delta.index(slot).load(ML)
         b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(dtype), P)
         b_dk = warpgroup_mma(b_ds, s_q.index(slot), b_dk, is_async=True)
-        b_dv = warpgroup_mma_wait(1, deps=(b_dv,))
-        b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
+        b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
         mbarrier.arrive(free.index(slot), count=1)
         ahead += BM
-        if ahead == count * BM:
-            ahead = 0
+        if ahead >= left:
+            ahead = -half * 64
     return b_dk, b_dv
 
 
