@@ -1,7 +1,7 @@
 """Rotary attention's forward pass and its dk, dv once more, for Hopper alone: who does what, when.
 
 The mathematics, the plan and the contract are those of rotary_attention.py, whose kernels run on
-every other GPU and are this file's second opinion. There a program's warps all do the same: load,
+every GPU and are this file's second opinion. There a program's warps all do the same: load,
 multiply, exponentiate, and the tensor cores idle while the exponentials are made. Here a program is
 warp-specialised. It is written in Gluon, Triton's lower floor, where layouts, shared memory and
 barriers are spelt out.
@@ -35,10 +35,11 @@ product does not sum over touch nothing but results that are not stored.
 Deterministic: a block of keys belongs to one program, its two halves to one warpgroup each, and
 each adds up query heads and tiles in one order, in registers. No atomics; dq is computed elsewhere.
 
-Measured on one H100, triton 3.6.0, 2026-11-27, bf16, 16,384 tokens, 32 heads, in TFLOP/s (a first
-form that ended a program with its block; in brackets the best tiles of rotary_attention.py):
-lengths as in ShareGPT, mean 1,500: forward 399 (326), dk and dv 522 (334); lengths of 4,096:
-567 (430) and 628 (408).
+Not yet run on a GPU in this form, therefore not called: rotary_attention.py has its own kernels.
+A first form, that ended a program with its block and knew no padding, was measured on one H100,
+triton 3.6.0, 2026-11-27, bf16, 16,384 tokens, 32 heads, in TFLOP/s (in brackets the best of
+rotary_attention.py): lengths as in ShareGPT, mean 1,500: forward 399 (326), dk and dv 522 (334);
+lengths of 4,096: 567 (430) and 628 (408). tests/strict_gluon.py runs this file's source on a CPU.
 
 Shapes as in rotary_attention.py: q, o, do [T, H, E], k, v, dk, dv [T, G, E] in bf16 or fp16, cos
 and sin [T, C], lse and delta [H, T] in fp32; lse in units of log 2. E is 128.
@@ -67,9 +68,13 @@ try:
     part_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
     HAVE_GLUON = True
 except ImportError:
+
+    def _unchanged(function=None, **_options):
+        return _unchanged if function is None else function
+
     # the file can still be read
-    gluon = SimpleNamespace(jit=lambda f=None, **_: f or (lambda f: f))
-    gl = SimpleNamespace(constexpr=lambda x: x)
+    gluon = SimpleNamespace(jit=_unchanged)
+    gl = SimpleNamespace(constexpr=_unchanged)
     HAVE_GLUON = False
 
 # Rows that a program owns: two consumers of 64, the rows of one wgmma. The plan goes by them.
@@ -133,28 +138,20 @@ def _wash(s_x, valid, rows: gl.constexpr, E: gl.constexpr):
     # within the 128 bytes: that is all the same to zeros.
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     half_rows = s_x._reinterpret(s_x.dtype, [2 * rows, E // 2], flat)
-    b_zero = gl.zeros([E // 2], s_x.dtype, gl.BlockedLayout([2], [32], [1], [0]))
+    b_zero = gl.zeros([E // 2], s_x.dtype, gl.BlockedLayout([4], [32], [1], [0]))
     for r in range(valid, rows):
         half_rows.index(r).store(b_zero)
         half_rows.index(rows + r).store(b_zero)
 
 
 @gluon.jit
-def _fill(s_x, valid, value, rows: gl.constexpr):
-    """The same for a row of fp32 numbers, with a value."""
-    L: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    b_x = s_x.load(L)
-    s_x.store(gl.where(gl.arange(0, rows, L) < valid, b_x, value))
-
-
-@gluon.jit
-def _hand_over(full):
-    """After the producer's own stores: the consumers' wgmma may read the tile when `full` flips."""
+def _hand_over(full, arrivals: gl.constexpr):
+    """After the producer's own stores: the consumers may read what it stored when `full` flips."""
     # stores and wgmma reach shared memory by different roads
     fence_async_shared()
-    # one thread arrives for the warp: all must have fenced before
+    # one thread arrives for the warp: all must have stored and fenced before
     part_barrier()
-    mbarrier.arrive(full, count=1)
+    mbarrier.arrive(full, count=arrivals)
 
 
 @gluon.jit
@@ -214,7 +211,7 @@ def _fwd_producer(
                     _fetch(d_v, row, column, s_v.index(slot), landed)
                     mbarrier.wait(landed, washed & 1)
                     _wash(s_v.index(slot), length - first, BN, E)
-                    _hand_over(v_full.index(slot))
+                    _hand_over(v_full.index(slot), 1)
                     washed += 1
                 else:
                     _fetch(d_v, row, column, s_v.index(slot), v_full.index(slot))
@@ -387,12 +384,11 @@ def _fwd_kernel(
 
 @gluon.jit
 def _dkv_producer(
-    d_k, d_v, d_q, d_do, d_lse, d_delta, tiles, place,
+    d_k, d_v, d_q, d_do, lse, delta, tiles, place,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     s_k, s_v, s_q, s_do, s_lse, s_delta, kv_full, kv_free, full, free = tiles
     _cu_seqlens, _plan, blocks, T, N = place
-    bytes_a_step: gl.constexpr = 2 * (d_q.block_type.nbytes + d_lse.block_type.nbytes)
     step = 0
     turn = 0
     washed = 0
@@ -408,29 +404,42 @@ def _dkv_producer(
             turn += 1
 
             # the queries from the diagonal to the conversation's end, for each head of the group
-            for i_h in range(i_g * (H // G), (i_g + 1) * (H // G)):
+            for j in range(H // G):
+                i_h = i_g * (H // G) + j
+                lse_h = lse + i_h.to(gl.int64) * T + start
+                delta_h = delta + i_h.to(gl.int64) * T + start
                 for i in range(first, length, BM):
                     slot = step % STAGES
                     mbarrier.wait(free.index(slot), ((step // STAGES) & 1) ^ 1)
                     ragged = i + BM > length
                     lands = full.index(STAGES if ragged else slot)
-                    mbarrier.expect(lands, bytes_a_step)
-                    q_at = [start + i, i_h * E]
-                    tma.async_copy_global_to_shared(d_q, q_at, lands, s_q.index(slot))
-                    tma.async_copy_global_to_shared(d_do, q_at, lands, s_do.index(slot))
-                    lse_at = [i_h * T + start + i]
-                    tma.async_copy_global_to_shared(d_lse, lse_at, lands, s_lse.index(slot))
-                    tma.async_copy_global_to_shared(d_delta, lse_at, lands, s_delta.index(slot))
+                    mbarrier.expect(lands, 2 * d_q.block_type.nbytes)
+                    at = [start + i, i_h * E]
+                    tma.async_copy_global_to_shared(d_q, at, lands, s_q.index(slot))
+                    tma.async_copy_global_to_shared(d_do, at, lands, s_do.index(slot))
+                    _copy(lse_h, i, length, s_lse.index(slot), BM)
+                    _copy(delta_h, i, length, s_delta.index(slot), BM)
                     if ragged:
-                        # q = do = delta = 0 and lse = inf: p = 0, and nothing is added
+                        # q = do = lse = delta = 0 beyond the end: nothing is added
+                        mbarrier.arrive(lands, count=1)
                         mbarrier.wait(lands, washed & 1)
                         _wash(s_q.index(slot), length - i, BM, E)
                         _wash(s_do.index(slot), length - i, BM, E)
-                        _fill(s_lse.index(slot), length - i, float("inf"), BM)
-                        _fill(s_delta.index(slot), length - i, 0.0, BM)
-                        _hand_over(full.index(slot))
+                        # its own arrival and that of the copies, which went to the other barrier
+                        _hand_over(full.index(slot), 2)
                         washed += 1
+                    else:
+                        _hand_over(full.index(slot), 1)
                     step += 1
+
+
+@gluon.jit
+def _copy(x, i, length, s_x, BM: gl.constexpr):
+    """Numbers i to i + BM of a conversation's row, by loads and stores: TMA reads from 16-byte
+    boundaries, and a conversation begins anywhere."""
+    L: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    o_x = i + gl.arange(0, BM, L)
+    s_x.store(gl.load(x + o_x, mask=o_x < length, other=0.0))
 
 
 @gluon.jit
@@ -481,8 +490,8 @@ def _gather(
     half: gl.constexpr, s_k, s_v, ring, step, end, left, scale,
     E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """(sqrt(E) R dk, dv) of 64 keys from the ring's tiles `step` to `end`: the queries of each head in
-    the group, of which `left` rows begin with the first of these keys."""
+    """(sqrt(E) R dk, dv) of 64 keys from the ring's tiles `step` to `end`: the queries of each head
+    of the group. `left` is how many of a head's queries do not come before the first key."""
     s_q, s_do, s_lse, s_delta, full, free = ring
     dtype: gl.constexpr = s_k.dtype
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -543,20 +552,22 @@ def _unrotate(b_x, cos, sin, t, rows, E: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["blocks", "T", "N"])
 def _dkv_kernel(
-    d_q, d_k, d_v, d_do, d_lse, d_delta, cos, sin, cu_seqlens, plan, dk, dv, scale, blocks, T, N,
+    d_q, d_k, d_v, d_do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, scale, blocks, T, N,
     H: gl.constexpr, G: gl.constexpr, E: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     s_k = gl.allocate_shared_memory(d_k.dtype, [2, 64, E], d_k.layout)
     s_v = gl.allocate_shared_memory(d_v.dtype, [2, 64, E], d_v.layout)
     s_q = gl.allocate_shared_memory(d_q.dtype, [STAGES, BM, E], d_q.layout)
     s_do = gl.allocate_shared_memory(d_do.dtype, [STAGES, BM, E], d_do.layout)
-    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_lse.layout)
-    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BM], d_delta.layout)
+    ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROW)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROW)
     # k and v: two arrivals, one of each copy
     kv_full = _barriers(2, 2)
     kv_free = _barriers(2, 1)
-    # one more: where a step lands that must be washed
-    full = _barriers(STAGES + 1, 1)
+    # two arrivals: of the copies, and of the producer after its own stores; one barrier more, where
+    # a step lands that must be washed
+    full = _barriers(STAGES + 1, 2)
     free = _barriers(STAGES, 2)
     tiles = (s_k, s_v, s_q, s_do, s_lse, s_delta, kv_full, kv_free, full, free)
     place = (cu_seqlens, plan, blocks, T, N)
@@ -566,7 +577,7 @@ def _dkv_kernel(
             (_dkv_consumer, (1, cos, sin, dk, dv, tiles, place, scale, H, G, E, BM, STAGES)),
             (
                 _dkv_producer,
-                (d_k, d_v, d_q, d_do, d_lse, d_delta, tiles, place, H, G, E, BM, STAGES),
+                (d_k, d_v, d_q, d_do, lse, delta, tiles, place, H, G, E, BM, STAGES),
             ),
         ],
         # warps and registers a thread of the second consumer and of the producer
@@ -575,19 +586,16 @@ def _dkv_kernel(
     )
 
 
-# ---- the two functions that rotary_attention.py calls
+# ---- the two functions to call, when available
 
 
 def available(q: torch.Tensor) -> bool:
-    """Whether these kernels take this q: an H100's or H200's, bf16 or fp16, heads of 128."""
-    # TMA counts the elements of lse, all heads', in 32 bits
-    fits = q.numel() // HEAD_SIZE < 2**31
+    """Whether these kernels take this q: on an H100 or H200, bf16 or fp16, heads of 128, at least
+    128 rows."""
     half_precision = q.dtype in (torch.bfloat16, torch.float16)
-    return HAVE_GLUON and arch(q) == "sm_90" and half_precision and fits and _is_128(q)
-
-
-def _is_128(q):
-    return q.shape[-1] == HEAD_SIZE
+    # a tensor that TMA reads is no smaller than a tile
+    fits = half_precision and q.shape[-1] == HEAD_SIZE and len(q) >= BLOCK
+    return HAVE_GLUON and fits and arch(q) == "sm_90"
 
 
 def _programs(x):
@@ -595,17 +603,15 @@ def _programs(x):
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _descriptor(x, block):
-    """What TMA must know of x, to be read by blocks of this shape."""
-    x = x.view(len(x), -1) if len(block) == 2 else x.view(-1)
-    # TMA reads from 16-byte boundaries
+def _descriptor(x, rows):
+    """What TMA must know of x [T, A, E] to read tiles of some rows of a head."""
+    x = x.view(len(x), -1)
+    # it reads from 16-byte boundaries
     if x.data_ptr() % 16:
         x = x.clone()
+    block = [rows, HEAD_SIZE]
     dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
-    if len(block) == 2:
-        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    else:
-        layout = gl.NVMMASharedLayout(0, 8 * x.itemsize, 1)
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor.from_tensor(x, block, layout)
 
 
@@ -614,7 +620,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) from q as it came and k rotated. tables: cos, sin, cu_seqlens, plan of BLOCK rows.
 
-    All contiguous, T at least 1.
+    All contiguous; available(q) is true.
     """
     cos, sin, cu_seqlens, plan = tables
     T, H, E = q.shape
@@ -622,8 +628,8 @@ def forward(
     N = len(cu_seqlens) - 1
     o = torch.empty_like(q)
     lse = q.new_empty(H, T, dtype=torch.float32)
-    d_q = _descriptor(q, [64, E])
-    d_k, d_v = (_descriptor(x, [BLOCK, E]) for x in (k, v))
+    d_q = _descriptor(q, 64)
+    d_k, d_v = (_descriptor(x, BLOCK) for x in (k, v))
     scale = E**-0.5 * LOG2E
     _fwd_kernel[(_programs(q),)](
         *(d_q, d_k, d_v, cos, sin, cu_seqlens, plan, o, lse, scale, len(plan), T, N),
@@ -644,7 +650,7 @@ def dkv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dk, dv) from q and k rotated; dk as it is before the rotation. tables as in forward.
 
-    All contiguous, T at least 1.
+    All contiguous; available(q) is true.
     """
     cos, sin, cu_seqlens, plan = tables
     T, H, E = q.shape
@@ -652,12 +658,11 @@ def dkv(
     N = len(cu_seqlens) - 1
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
-    d_q, d_do = (_descriptor(x, [DKV_TILE, E]) for x in (q, do))
-    d_k, d_v = (_descriptor(x, [64, E]) for x in (k, v))
-    d_lse, d_delta = (_descriptor(x, [DKV_TILE]) for x in (lse, delta))
+    d_q, d_do = (_descriptor(x, DKV_TILE) for x in (q, do))
+    d_k, d_v = (_descriptor(x, 64) for x in (k, v))
     scale = E**-0.5 * LOG2E
     _dkv_kernel[(_programs(q),)](
-        *(d_q, d_k, d_v, d_do, d_lse, d_delta, cos, sin, cu_seqlens, plan, dk, dv, scale),
+        *(d_q, d_k, d_v, d_do, lse, delta, cos, sin, cu_seqlens, plan, dk, dv, scale),
         *(len(plan), T, N, H, G, E, DKV_TILE, DKV_STAGES),
         num_warps=4,
     )

@@ -15,8 +15,9 @@ events that are known to be over before its next step:
 
 An access is refused, Race, if an event it conflicts with is not known to be over. Deadlock: every
 actor waits and no copy is in flight. OutOfBounds: a load or store of global memory outside its
-tensor. Shared memory starts as NaN. Layouts are not modelled: they move values between threads,
-never change them, and a wrong one does not compile.
+tensor. Misaligned: a TMA copy from where the chip cannot read. Shared memory starts as NaN. Layouts
+are not modelled: they move values between threads, never change them, and a wrong one does not
+compile.
 """
 
 import itertools
@@ -40,6 +41,10 @@ class Deadlock(RuntimeError):
 
 class OutOfBounds(IndexError):
     """An address outside its tensor."""
+
+
+class Misaligned(ValueError):
+    """A TMA copy that does not begin on a 16-byte boundary."""
 
 
 class Stopped(BaseException):
@@ -351,6 +356,9 @@ def async_copy_global_to_shared(descriptor, coordinates, barrier, destination):
     tile.read = 0
     known = program.current.known | event
     coordinates = [int(c) for c in coordinates]
+    # an illegal instruction on the GPU
+    if coordinates[-1] * descriptor.tensor.itemsize % 16:
+        raise Misaligned(f"a copy from column {coordinates[-1]}")
     # until it lands a reader finds neither the old values nor the new ones
     destination.data.fill_(math.nan)
 
