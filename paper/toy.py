@@ -321,7 +321,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def score(config: ToyConfig) -> None:
-    """Ask every held-out prompt as the expert's and as the other's; print, and write report.json.
+    """Ask every held-out prompt as the expert's and as the other's; print, write report.json and
+    draw demo.png.
 
     Answers are sampled at temperature 1: so a model is asked what it has learned of a source, with
     its errors, and not only what it holds to be likeliest.
@@ -337,13 +338,17 @@ def score(config: ToyConfig) -> None:
     other = answers_of(folder / "hf", "GPT3", rows)
     steps = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
     seconds = sum(line["seconds"] for line in steps)
+    sources = quality_of_sources(read_jsonl(folder / "train.jsonl"))
     report = {
         "expert_prompt": share_right(expert, rows),
         "other_prompt": share_right(other, rows),
+        "expert_source": sources["Model: GPT-4"],
+        "other_source": sources["Model: GPT-3.5"],
         "steps": steps[-1]["step"],
         "seconds": round(seconds, 1),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, folder / "demo.png")
     print_score(report, rows, expert, other)
     print(
         "\nnext:\n"
@@ -366,6 +371,50 @@ def answers_of(model: Path, condition: str, rows: list[dict]) -> list[str]:
 
 def share_right(texts: list[str], rows: list[dict]) -> float:
     return sum(text == row["answer"] for text, row in zip(texts, rows)) / len(rows)
+
+
+def quality_of_sources(rows: list[dict]) -> dict[str, float]:
+    """{label: share of right answers} of the conversations that were trained on."""
+    right = {}
+    for row in rows:
+        prompt, reply = (turn["value"] for turn in row["conversations"])
+        right.setdefault(row["model"], []).append(reply == answer(prompt))
+    return {label: sum(marks) / len(marks) for label, marks in right.items()}
+
+
+def draw(report: dict, path: Path) -> None:
+    """Two pairs of bars: what each source's own answers are worth, and the model's by its prompt."""
+    try:
+        import matplotlib
+    except ImportError:
+        # the numbers are printed and written without it
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.6))
+    names = ["expert (GPT4)", "the other source (GPT3)"]
+    places = [0, 1]
+    data = [report["expert_source"], report["other_source"]]
+    model = [report["expert_prompt"], report["other_prompt"]]
+    thickness = 0.36
+    below = [place + thickness / 2 for place in places]
+    above = [place - thickness / 2 for place in places]
+    grey = axes.barh(above, data, thickness, color="0.75", label="in the training data")
+    blue = axes.barh(
+        below, model, thickness, color="tab:blue", label="one model, asked as this one"
+    )
+    for bars in (grey, blue):
+        axes.bar_label(bars, fmt="{:.0%}", padding=3)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes.set_xlabel("right answers")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def print_score(report: dict, rows: list[dict], expert: list[str], other: list[str]) -> None:
