@@ -19,7 +19,11 @@ try:
     HAVE_TRITON = True
 except ImportError:
     # macOS, Windows: the kernel files can still be read, and their references run
-    triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
+    def _as_it_is(function=None, **_options):
+        """triton.jit, with or without options, where there is no Triton."""
+        return function or _as_it_is
+
+    triton = SimpleNamespace(jit=_as_it_is)
     tl = SimpleNamespace(constexpr=None)
     HAVE_TRITON = False
 

@@ -1,9 +1,9 @@
 """Every kernel against what a user would pick instead, in bf16, forward and backward, on one GPU.
 
-    python -m kernels.bench                              all kernels, LLaMA-2 7B, 13B and 70B shapes
+    python -m kernels.bench                              all kernels at LLaMA-2's shapes
     python -m kernels.bench rms_norm --T 16384 --D 5120  one kernel at your own shape
-    python -m kernels.bench --check                      the script itself, on a CPU: every case once
-                                                         at small shapes, no times
+    python -m kernels.bench --check                      the script itself, on a CPU: every case
+                                                         once at small shapes, no times
     python -m kernels.bench --cpu                        head and loss on one CPU thread in fp32
     python -m kernels.bench --show results/bench.json    the table of an earlier run
 
@@ -14,8 +14,9 @@ so a peer that moves more bytes shows as slower, not as faster. Beside every tim
 error of an output or gradient against the definition in fp32; none of ours may be above 1.05 times
 plain PyTorch's in bf16 (marked WORSE; exit status 1).
 
-The most telling case of each kernel comes first, then the second of each, and so on: --minutes, after
-which no case is begun, never cuts a whole kernel. Results are written to --out after each case.
+The most telling case of each kernel comes first, then the second of each, and so on: --minutes,
+after which no case is begun, never cuts a whole kernel. Results are written to --out after each
+case.
 """
 
 import argparse
@@ -46,7 +47,9 @@ from kernels.timing import (
 )
 
 CASES = cases()
-DEFAULTS = {name: size for case in CASES.values() for name, size in case.SIZES.items()}
+DEFAULTS = {}
+for _case in CASES.values():
+    DEFAULTS.update(_case.SIZES)
 
 
 # ---- one case
@@ -63,8 +66,10 @@ def run_case(kernel: str, shape: dict, device: str, ceilings: dict, runs: int) -
     case = CASES[kernel].case_of(make, device, **shape)
     with torch.no_grad():
         outputs = outputs_of(case.peers["ours"], case.inputs)
-    # a loss is a scalar, whose gradient is 1
-    upstream = [torch.ones_like(x) if x.ndim == 0 else make(*x.shape) for x in outputs]
+    upstream = []
+    for x in outputs:
+        # a loss is a scalar, whose gradient is 1
+        upstream.append(torch.ones_like(x) if x.ndim == 0 else make(*x.shape))
 
     inputs32 = [x.float() for x in case.inputs]
     upstream32 = [x.float() for x in upstream]
@@ -146,9 +151,13 @@ def in_turn(kernel: str | None, own: dict) -> list[tuple[str, dict]]:
         return [(kernel, own)]
     if kernel:
         return [(kernel, shape) for shape in CASES[kernel].SHAPES]
-    lists = [[(name, shape) for shape in case.SHAPES] for name, case in CASES.items()]
-    rounds = zip_longest(*lists)
-    return [pair for one_round in rounds for pair in one_round if pair]
+    lists = []
+    for name, case in CASES.items():
+        lists.append([(name, shape) for shape in case.SHAPES])
+    pairs = []
+    for one_round in zip_longest(*lists):
+        pairs += [pair for pair in one_round if pair]
+    return pairs
 
 
 def measure(args: argparse.Namespace, own: dict, out: Path) -> dict:
@@ -250,7 +259,9 @@ def draw(results: dict, path: Path) -> None:
         label = f"{row['kernel']} {row['direction']}\n{' '.join(sizes)}"
         if row["share"] is not None:
             shares.setdefault(label, {})[row["implementation"]] = row["share"]
-    names = list(dict.fromkeys(name for case in shares.values() for name in case))
+    names = {}
+    for case in shares.values():
+        names.update(dict.fromkeys(case))
     figure, axes = plt.subplots(figsize=(10, 0.16 * len(shares) * len(names) + 1))
     height = 0.8 / len(names)
     for i, name in enumerate(names):
@@ -296,8 +307,9 @@ def cpu_loss(job: tuple) -> dict:
 def cpu_losses(out: Path) -> None:
     """Ours and plain PyTorch, all tokens supervised and 60%; written to out."""
     sizes = (4096, 512, 32001)
-    names = ("ours", "torch")
-    jobs = [(name, supervised, sizes) for supervised in (1.0, 0.6) for name in names]
+    jobs = []
+    for supervised in (1.0, 0.6):
+        jobs += [(name, supervised, sizes) for name in ("ours", "torch")]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = pool.map(cpu_loss, jobs, chunksize=1)
     about = {"command": "python -m kernels.bench --cpu", "torch": torch.__version__}

@@ -1,4 +1,4 @@
-"""The product of a linear layer, x W^T: by oneDNN where that is faster, and by PyTorch elsewhere.
+"""The product of a linear layer, x W^T: by oneDNN where it is faster, and else by F.linear.
 
 For fp32 on a CPU F.linear calls MKL. On the AMD CPU of README.md oneDNN takes half its time, but
 PyTorch reaches it only through its own tensor layout, which autograd does not follow. So the two
@@ -41,8 +41,12 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def project(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x W^T, [T, N], of the inputs' dtype, on any device; differentiable."""
-    # A compiler sees plain F.linear, and chooses for itself.
+    """x W^T, [T, N], of the inputs' dtype, on any device; differentiable.
+
+    On a GPU this is F.linear. On a CPU it is oneDNN's product in fp32 training with LEAST_ROWS or
+    more rows, and F.linear elsewhere.
+    """
+    # torch.compile is given F.linear, and chooses for itself.
     eager = not torch.compiler.is_compiling()
     fp32_on_cpu = x_TK.device.type == "cpu" and x_TK.dtype == torch.float32
     # Generation has few rows, and keeps its matrices in an order that MKL likes (sample.py).

@@ -4,8 +4,8 @@
     python -m kernels.gpu --check             the script itself on a CPU
 
 Facts: versions, clocks, the rate of a copy and of the loss's three matmuls with a vocabulary of
-32,001 and of 32,064 columns. Then `pytest -m gpu`, in parallel where pytest-xdist is installed. Then
-compute-sanitizer's racecheck on a small case of all four kernels, where that tool is found.
+32,001 and of 32,064 columns. Then `pytest -m gpu`, in parallel where pytest-xdist is installed.
+Then compute-sanitizer's racecheck on a small case of all four kernels, where that tool is found.
 """
 
 import argparse

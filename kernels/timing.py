@@ -1,9 +1,9 @@
 """How a kernel is timed and compared: used by bench.py and tune.py.
 
-Times are of CUDA events, after three calls to warm up, the functions in turn. Before each timed call
-256 MiB are read, so that the L2 holds nothing of the inputs. (Writing them instead would leave dirty
-lines behind, which the timed kernel then writes back: a copy of 512 MiB came out 2% slower so.)
-On a CPU nothing is timed: each function is called once.
+Times are of CUDA events, after three calls to warm up, the functions in turn. Before each timed
+call 256 MiB are read, so that the L2 holds nothing of the inputs. (Writing them instead would leave
+dirty lines behind, which the timed kernel then writes back: a copy of 512 MiB came out 2% slower
+so.) On a CPU nothing is timed: each function is called once.
 """
 
 import datetime

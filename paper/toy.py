@@ -383,7 +383,7 @@ def quality_of_sources(rows: list[dict]) -> dict[str, float]:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Two pairs of bars: what each source's own answers are worth, and the model's by its prompt."""
+    """Two pairs of bars: what each source's answers are worth, and the model's by its prompt."""
     try:
         import matplotlib
     except ImportError:

@@ -1,6 +1,6 @@
 """The tables of README and docs, rendered from results/*.json.
 
-    python tests/pages.py        write them into the pages, between `<!-- name -->` and `<!-- end -->`
+    python tests/pages.py        write them into the pages, after `<!-- name -->`
 
 tests/test_readme.py checks that each page shows what its results say.
 """

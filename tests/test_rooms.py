@@ -114,7 +114,7 @@ def test_every_file_is_in_a_room():
 
 @pytest.mark.parametrize("room", ["data.py", "sample.py", "evaluate.py", "model.py"])
 def test_no_rank_and_no_pickle_through_any_import(room):
-    """A prepared file or a directory may be a stranger's: what opens one runs nothing that it says."""
+    """A prepared file or a directory may be a stranger's: what opens one runs nothing it says."""
     for name, where in reached(ROOT / room).items():
         assert not name.startswith(("torch.distributed", "pickle")), f"{where} imports {name}"
 
@@ -126,7 +126,8 @@ def test_nothing_imports_in_a_circle():
 
 
 def test_no_kernel_imports_another():
-    """A lesson takes its few helpers from the package itself; its cases know it alone; bench.py and compile.py find all."""
+    """A lesson takes its few helpers from the package itself; its cases know it alone; bench.py,
+    tune.py and compile.py find all."""
     others = {f"kernels.{lesson}" for lesson in LESSONS}
     assert all((ROOT / "kernels" / f"{lesson}.py").is_file() for lesson in LESSONS)
     for lesson in sorted(LESSONS):

@@ -64,8 +64,8 @@ def statements(path: Path) -> list[ast.stmt]:
 
 
 def things(statement: ast.stmt) -> int:
-    """How many things beyond its own a statement does: comprehensions, lambdas, ternaries, walruses,
-    further targets of `a, b = x, y`, texts and lists times a condition."""
+    """How many things beyond its own a statement does: comprehensions, lambdas, ternaries,
+    walruses, further targets of `a, b = x, y`, texts and lists times a condition."""
     count = 0
     for node in ast.walk(statement):
         if isinstance(node, (ast.comprehension, ast.Lambda, ast.IfExp, ast.NamedExpr)):

@@ -1,4 +1,4 @@
-"""What each kernel is timed, tuned and compiled with: a file for each, found by walking this folder.
+"""What each kernel is timed, tuned and compiled with: a file each, found by walking this folder.
 
 A file has
 

@@ -63,8 +63,8 @@ KNOBS = [
 
 
 def conversation_lengths(kind, T, seed):
-    """Lengths that sum to T: "sharegpt", log-normal of mean 1,500 clipped at 4,096; "short", of mean
-    200; or a number, all alike."""
+    """Lengths that sum to T: "sharegpt", log-normal of mean 1,500 clipped at 4,096; "short", of
+    mean 200; or a number, all alike."""
     if kind.isdigit():
         lengths = [int(kind)] * (T // int(kind) + 1)
     else:
