@@ -290,6 +290,16 @@ def attention_blindness(m, dtype, lengths, H, G, E, seed=0, device="cpu"):
         assert not torch.equal(before[a:b], after[a:b])
 
 
+def rotation(m, A, device="cpu"):
+    """_rotate of so many heads, by the programs that share a row, each with BA of them."""
+    T, cos_TC, sin_TC, _ = packing([5], 2, 32, device)
+    x_TAE = fresh((T, A, 32), torch.float32, 0, device)
+    ours = m._rotate(x_TAE, cos_TC, sin_TC)
+    plain = m.rotate(x_TAE, cos_TC, sin_TC)
+    exact = turn64(x_TAE.double(), cos_TC, sin_TC)
+    close(("rotated", torch.float32), ours, plain, exact)
+
+
 def rotary_attention_as_on(m, name):
     """A GPU's tiles: conversations of several blocks, and the tiles of fp32 and of small heads."""
     with as_on(m, name):

@@ -76,13 +76,19 @@ METHODS = "contiguous", "t", "float"
 
 # (function, change, statement as ast.unparse writes it, why nothing shows): by what survives a
 # formatter.
+COLUMNS = "columns beyond D are not stored"
+FACTORS = "what is summed over the columns is w dy h: beyond D the other two factors are 0"
+ELEMENTS = "elements beyond n are not stored"
 UNSTORED = "rows beyond the conversation are not stored"
 TURNED = "masked rows are 0 before they turn, or are not stored"
 ZERO_ROWS = "rows beyond the conversation have q = do = 0"
+SPARE_HEADS = "heads beyond A are not stored"
+LATER_KEY = "a key beyond the conversation comes after every query: p = ds = 0"
 LATER_KEYS = "more key tiles, all of them after every query of the block: masked"
 LATER_QUERIES = "more tiles, all beyond the conversation: q = do = 0"
 WARPS = "warps change no number: kernels.compile sees what they cost"
 PROGRAMS = "any number of programs adds up the same rows"
+TILES = "other tiles, the same numbers: kernels.compile sees which fit a chip"
 MASKED_BLOCK = "where BV divides V, a last block whose columns are all masked: it changes nothing"
 _EQUIVALENT = {
     "rms_norm": (
@@ -101,6 +107,68 @@ _EQUIVALENT = {
             "programs = PROGRAMS[arch(h)] if D <= 4096 else PROGRAMS[arch(h)] // 2",
             PROGRAMS,
         ),
+        (
+            "_fwd_kernel",
+            "0.0 -> 3.0",
+            "b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)",
+            COLUMNS,
+        ),
+        (
+            "_bwd_kernel",
+            "0.0 -> 3.0",
+            "b_dx += tl.load(dh + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)",
+            COLUMNS,
+        ),
+        (
+            "_bwd_kernel",
+            "0.0 -> 3.0",
+            "b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(tl.float32)",
+            FACTORS,
+        ),
+        (
+            "_bwd_kernel",
+            "0.0 -> 3.0",
+            "b_h = tl.load(h + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)",
+            FACTORS,
+        ),
+        (
+            "_bwd_kernel",
+            "0.0 -> 3.0",
+            "b_dy = tl.load(dy + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)",
+            FACTORS,
+        ),
+    ),
+    "swiglu": (
+        (
+            "_fwd_kernel",
+            "0.0 -> 3.0",
+            "b_g = tl.load(gate + o_n, mask=m_n, other=0.0).to(tl.float32)",
+            ELEMENTS,
+        ),
+        (
+            "_fwd_kernel",
+            "0.0 -> 3.0",
+            "b_u = tl.load(up + o_n, mask=m_n, other=0.0).to(tl.float32)",
+            ELEMENTS,
+        ),
+        (
+            "_bwd_kernel",
+            "0.0 -> 3.0",
+            "b_g = tl.load(gate + o_n, mask=m_n, other=0.0).to(tl.float32)",
+            ELEMENTS,
+        ),
+        (
+            "_bwd_kernel",
+            "0.0 -> 3.0",
+            "b_u = tl.load(up + o_n, mask=m_n, other=0.0).to(tl.float32)",
+            ELEMENTS,
+        ),
+        (
+            "_bwd_kernel",
+            "0.0 -> 3.0",
+            "b_dy = tl.load(dy + o_n, mask=m_n, other=0.0).to(tl.float32)",
+            ELEMENTS,
+        ),
     ),
     "cross_entropy": (
         ("_softmax_kernel", "WHOLE < V -> WHOLE <= V", "if WHOLE < V:", MASKED_BLOCK),
@@ -110,8 +178,111 @@ _EQUIVALENT = {
             "b_l = tl.where(b_z > b_m, b_l * b_less + 1, b_l + b_less)",
             "where both are equal b_less is 1: either way b_l + 1",
         ),
+        (
+            "_softmax_kernel",
+            "0.0 -> 3.0",
+            "b_z = tl.load(z + o_v, mask=o_v < S, other=0.0).to(tl.float32)",
+            "columns beyond V are -inf in the sum, and 0 or not stored in dz",
+        ),
     ),
     "rotary_attention": (
+        (
+            "_launch",
+            "x.dtype == torch.float32 and name != 'interpreter' -> "
+            "x.dtype == torch.float32 or name != 'interpreter'",
+            "if x.dtype == torch.float32 and name != 'interpreter':",
+            TILES,
+        ),
+        (
+            "_launch",
+            "x.dtype == torch.float32 -> x.dtype != torch.float32",
+            "if x.dtype == torch.float32 and name != 'interpreter':",
+            TILES,
+        ),
+        (
+            "_launch",
+            "name != 'interpreter' -> name == 'interpreter'",
+            "if x.dtype == torch.float32 and name != 'interpreter':",
+            TILES,
+        ),
+        (
+            "_launch",
+            "x.shape[-1] == 32 -> x.shape[-1] != 32",
+            "if x.shape[-1] == 32:",
+            TILES,
+        ),
+        (
+            "_rotate_kernel",
+            "0.0 -> 3.0",
+            "b_lo = tl.load(x + o_x, mask=m_a, other=0.0).to(tl.float32)",
+            SPARE_HEADS,
+        ),
+        (
+            "_rotate_kernel",
+            "0.0 -> 3.0",
+            "b_hi = tl.load(x + o_x + C, mask=m_a, other=0.0).to(tl.float32)",
+            SPARE_HEADS,
+        ),
+        (
+            "_load_tile",
+            "0.0 -> 3.0",
+            "b_k = tl.load(k + o_kv, mask=m_n, other=0.0)",
+            LATER_KEY,
+        ),
+        (
+            "_load_tile",
+            "0.0 -> 3.0",
+            "b_v = tl.load(v + o_kv, mask=m_n, other=0.0)",
+            LATER_KEY,
+        ),
+        (
+            "_fwd_kernel",
+            "0.0 -> 3.0",
+            "b_lo = tl.load(q + o_q, mask=m_m[:, None], other=0.0).to(tl.float32)",
+            UNSTORED,
+        ),
+        (
+            "_fwd_kernel",
+            "0.0 -> 3.0",
+            "b_hi = tl.load(q + o_q + E // 2, mask=m_m[:, None], other=0.0).to(tl.float32)",
+            UNSTORED,
+        ),
+        (
+            "_dq_kernel",
+            "0.0 -> 3.0",
+            "b_q = tl.load(q + o_te, mask=m_m[:, None], other=0.0)",
+            UNSTORED,
+        ),
+        (
+            "_dq_kernel",
+            "0.0 -> 3.0",
+            "b_do = tl.load(do + o_te, mask=m_m[:, None], other=0.0)",
+            UNSTORED,
+        ),
+        (
+            "_dq_kernel",
+            "0.0 -> 3.0",
+            "b_o = tl.load(o + o_te, mask=m_m[:, None], other=0.0)",
+            UNSTORED,
+        ),
+        (
+            "_dkv_kernel",
+            "0.0 -> 3.0",
+            "b_k = tl.load(k + o_te, mask=m_n[:, None], other=0.0)",
+            UNSTORED,
+        ),
+        (
+            "_dkv_kernel",
+            "0.0 -> 3.0",
+            "b_v = tl.load(v + o_te, mask=m_n[:, None], other=0.0)",
+            UNSTORED,
+        ),
+        (
+            "_dkv_kernel",
+            "0.0 -> 3.0",
+            "b_q = tl.load(q + o_q, mask=m_m[:, None], other=0.0)",
+            "beyond the conversation do and delta are 0, and so are p do and ds",
+        ),
         (
             "_plan_kernel",
             "0 -> 3",
@@ -132,13 +303,13 @@ _EQUIVALENT = {
         ),
         (
             "_turn",
-            "0.0 -> 3",
+            "0.0 -> 3.0",
             "b_cos = tl.load(cos + o_c, mask=m_t[:, None], other=0.0)",
             TURNED,
         ),
         (
             "_turn",
-            "0.0 -> 3",
+            "0.0 -> 3.0",
             "b_sin = tl.load(sin + o_c, mask=m_t[:, None], other=0.0) * way",
             TURNED,
         ),
@@ -156,7 +327,7 @@ _EQUIVALENT = {
         ),
         (
             "_dq_kernel",
-            "0.0 -> 3",
+            "0.0 -> 3.0",
             "b_lse = tl.load(lse + i_h * T + o_t, mask=m_m, other=0.0)",
             UNSTORED,
         ),
@@ -180,13 +351,13 @@ _EQUIVALENT = {
         ),
         (
             "_dkv_kernel",
-            "0.0 -> 3",
+            "0.0 -> 3.0",
             "b_lse = tl.load(lse + i_h * T + start + o_m, mask=m_m, other=0.0)",
             ZERO_ROWS,
         ),
         (
             "_dkv_kernel",
-            "0.0 -> 3",
+            "0.0 -> 3.0",
             "b_delta = tl.load(delta + i_h * T + start + o_m, mask=m_m, other=0.0)",
             ZERO_ROWS,
         ),
@@ -343,7 +514,8 @@ def changes_of_access(node, text) -> Iterator[tuple[ast.AST, str]]:
     """A load or a store with another fill value, and without its mask."""
     for keyword in node.keywords:
         if keyword.arg == "other":
-            yield keyword.value, "3"
+            # a float for a float: a cast of int32 to bf16 would be refused for its own sake
+            yield keyword.value, "3.0" if "." in text.of(keyword.value) else "3"
     if any(keyword.arg == "mask" for keyword in node.keywords):
         arguments = ", ".join(text.of(argument) for argument in node.args)
         yield node, f"{text.of(node.func)}({arguments})"
@@ -426,14 +598,16 @@ def rotary_attention_checks(checks, f32, bf16) -> list[Callable]:
         on_gpus.append(with_arguments(checks.rotary_attention_as_on, name))
     return [
         with_arguments(checks.plan, [32, 33, 0, 64, 1, 31], 40),
+        # as LLaMA-2 13B: two programs a row, the second with heads to spare
+        with_arguments(checks.rotation, 40),
+        with_arguments(attention, f32, [9], 0, 1, 1, 32, strided=True),
+        with_arguments(attention, f32, [64], 0, 1, 1, 64),
+        with_arguments(attention, bf16, [40], 33, 1, 1, 32),
+        with_arguments(attention, f32, [1, 33, 0, 2, 50], 5, 4, 2, 32),
+        with_arguments(checks.rotary_attention_with_other_tiles),
+        with_arguments(checks.attention_blindness, f32, [5, 40, 17], 2, 1, 32),
         with_arguments(checks.plan, [1, 33, 2] * 43, 3),
         with_arguments(checks.plan, [1, 33] * 64, 70),
-        with_arguments(attention, f32, [1, 33, 0, 2, 50], 5, 4, 2, 32),
-        with_arguments(attention, f32, [64], 0, 1, 1, 64),
-        with_arguments(checks.attention_blindness, f32, [5, 40, 17], 2, 1, 32),
-        with_arguments(attention, bf16, [40], 33, 1, 1, 32),
-        with_arguments(attention, f32, [9], 0, 1, 1, 32, strided=True),
-        with_arguments(checks.rotary_attention_with_other_tiles),
         *on_gpus,
         with_arguments(checks.tiles_divide),
     ]

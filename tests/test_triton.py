@@ -107,6 +107,11 @@ def test_rotary_attention(dtype, lengths, padding, H, G, E, strided, device):
     )
 
 
+@pytest.mark.parametrize("heads", [1, 3, 40, 64])
+def test_rotation_of_any_number_of_heads(heads, device):
+    checks.rotation(rotary_attention, heads, device)
+
+
 def test_nothing_but_padding(device):
     T, *tables = checks.packing([0], 7, 32, device)
     inputs = [checks.fresh((T, heads, 32), fp32, 0, device) for heads in (2, 1, 1)]
