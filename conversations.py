@@ -11,16 +11,18 @@ The data is of mixed quality: few conversations of an expert, many of weaker sou
 but the label says which is which. C-RLFT uses the class twice. Its condition goes into the prompt,
 so that the model learns one policy per class, pi(y|x,c). Its coarse reward r_c, 1 for the expert
 and less for others (Eq. 3), becomes the weight exp(r_c / beta) of every token of an answer (Eq. 6).
-That is all that it does to data. From a file to what the model takes, the way is five functions:
+C-RLFT does nothing else to the data. Six functions lead from a file to what the model takes:
 
     read(file)                    -> Conversations     one of three formats, recognized by content
     Classes(table).assign(..)     -> Conversation      with its class's condition and weights
     tokenize(conversation, ..)    -> tokens, weights   one weight a token: that of predicting it
+    cut_to_length(..)             -> parts, counts     tokenized, none longer than the context
     plan(lengths, ..)             -> steps             which conversations form a step
     pack([(tokens, weights), ..]) -> Batch             what model.py takes
 
-The first three are in this file, the last two in packing.py. A prompt for sampling is made by the
-same `encode` as the training data (prompts.py), so the two cannot drift apart.
+The first four are in this file (`cut_to_length` calls `tokenize`), the last two in packing.py. A
+prompt for sampling is made by the same `encode` as the training data (prompts.py), so prompts and
+training data always have the same form.
 """
 
 import collections
@@ -41,7 +43,7 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says in one turn. weight None: the class decides (`Classes.assign`)."""
+    """What one side says in one turn. weight None: `Classes.assign` gives the class's weight."""
 
     role: str  # user or assistant
     text: str
@@ -52,7 +54,8 @@ class Message:
 class Conversation:
     """What one row of a file says. `Classes.assign` fills in the class and all weights.
 
-    The system text stands before the first message. `where` is file:line, for error messages.
+    The system text stands before the first message. `where` is for error messages: the file and
+    the line, or the file and the number of the conversation in its array.
     """
 
     messages: tuple[Message, ...]
@@ -65,8 +68,15 @@ class Conversation:
 
 # ---- formats: a file -> conversations
 
-# The names that the formats have for the same things: those of OpenAI and of OpenChat's later
-# files, and those of ShareGPT. The first that a row has counts, so they may be mixed.
+# The names that the formats have for the same things:
+#
+#     format      turns                     role    text
+#     ShareGPT    conversations or items    from    value
+#     OpenAI      messages                  role    content
+#     OpenChat    items                     role    content
+#
+# If a row has several keys of the same kind, the first in the tuple below counts. So a row may mix
+# the formats.
 TURN_KEYS = ("conversations", "items", "messages")
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value")
@@ -78,7 +88,8 @@ ROLES = {
     "system": "system",
 }
 
-MAX_WEIGHT = 1e6  # sums of weights stay far inside fp32
+# up to here sums of weights stay far inside the range of fp32
+MAX_WEIGHT = 1e6
 
 
 def read(path: str | Path) -> list[Conversation]:
@@ -87,7 +98,10 @@ def read(path: str | Path) -> list[Conversation]:
 
 
 def read_rows(path: str | Path) -> list[tuple[str, Any]]:
-    """[(file:line, JSON value)] of a .jsonl file or a .json array, whatever the file is called."""
+    """[(where, JSON value)] of a .jsonl file or a .json array, whatever the file is called.
+
+    `where` is as in Conversation. ValueError: no such file, or not JSON.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
 
@@ -127,8 +141,9 @@ def read_lines(content: bytes, path: str | Path) -> list[tuple[str, Any]]:
 def parse(row: Any, where: str) -> Conversation:
     """One JSON value -> Conversation, with a condition only where the row brings its own.
 
-    ValueError names the place (`where`), the value and the remedy. A format with rows of another
-    build needs a case in `turns_of`; one with other names for the same needs a key above.
+    ValueError names the line (`where`), the value and the remedy. A new format whose rows have
+    another structure needs a case in `turns_of`. One that has other names in the same structure
+    needs its names in the tables above.
     """
     try:
         turns = turns_of(row)
@@ -136,7 +151,8 @@ def parse(row: Any, where: str) -> Conversation:
             if row.get(key) is not None:
                 check_text(row[key], key)
 
-        # the system text is a field of the row (OpenChat; "" is none) or its first message
+        # The system text is a field of the row or its first message. OpenChat writes the field
+        # always, with "" where there is no system text.
         system = row.get("system") or None
         messages = []
         for turn in turns:
@@ -154,6 +170,7 @@ def parse(row: Any, where: str) -> Conversation:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
+    # all formats call the label `model`
     label = row.get("model") or ""
     return Conversation(tuple(messages), label, system, row.get("condition"), where=where)
 
@@ -176,41 +193,47 @@ def message_of(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise ValueError("a message is not an object with role and content (or from and value)")
 
-    name = first_of(turn, ROLE_KEYS)
-    if not isinstance(name, str) or name not in ROLES:
-        raise ValueError(f"role {name!r} is not one of {', '.join(ROLES)}; fix the line or map it")
+    # the role as the file calls it: "human", say
+    role_name = first_of(turn, ROLE_KEYS)
+    if not isinstance(role_name, str) or role_name not in ROLES:
+        raise ValueError(
+            f"role {role_name!r} is not one of {', '.join(ROLES)}; "
+            "fix the line, or add the role to ROLES in conversations.py"
+        )
 
     text = first_of(turn, TEXT_KEYS)
     if text is None:
-        raise ValueError(f"the {name} message has no text (content or value); fix the line")
-    check_text(text, f"the {name} message's text")
+        raise ValueError(f"the {role_name} message has no text (content or value); fix the line")
+    check_text(text, f"the {role_name} message's text")
 
     weight = turn.get("weight")
-    check_weight(weight, name)
-    return Message(ROLES[name], text, weight)
+    check_weight(weight, role_name)
+    return Message(ROLES[role_name], text, weight)
 
 
 def first_of(row: dict, keys: tuple[str, ...]) -> Any:
-    """The value of the first of these keys that the row has; None without any."""
+    """The value under the first of these keys that the row has; None if it has none of them."""
     for key in keys:
         if key in row:
             return row[key]
     return None
 
 
-def check_text(value: Any, name: str) -> None:
-    """ValueError unless the value is a text that can be tokenized."""
+def check_text(value: Any, value_name: str) -> None:
+    """ValueError, which calls the value `value_name`, unless it is a text that can be tokenized."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} {value!r} is not a text; fix the line")
+        raise ValueError(f"{value_name} {value!r} is not a text; fix the line")
     # JSON writes some characters as two escapes. Half of such a pair is valid JSON, but no text.
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} has half of a surrogate pair (\\ud800..); fix the line") from None
+        raise ValueError(
+            f"{value_name} has half of a surrogate pair (\\ud800..); fix the line"
+        ) from None
 
 
-def check_weight(weight: Any, name: str) -> None:
-    """ValueError unless the weight is None or fits a message of this role."""
+def check_weight(weight: Any, role_name: str) -> None:
+    """ValueError unless the weight is None, or a number that a message of this role may have."""
     if weight is None:
         return
     # to Python, True is the number 1
@@ -219,22 +242,26 @@ def check_weight(weight: Any, name: str) -> None:
         raise ValueError(
             f"message weight {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line"
         )
-    if weight and ROLES[name] != "assistant":
-        raise ValueError(f"weight {weight} on a {name} message; only assistant text is trained on")
+    if weight and ROLES[role_name] != "assistant":
+        raise ValueError(
+            f"weight {weight} on a {role_name} message; only assistant text is trained on"
+        )
 
 
 # ---- classes: label -> class -> condition and weight
 
-# math.exp overflows above 709. exp(700) is as good: it is far above MAX_WEIGHT, and refused.
+# math.exp fails above 709. So a larger exponent counts as 700: exp(700) is far above MAX_WEIGHT,
+# too, and is refused with an error that names the entry of the table.
 MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
 class Class:
-    """One source of data. Eq. 4 keeps the model near the source's own policy pi_c.
+    """One source of data, c in the paper.
 
-    The weight is exp(r_c / beta) up to a factor that all classes share. It is None for a class that
-    only the rows themselves name; they carry weights of their own.
+    The weight is exp(r_c / beta), divided by a number that is the same for all classes
+    (`weight_of_reward`). It is None for a class that the table does not have, but a row's own
+    condition names: the answers of such a row must carry weights of their own.
     """
 
     name: str
@@ -246,10 +273,12 @@ def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class
     """[(label glob, Class)] of a table such as "Model: GPT-4=GPT4:1.0,*=GPT3:0.1".
 
     A glob is a label in which * stands for any text and ? for any character. The number is the
-    class's weight; with beta it is the reward r_c (`weight_of_reward`). ValueError: no such table.
+    class's weight; if beta is given, the number is the reward r_c (`weight_of_reward`).
+
+    ValueError: the text is not such a table, a weight is out of range, or beta is not above 0.
     """
     if beta is not None and not beta > 0:
-        raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 is above 0")
+        raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 must be above 0")
     if not text:
         return []
     entries = []
@@ -259,7 +288,8 @@ def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class
         entries.append((glob, condition, weight))
         weights_of[condition].add(weight)
 
-    # A class is called by its condition, and by its weight, too, where two share a condition.
+    # A class has the name of its condition. Where classes of different weights share a condition,
+    # the name has the weight, too.
     table = []
     for glob, condition, weight in entries:
         name = condition
@@ -271,12 +301,13 @@ def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class
 
 def parse_entry(entry: str, beta: float | None) -> tuple[str, str, float]:
     """(label glob, condition, weight) of one entry of the table."""
-    # from the right: a label may hold = and :, as "Model: GPT-4" does
+    # cut at the last = and the last :, since a label may hold them, too, as "Model: GPT-4" does
     glob, equals, right = entry.rpartition("=")
     condition, _, number = right.rpartition(":")
     try:
         number = float(number)
     except ValueError:
+        # nan is refused below, like every other number that is not finite
         number = math.nan
     if not (equals and condition.strip() and math.isfinite(number)):
         raise ValueError(
@@ -296,10 +327,17 @@ def parse_entry(entry: str, beta: float | None) -> tuple[str, str, float]:
 def weight_of_reward(reward: float, beta: float) -> float:
     """exp((r_c - 1) / beta), which is 1 for the expert's r_c = 1.
 
-    exp(r_c / beta) is the factor between pi* and pi_c of Eq. 5, and Eq. 6 makes it a weight. The
-    factor exp(1 / beta) that is missing here is common to all classes, and the division of the loss
-    by the sum of weights cancels it. beta is the KL coefficient of Eq. 4: the smaller, the further
-    the weights of the classes are apart.
+    The paper gets from a reward to a weight in three steps. pi_c(y|x,c) is the policy by which
+    class c wrote its answers, and pi* the policy that is looked for:
+
+        Eq. 4   pi* is the pi with the largest  E[r_c] - beta KL(pi, pi_c)
+        Eq. 5   so pi* = pi_c exp(r_c / beta) / Z
+        Eq. 6   the model pi with the least KL(pi*, pi) has the largest
+                sum of exp(r_c / beta) log pi(y|x,c)  over the data, since pi_c wrote them
+
+    So exp(r_c / beta) is a weight of log pi. (Eq. 6 leaves out Z: docs/method.md.) This function
+    divides it by exp(1 / beta). That is the same number for all classes, and the division of the
+    loss by the sum of weights cancels it. The smaller beta, the further the weights are apart.
     """
     return math.exp(min((reward - 1) / beta, MAX_EXPONENT))
 
@@ -307,18 +345,19 @@ def weight_of_reward(reward: float, beta: float) -> float:
 class Classes:
     """The classes of a data set: first those of the table, then those that only the rows name.
 
-    A class's id is its place in `all`.
+    A class's id is its index in the list `all`.
     """
 
     def __init__(self, table: list[tuple[str, Class]] = ()):
         self.table = list(table)
-        # each once, in their order: several globs may lead to one class
+        # each class once, in the table's order: several globs may lead to one class
         self.all = list(dict.fromkeys(class_ for _, class_ in table))
 
     def assign(self, conversation: Conversation) -> Conversation:
         """The conversation with class, condition and every message's weight filled in.
 
-        A row's own condition goes before the table, a message's own weight before its class's.
+        If the row has a condition of its own, that decides the class, else the label does. If a
+        message has a weight of its own, it keeps it, else it gets its class's.
         ValueError: the table has no class for the label, or an answer has no weight.
         """
         class_ = self.class_of(conversation)
@@ -333,9 +372,10 @@ class Classes:
         )
 
     def class_of(self, conversation: Conversation) -> Class:
-        """By the row's own condition, else by the first glob that matches the label."""
+        """The class of the row's own condition, else that of the first glob that fits the label."""
         condition = conversation.condition
-        # OpenChat writes "" where it means no class. Without a table it is one: its prompt `User:`.
+        # In OpenChat's files "" means: this row has no condition. With a table the label then
+        # decides. Without a table "" is itself a condition, whose prompt is a bare `User:`.
         if condition == "" and self.table:
             condition = None
         if condition is not None:
@@ -350,12 +390,14 @@ class Classes:
         )
 
     def class_with_condition(self, condition: str) -> Class:
-        """The first class with this condition, which may be a new one."""
+        """The first class with this condition; if there is none, it is added."""
+        # The first, as with globs: where two classes of the table share a condition, the table's
+        # order decides.
         for class_ in self.all:
             if class_.condition == condition:
                 return class_
 
-        # no name twice: the counts of a prepared file are kept by name
+        # No name twice: a prepared file keeps the counts of each class under its name (data.py).
         name = condition or "none"
         names = {class_.name for class_ in self.all}
         while name in names:
@@ -365,7 +407,7 @@ class Classes:
         return new
 
     def weighted(self, message: Message, class_: Class, where: str) -> Message:
-        """The message with a weight: its own, or its class's; 0 for the user's."""
+        """The message with a weight: 0 for the user's, else its own, else its class's."""
         if message.role == "user":
             return dataclasses.replace(message, weight=0.0)
         weight = class_.weight if message.weight is None else message.weight
@@ -378,14 +420,18 @@ class Classes:
 
 
 def glob_match(glob: str, label: str) -> bool:
-    """Case-sensitive; * is any text, ? any character, nothing else is special."""
-    # not fnmatch: to it the brackets of a label such as "[v2] model" are special, too
+    """Whether the glob fits the label: * is any text, ? any character, and case counts."""
+    # Python's fnmatch would not do: it takes the brackets of a label such as "[v2] model" for a
+    # set of characters.
     pattern = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
     return re.fullmatch(pattern, label, re.DOTALL) is not None
 
 
 def expert_of(classes: list[Class]) -> Class:
-    """The class of the highest weight, the first named on ties. Sampling uses its condition."""
+    """The class of the highest weight, on ties the first. Sampling uses its condition.
+
+    Every class must have a weight: data.py fills in those that are None (`with_weights`).
+    """
     return max(classes, key=lambda class_: class_.weight)
 
 
@@ -398,12 +444,12 @@ class Template:
 
     user: str
     assistant: str
-    # an utterance of its own before the first turn
+    # a text before the first turn, which ends in <|end_of_turn|> like a turn
     opening: str | None = None
 
 
-# Where the condition can stand: Table 3. "none" is ours, for the arms without a condition, whose
-# prompts the paper does not give; with one class and weight 1 it is plain SFT (Eq. 1).
+# Where the condition can stand: Table 3. "none" is ours: the paper has runs without a condition,
+# but does not give their prompts. With one class of weight 1 it is plain SFT (Eq. 1).
 TEMPLATES = {
     "before_speaker": Template("{c} User:", "{c} Assistant:"),
     "before_assistant": Template("User:", "{c} Assistant:"),
@@ -413,7 +459,11 @@ TEMPLATES = {
 
 
 def role_texts(template: str, condition: str | None) -> tuple[str, str, str | None]:
-    """(user's prefix, assistant's prefix, opening or None) of a template for a condition."""
+    """(user's prefix, assistant's prefix, opening or None) of a template for a condition.
+
+    Only "none", which does not use it, may have the condition None. For every other template
+    `Classes.assign` comes first: it gives each conversation a condition.
+    """
     chosen = TEMPLATES[template]
     # stripped: an empty condition leaves `User:`, not ` User:`
     user = chosen.user.format(c=condition).strip()
@@ -430,12 +480,13 @@ def role_texts(template: str, condition: str | None) -> tuple[str, str, str | No
 def encode(
     conversation: Conversation, tokenizer: Tokenizer, template: str
 ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-    """(preamble, turns): the ids before the first turn; per message those of prefix and of text.
+    """(preamble, turns): the ids before the first turn, and (prefix ids, text ids) per message.
 
         <s> [system EOT] [opening EOT]  prefix text EOT  prefix text EOT ..
 
-    EOT is <|end_of_turn|>, the one token that C-RLFT adds to a tokenizer (tokenizer.py). Each piece
-    is tokenized by itself, as in the public trainer: `GPT4 User:` is the same ids whatever follows.
+    EOT is <|end_of_turn|>, the one token that C-RLFT adds to a tokenizer (tokenizer.py). The ids of
+    a text end in it. Each prefix and each text is tokenized by itself, as in the public trainer:
+    `GPT4 User:` is the same ids whatever follows.
     """
     user, assistant, opening = role_texts(template, conversation.condition)
     preamble = [tokenizer.bos]
@@ -462,45 +513,52 @@ def tokenize(
     preamble, turns = encode(conversation, tokenizer, template)
     tokens = list(preamble)
     weights = [0.0] * len(preamble)
-    for message, (prefix, text) in zip(conversation.messages, turns):
+    for message, (prefix_ids, text_ids) in zip(conversation.messages, turns):
         weight = message.weight if message.role == "assistant" else 0.0
         assert weight is not None, "Classes.assign gives every answer its weight"
-        tokens += prefix + text
-        # the prefix is given in every prompt: nobody has to predict it
-        weights += [0.0] * len(prefix) + [weight] * len(text)
+        tokens += prefix_ids + text_ids
+        # the prefix is part of every prompt: the model never has to predict it
+        weights += [0.0] * len(prefix_ids) + [weight] * len(text_ids)
     return np.array(tokens, np.int32), np.array(weights, np.float32)
 
 
-# ---- what does not fit, and what teaches nothing
+# ---- cut: what is beyond max_len, and what nothing can be learned from
 
 
 def cut_to_length(
     conversation: Conversation, tokenizer: Tokenizer, template: str, max_len: int, too_long: str
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], collections.Counter]:
-    """([(tokens, weights)], ledger): what is trained on of a conversation, max_len tokens at most.
+    """(parts, ledger): what of a conversation is trained on, and the counts of what became of it.
 
-    too_long says what becomes of a longer one: "truncate", "split" at turns, or "drop". The ledger
-    counts conversations and turns, and no token is lost from it:
+    Each part is (tokens, weights), max_len tokens at most. too_long says what becomes of a longer
+    conversation: "truncate", "split" (`split_exchanges`) or "drop". The ledger counts every token:
 
         tokens_read + added_by_split = trained + prompt + truncated + dropped + trailing_cut
 
-        trained         tokens with a weight           truncated     beyond max_len
-        prompt          those before and between       trailing_cut  behind the last with a weight
-        added_by_split  the preamble, repeated         dropped       where nothing is left to train
+        tokens_read     the tokens of the whole conversation
+        added_by_split  the preamble's, once more for each part after the first
+        trained         those with a weight
+        prompt          those without a weight that have one with a weight after them
+        truncated       those beyond max_len
+        dropped         all of a part that is left out
+        trailing_cut    those before max_len, but after the last one with a weight
+
+    It also counts conversations and turns.
     """
     whole = tokenize(conversation, tokenizer, template)
     length = len(whole[0])
     ledger = collections.Counter(
         conversations=1, turns=len(conversation.messages), tokens_read=length
     )
-    # an empty answer would teach the model to say nothing
+    # An empty answer would teach the model to say nothing. The whole conversation is left out:
+    # without that answer the turns after it would have another context than in the file.
     if has_empty_answer(conversation):
         ledger.update(dropped=length, dropped_conversations=1)
         return [], ledger
 
     parts = [whole]
     if length > max_len and too_long == "split":
-        shorter = split_turns(conversation, tokenizer, template, max_len)
+        shorter = split_exchanges(conversation, tokenizer, template, max_len)
         parts = [tokenize(part, tokenizer, template) for part in shorter]
         # every part repeats the preamble
         ledger["added_by_split"] += sum(len(tokens) for tokens, _ in parts) - length
@@ -511,11 +569,13 @@ def cut_to_length(
 
     kept = []
     for tokens, weights in parts:
+        # a part is left out if it has no token with a weight before max_len, or is to be dropped
         supervised = np.flatnonzero(weights[:max_len])
         if len(supervised) == 0 or (too_long == "drop" and len(tokens) > max_len):
             ledger["dropped"] += len(tokens)
             continue
-        # behind the last token with a weight nothing is learned: an unanswered question, often
+        # After the last token with a weight there is nothing to learn. Most often it is a question
+        # that got no answer.
         end = supervised[-1] + 1
         ledger["truncated"] += max(0, len(tokens) - max_len)
         ledger["trailing_cut"] += min(len(tokens), max_len) - end
@@ -528,21 +588,23 @@ def cut_to_length(
 
 
 def has_empty_answer(conversation: Conversation) -> bool:
-    """Whether an answer holds nothing but spaces."""
+    """Whether an answer has no text, or only whitespace."""
     answers = [m.text for m in conversation.messages if m.role == "assistant"]
     return any(not text.strip() for text in answers)
 
 
-def split_turns(
+def split_exchanges(
     conversation: Conversation, tokenizer: Tokenizer, template: str, max_len: int
 ) -> list[Conversation]:
-    """Conversations of whole exchanges with the same system text, of max_len tokens at most.
+    """The conversation as several ones of whole exchanges, of max_len tokens at most.
 
-    An exchange that is longer by itself stands alone, for `cut_to_length` to truncate.
+    An exchange is what the user says and the assistant's answer to it. Each new conversation has
+    the preamble of the old one. An exchange above max_len stands alone; `cut_to_length` truncates
+    it.
     """
     messages = conversation.messages
     preamble, turns = encode(conversation, tokenizer, template)
-    sizes = [len(prefix) + len(text) for prefix, text in turns]
+    sizes = [len(prefix_ids) + len(text_ids) for prefix_ids, text_ids in turns]
 
     # an exchange starts where the user speaks after the assistant
     starts = [0]
@@ -550,6 +612,7 @@ def split_turns(
         if messages[i].role == "user" and messages[i - 1].role == "assistant":
             starts.append(i)
 
+    # each exchange goes to the last part, or starts another where that would get too long
     parts = [[]]
     used = len(preamble)
     for start, stop in zip(starts, [*starts[1:], len(messages)]):
@@ -565,11 +628,11 @@ def split_turns(
 def prompt_hash(conversation: Conversation) -> int:
     """A hash of the first user message, as int64.
 
-    Conversations of the same prompt have the same. The validation split goes by it, so that no
-    prompt stands on both sides.
+    Conversations of the same prompt have the same hash. The validation split goes by it (data.py),
+    so no prompt is both trained on and validated with.
     """
-    asked = [message.text for message in conversation.messages if message.role == "user"]
-    prompt = asked[0] if asked else ""
+    user_texts = [message.text for message in conversation.messages if message.role == "user"]
+    prompt = user_texts[0] if user_texts else ""
     # not Python's hash(), which differs from process to process
-    hashed = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8)
+    hashed = hashlib.blake2b(prompt.encode(), digest_size=8)
     return int.from_bytes(hashed.digest(), "big", signed=True)

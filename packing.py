@@ -1,31 +1,37 @@
-"""Many conversations: which of them form a training step (`plan`), and how they lie in one row of
-tokens (`pack`).
+"""Many conversations: which of them form a training step (`plan`), and how a micro-batch of them
+becomes one sequence of tokens (`pack`).
 
 What a step must be. Its loss is divided by the weights of the step itself:
 
     loss = sum(weight * nll) / sum(weight)        both over all tokens of the step
 
 Take experts of weight 1 and others of weight 0.1. A step without any expert divides 0.1 * nll by
-0.1: here the others count in full, as if they were experts, and the reward is cancelled. So every
+0.1: there the others count in full, as if they were experts, and the reward has no effect. So every
 step must hold the classes in the proportion that they have in all data. Besides this,
 
 - each conversation is used once in an epoch, and none is cut;
 - the micro-batches of a step cost nearly the same, since the GPUs that compute them wait for one
-  another, and they are nearly full, so that there are few steps;
+  another;
+- the micro-batches are nearly full, so that there are few steps;
 - the steps do not depend on the number of GPUs. Step k has the same conversations on 1 GPU and on
-  64, so a run can stop on the one and resume on the other.
+  64, so a run can stop on 1 and resume on 64.
 
 Words:
 
     micro-batch   what one GPU computes at once: at most `capacity` tokens
-    slot          a conversation's place in a micro-batch; some slots are empty
     step          M micro-batches, then one update. The ranks take its micro-batches in turn.
-    group         a few steps that get their conversations together; most often a single step
+    room          how many more tokens a micro-batch can take
+    slot          what holds one conversation of a micro-batch, or none: then the slot is EMPTY
+    group         some steps that share their conversations, so that their micro-batches fill better
     bin           a micro-batch of a group, before it is known to which of its steps it goes
 
-`step_of[i]`, `group_of[i]`, .. is where conversation i goes. Shapes: N conversations, S steps, M
-micro-batches of a step, G groups, P steps of a group, B bins of a group, Q slots, C classes; T
-packed tokens, R of them supervised.
+i is a conversation: `step_of[i]`, `group_of[i]`, .. say where it goes. Other names end in their
+axes: x_SM has the shape [S, M]. An axis of size 1 is a 1.
+
+    N conversations    S steps               M micro-batches of a step
+    G groups           P steps of a group    B bins of a group
+    C classes          T tokens of a micro-batch, R of them with a weight
+    Q columns of a table of conversations (`members_of`); for a micro-batch they are its slots
 """
 
 import bisect
@@ -45,17 +51,22 @@ import torch
 # [step][micro-batch]: int64 array of the conversations in it
 Steps = list[list[np.ndarray]]
 
+# Stands in a table of conversations where there is none.
+EMPTY = -1
+
 # What training on a conversation costs, in FLOPs: (for each token, for length^2). These are
-# LLaMA-2-7B's: 6 for each of its 6.607e9 weights in matmuls, and causal attention in its 32 layers
-# of width 4,096. Only the ratio of the two matters.
+# LLaMA-2-7B's. Each token costs 6 for each of its 6.607e9 weights in matmuls: a multiplication and
+# an addition, in the forward pass once and in the backward pass twice. Attention costs length^2,
+# times 6 (2 matmuls x 2, halved since it is causal, x 3 for forward and backward), in 32 layers of
+# width 4,096. Only the ratio of the two numbers matters.
 COST_7B = 6 * 6.607e9, 6 * 32 * 4096
 
-# How full the steps are to be: `plan` tries to fill all room, then a little less, down to 98%.
-# Where even that fails, fuller steps are worth a little unevenness of the classes.
+# How full the steps are to be: `plan` tries 100%, then a little less, down to 98%. If even that
+# fails, steps are grouped (`plan_groups`): then they are fuller, but the classes are less even.
 FILLS = (1.0, 0.999, 0.9975, 0.99, 0.98)
 
-# In more steps than this the first try, at 100%, is left out: it could save 0.1% of the steps, and
-# hardly ever succeeds (70,000 ShareGPT-like lengths: the same 803 steps, after 1.4 times the time).
+# With more steps than this, 100% is not tried: it could save 0.1% of the steps, and hardly ever
+# succeeds (70,000 ShareGPT-like lengths: the same 803 steps, after 1.4 times the time).
 MANY_STEPS = 200
 
 
@@ -72,11 +83,12 @@ def plan(
     """The steps of an epoch: [step][micro-batch], an int64 array of conversations each.
 
     lengths [N] tokens, class_ids [N], weight_sums [N]: the sum of a conversation's loss weights.
-    A step is M = max(1, batch_tokens // micro_tokens) micro-batches, of micro_tokens tokens at
-    most; a small step may have fewer. Their cost, cost[0] * tokens + cost[1] * sum(length^2), is
-    nearly equal. The same arguments give the same steps; another epoch gives others.
+    A step is M = max(1, batch_tokens // micro_tokens) micro-batches, or fewer where a step has few
+    conversations. Each has at most micro_tokens tokens, and at most batch_tokens. Within a step
+    their costs, cost[0] * tokens + cost[1] * sum(length^2), are nearly equal. The same arguments
+    give the same steps; another epoch gives others.
 
-    Classes are dealt to the steps first, and the micro-batches of each step are evened out second.
+    First each class is dealt to the steps, and then each step's conversations to its micro-batches.
     The other way round, filling micro-batches and making steps of them, leaves it to chance how
     many experts a step has.
 
@@ -94,7 +106,7 @@ def plan(
     )
     problem.check()
 
-    # As many steps as it takes if no place stays empty, and then a few more.
+    # As many steps as it takes if all of them are full, and then a few more.
     full_steps = problem.lengths.sum() / (problem.M * problem.capacity)
     counts = step_counts(full_steps)
 
@@ -104,25 +116,30 @@ def plan(
         if found is not None:
             return found
 
-    # Where a micro-batch is hardly longer than the longest conversations, a step's own do not fill
-    # its micro-batches well. The more steps share their conversations, the better these fill.
+    # Where a micro-batch is hardly longer than the longest conversations, the conversations of a
+    # single step do not fill its micro-batches well. The more steps share their conversations, the
+    # better the micro-batches fill.
     for groups, steps_per_group in groupings(full_steps, counts):
         found = plan_groups(problem, groups, steps_per_group)
         if found is not None:
             return found
 
-    # What is left are conversations that leave gaps wherever they go: all just above half a
-    # micro-batch, say. They take as many steps as best fit needs for all of them at once.
+    # The worst case: conversations that leave much room unused wherever they go, as when all are a
+    # little longer than half a micro-batch. All steps form one group, and there are as many as
+    # `best_fit` needs. With a bin for each conversation it always finds room; then we know how many
+    # bins it has used.
     conversations = len(problem.lengths)
     one_group = np.zeros(conversations, np.int64)
     bin_of = best_fit(problem, one_group, groups=1, bins=conversations)
     bins = int(bin_of.max()) + 1
-    return plan_groups(problem, groups=1, steps_per_group=math.ceil(bins / problem.M))
+    found = plan_groups(problem, groups=1, steps_per_group=math.ceil(bins / problem.M))
+    assert found is not None, "best_fit places all as it just did, and balance overfills no bin"
+    return found
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What `plan` was asked for; its docstring explains the fields."""
+    """What `plan` was asked for; the docstring of `plan` explains the fields."""
 
     lengths: np.ndarray  # int64 [N]
     class_ids: np.ndarray  # int64 [N]
@@ -152,36 +169,41 @@ def step_counts(full_steps: float) -> list[int]:
 
 
 def groupings(full_steps: float, counts: list[int]) -> Iterator[tuple[int, int]]:
-    """(groups, steps per group), as `plan` tries them: groups of 2 steps, of 4, of 8, .."""
+    """(groups, steps per group), as `plan` tries them: groups of 2 steps, of 4, of 8, ..
+
+    All groups have equally many steps, so the steps may be more than one of the counts: 51 steps in
+    groups of 2 become 26 groups, 52 steps. They are never more than the largest count.
+    """
     steps_per_group = 2
     while steps_per_group < full_steps:
-        for steps in counts:
-            # whole groups may be more steps than asked for, but never more than the most allowed
-            groups = math.ceil(steps / steps_per_group)
+        # a set, since two counts may become the same number of groups
+        group_counts = {math.ceil(steps / steps_per_group) for steps in counts}
+        for groups in sorted(group_counts):
             if groups * steps_per_group <= counts[-1]:
                 yield groups, steps_per_group
         steps_per_group *= 2
 
 
-# ---- the usual case: each step gets conversations of its own
+# ---- the usual case: conversations are dealt to single steps
 
 
 def plan_steps(problem: Problem, steps: int) -> Steps | None:
-    """The plan in so many steps; None where a micro-batch would be too full."""
+    """The plan in so many steps; None if a micro-batch would be too full."""
     step_of = deal(problem, steps)
-    micro_of = emptiest_first(problem, step_of, steps)
+    micro_of = longest_to_emptiest(problem, step_of, steps)
     return finish(problem, step_of, micro_of, steps)
 
 
-# Sizes in the same bucket count as equal. A factor e in size is 50 buckets, so that one spans 2%.
+# `deal` takes sizes in the same bucket as equal. From a size to e times that size there are 50
+# buckets, so sizes in the same bucket differ by about 2% at most.
 BUCKETS = 50
 
 
 def deal(problem: Problem, groups: int) -> np.ndarray:
     """int64 [N], the group of each conversation, so that all groups hold the classes in proportion.
 
-    Class by class, the heaviest conversation first, to the group that has least of this class. A
-    group may be a single step.
+    Class by class, and in a class the conversation of the largest loss weight first, each goes to
+    the group that has the least weight of this class so far. Here a group may be a single step.
     """
     rng = np.random.default_rng([problem.seed, problem.epoch])
     group_of = np.empty(len(problem.lengths), np.int64)
@@ -194,17 +216,20 @@ def deal(problem: Problem, groups: int) -> np.ndarray:
             size = problem.weight_sums
             load = np.zeros(groups)
         else:
-            # The largest class is like water poured in last: it goes by tokens, those of the other
-            # classes included, so that all groups end equally long.
+            # The largest class comes last and goes by tokens, those of the other classes included,
+            # so that all groups end with equally many. Its loss weight comes out nearly even, too:
+            # of the other classes all groups have about as many tokens, so this class fills up
+            # about the same number in each, and its many conversations make an even mixture.
             size = problem.lengths
             load = tokens
 
-        # Equal sizes are shuffled: each epoch deals differently, though the heaviest come first.
+        # Equal sizes are shuffled: each epoch deals differently, though the largest come first.
         # A weight sum may be 0, which has no logarithm: hence the 1e-9.
         bucket = np.floor(np.log(np.maximum(size[members], 1e-9)) * BUCKETS)
         shuffle = rng.random(len(members))
         members = members[np.lexsort((shuffle, -bucket))]
 
+        # of groups with the same load a random one gets the next, not always the first
         ties = rng.permutation(groups)
         group_of[members] = to_the_emptiest(size[members], load, ties)
         tokens += np.bincount(group_of[members], problem.lengths[members], groups)
@@ -212,11 +237,14 @@ def deal(problem: Problem, groups: int) -> np.ndarray:
 
 
 def to_the_emptiest(sizes: np.ndarray, load: np.ndarray, ties: np.ndarray) -> np.ndarray:
-    """int64 [len(sizes)]: each size, in this order, goes where the load is least by then.
+    """int64 [len(sizes)]: the group of each size. In their order, each goes to the group with the
+    least load so far, and adds to it.
 
-    load [groups] is what they start with. Equal loads go by ties, a permutation of the groups.
+    load [groups] is what the groups start with. ties, a permutation of the groups, says which of
+    several groups with the same load is taken: that of the smallest number.
     """
-    # A heap, whose first entry is always the emptiest group, makes this n * log(groups).
+    # The first entry of a heap is its smallest. So the emptiest group is found without a search,
+    # and n sizes take a time of n * log(groups).
     emptiest = list(zip(load.tolist(), ties.tolist(), range(len(load))))
     heapq.heapify(emptiest)
     chosen = []
@@ -227,11 +255,12 @@ def to_the_emptiest(sizes: np.ndarray, load: np.ndarray, ties: np.ndarray) -> np
     return np.array(chosen, np.int64)
 
 
-def emptiest_first(problem: Problem, step_of: np.ndarray, steps: int) -> np.ndarray:
+def longest_to_emptiest(problem: Problem, step_of: np.ndarray, steps: int) -> np.ndarray:
     """int64 [N], the micro-batch of each conversation: the longest conversation first, each to the
     emptiest micro-batch of its step.
 
-    A micro-batch may get too full: `balance` can mend that.
+    A micro-batch may get too full. `balance` often repairs that; if it cannot, `finish` returns
+    None.
     """
     i_SQ = members_of(problem.lengths, step_of, steps)
     used_SQ = i_SQ != EMPTY
@@ -239,7 +268,7 @@ def emptiest_first(problem: Problem, step_of: np.ndarray, steps: int) -> np.ndar
     tokens_SM = np.zeros((steps, problem.M))
     micro_SQ = np.empty_like(i_SQ)
 
-    # One conversation of every step at a time: a loop over Q, not over all conversations.
+    # Each turn of the loop takes one conversation of every step: Q turns instead of N.
     all_steps = np.arange(steps)
     for q in range(i_SQ.shape[1]):
         emptiest_S = tokens_SM.argmin(1)
@@ -251,36 +280,33 @@ def emptiest_first(problem: Problem, step_of: np.ndarray, steps: int) -> np.ndar
     return micro_of
 
 
-# Stands in a table where a conversation could stand.
-EMPTY = -1
+def members_of(lengths: np.ndarray, row_of: np.ndarray, rows: int) -> np.ndarray:
+    """int64 [rows, Q], a table: each row has its conversations, the longest first, then EMPTY.
 
-
-def members_of(lengths: np.ndarray, place_of: np.ndarray, places: int) -> np.ndarray:
-    """int64 [places, Q], a row for each place: its conversations, longest first, then EMPTY.
-
-    A place is a step, a group or a micro-batch; place_of [N] says where each conversation goes.
+    A row stands for a step, a group or a micro-batch. row_of [N] says to which row each
+    conversation belongs.
     """
-    # all conversations: those of place 0, then of place 1, ..; in each place the longest first
-    order = np.lexsort((-lengths, place_of))
-    count = np.bincount(place_of, minlength=places)
-    # a conversation's column is its position in that order, less the position of its place's first
+    # all conversations: those of row 0, then those of row 1, ..; in each row the longest first
+    order = np.lexsort((-lengths, row_of))
+    count = np.bincount(row_of, minlength=rows)
+    # a conversation's column: how many of its row come before it in that order
     first = np.cumsum(count) - count
     column = np.arange(len(order)) - np.repeat(first, count)
 
-    table = np.full((places, count.max()), EMPTY)
-    table[place_of[order], column] = order
+    table = np.full((rows, count.max()), EMPTY)
+    table[row_of[order], column] = order
     return table
 
 
-# ---- tight micro-batches: some steps share their conversations
+# ---- where single steps do not fill well: groups of steps share their conversations
 
 
 def plan_groups(problem: Problem, groups: int, steps_per_group: int) -> Steps | None:
-    """The plan in so many groups; None where a group's conversations do not fit its bins.
+    """The plan in so many groups; None if the conversations of some group do not fit its bins.
 
-    Classes are dealt to the groups. In each group the bins are filled as full as can be, and then
-    given to the group's steps so that classes come out even; a little less even than if each step
-    had its own conversations.
+    Classes are dealt to the groups. In each group the bins are filled as full as can be. Then each
+    step of the group gets M of the bins, so that it has the classes nearly in proportion, though
+    less exactly than in `plan_steps`.
     """
     group_of = deal(problem, groups)
     bins = steps_per_group * problem.M
@@ -292,18 +318,18 @@ def plan_groups(problem: Problem, groups: int, steps_per_group: int) -> Steps | 
 
 
 def best_fit(problem: Problem, group_of: np.ndarray, groups: int, bins: int) -> np.ndarray | None:
-    """int64 [N], the bin of each conversation: the longest first, each to its group's fullest bin
-    that has room for it. None where there is no such bin.
+    """int64 [N], the bin of each conversation: the longest conversation first, each to its group's
+    fullest bin that has room for it. None where some conversation finds no such bin.
     """
     lengths = problem.lengths
     bin_of = np.empty(len(lengths), np.int64)
     for members in members_of(lengths, group_of, groups).tolist():
-        # (room, bin), least room first
+        # (room, bin) of all bins, kept in order: least room first
         rooms = [(problem.capacity, b) for b in range(bins)]
         for i in members:
             if i == EMPTY:
                 break
-            # the first with room enough has the least room of those that have enough
+            # the first entry with enough room: the fullest bin that this conversation fits into
             at = bisect.bisect_left(rooms, (lengths[i], -1))
             if at == len(rooms):
                 return None
@@ -320,28 +346,31 @@ def spread(
     groups: int,
     steps_per_group: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(step_of, micro_of), int64 [N]: each group's bins given to its steps, M bins to a step, so
-    that the classes come out in proportion.
+    """(step_of, micro_of), int64 [N]: each group's bins are given to its steps, M bins to a step,
+    so that each step has the classes nearly in proportion.
     """
     all_groups = np.arange(groups)
     bins = steps_per_group * problem.M
     classes = problem.class_ids.max() + 1
 
-    # What a bin brings: of each class, the share of the group's weight that lies in this bin. In
-    # shares a rare class counts as much as a common one. (1e-30: a group without this class.)
+    # Of each class, the share of the group's weight that lies in a bin. Shares, so that a rare
+    # class counts as much as a common one. In a group without the class all shares are 0: 1e-30
+    # avoids 0 / 0.
     share_GBC = np.zeros((groups, bins, classes))
     np.add.at(share_GBC, (group_of, bin_of, problem.class_ids), problem.weight_sums)
     share_GBC /= np.maximum(share_GBC.sum(1, keepdims=True), 1e-30)
 
-    # The bins that bring most of a class go first: what is small can even them out later.
+    # The bins with the largest share of some class go first. Those with small shares come later,
+    # when they can make up for differences.
     order_GB = np.argsort(-share_GBC.max(2), axis=1)
     step_GB = np.empty_like(order_GB)
     micro_GB = np.empty_like(order_GB)
     load_GPC = np.zeros((groups, steps_per_group, classes))
     filled_GP = np.zeros((groups, steps_per_group), np.int64)
     for bin_G in order_GB.T:
-        # A sum of squares is least where all are equal. So the bin goes to the step, of those that
-        # want a bin, where the sum of squares grows least.
+        # One bin of every group at a time. Of the steps that have fewer than M bins, it goes to the
+        # one where the sum of squares over the classes grows least: at the end such a sum is least
+        # where all steps have the same shares.
         share_GC = share_GBC[all_groups, bin_G]
         load_after_GPC = load_GPC + share_GC[:, None]
         growth_GP = (load_after_GPC**2 - load_GPC**2).sum(2)
@@ -357,11 +386,11 @@ def spread(
     return step_of, micro_of
 
 
-# ---- both ways end here: even micro-batches, as lists
+# ---- the end of plan_steps and of plan_groups: even micro-batches, as lists
 
 
 def finish(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: int) -> Steps | None:
-    """The plan as lists, its micro-batches balanced; None where one of them is too full."""
+    """The plan as lists, its micro-batches balanced; None if one of them is too full."""
     micro_of = balance(problem, step_of, micro_of, steps)
 
     # one number for each micro-batch of the epoch
@@ -370,7 +399,7 @@ def finish(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: i
     if tokens.max() > problem.capacity:
         return None
 
-    # Sorted by that number, a micro-batch ends where the number changes.
+    # sorted by that number, a micro-batch ends where the number changes
     order = np.argsort(number_of, kind="stable")
     ends = np.flatnonzero(np.diff(number_of[order])) + 1
     planned = collections.defaultdict(list)
@@ -385,42 +414,48 @@ def finish(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: i
     return list(planned.values())
 
 
-# The constants of `balance`. The figures are of 20,000 ShareGPT-like lengths, with 8 and with 32
-# micro-batches of 16,384 tokens in a step; "off" is how far a step's largest is above its mean.
+# The constants of `balance`. The figures are of 20,000 ShareGPT-like lengths, with M micro-batches
+# of 16,384 tokens in a step. "Off" is how far a step's largest micro-batch is above its mean one.
 
-# The cost counts most, since ranks wait for it: 1% in cost is as bad as 20% in sum(length^2). So
-# the cost is 0.07% and 0.08% off, sum(length^2) 2%. With 1 instead of 20: 0.4% and 0.5%, and 1%.
+# The cost counts most, since ranks wait for it: 1% off in cost is as bad as 20% off in
+# sum(length^2). What that gives, and what it would be if both counted the same:
+#
+#     COST_COUNTS    off in cost, M = 8    M = 32    off in sum(length^2)
+#     20             0.07%                 0.08%     2%
+#     1              0.4%                  0.5%      1%
 COST_COUNTS = 20
 
-# Too full is worse than any unevenness, so that it is mended first: one token above 16,384 is 61
-# here, as bad as a cost that is 39% off.
+# A micro-batch that is too full is worse than any ordinary unevenness, so that it is repaired
+# first: one token above 16,384 is as bad as a cost that is 39% off. In a step whose costs are
+# further off than that, a few tokens too many may stay; then `finish` returns None.
 OVERFULL = 1e6
 
-# A smaller gain is a rounding error, and a swap for its sake could be made again and again.
+# A smaller gain is a rounding error: a swap that gains so little could be made again and again.
 LEAST_GAIN = 1e-12
 
-# Rounds for each micro-batch of a step, and some more. Twice as many change little: 0.078% off
-# instead of 0.084% with 32 micro-batches. Above 78 micro-batches 400 rounds bound the time.
+# How many rounds there are: 5 for each micro-batch of a step, and 10. Twice as many change little:
+# 0.078% off instead of 0.084% in cost, M = 32. At most 400, which bounds the time where M is above
+# 78.
 ROUNDS_PER_MICRO_BATCH = 5
 ROUNDS = 10
 MOST_ROUNDS = 400
 
-# Of a micro-batch with more slots than this a round tries only so many, so at most 48^2 swaps. It
-# bounds memory and time: 200 slots take 8 times as long for 40,000 short conversations, and come
-# out the same.
+# In a micro-batch with more slots than this, a round tries 48 of them and the last: 49^2 swaps of
+# two micro-batches. That bounds memory and time: with 200 instead of 48, 40,000 short conversations
+# take 8 times as long, and come out as even.
 MOST_SLOTS = 48
 
 
 def balance(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: int) -> np.ndarray:
-    """int64 [N], better micro-batches: within each step conversations are swapped, until all of its
-    micro-batches cost nearly the same and have nearly the same sum(length^2).
+    """int64 [N], the micro-batch of each conversation, after swaps within each step that bring its
+    micro-batches nearer to the same cost and to the same sum(length^2).
 
-    Why both: then they take the same time, too, where attention's part of the time is not its part
-    of the FLOPs.
+    Why both: then they take nearly the same time even if a GPU computes attention at fewer FLOPs
+    per second than matmuls.
 
-    A round looks at two micro-batches of every step, tries the swaps of a slot of one with a slot
-    of the other, and makes the best, if it helps. A slot may be empty: then the swap is a move.
-    All steps are worked on at once.
+    There is a fixed number of rounds. Each looks at two micro-batches of every step, tries the
+    swaps of a slot of the one with a slot of the other, and makes the best swap if it helps. If one
+    of the slots is EMPTY, the swap moves a conversation. All steps are worked on at once.
     """
     if problem.M == 1:
         return micro_of
@@ -431,41 +466,45 @@ def balance(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: 
     for r in range(min(rounds, MOST_ROUNDS)):
         badness_SM = layout.badness(layout.tokens_SM, layout.square_SM)
         one, other = pick_two(r, badness_SM, layout)
-        slots = slots_to_try(r, layout.slots)
+        tried = slots_to_try(r, layout.slots)
 
-        # [S, slots of `one`, slots of `other`]: what `one` would lose to `other` by each swap
-        length_one = layout.length_SMQ[all_steps, one][:, slots, None]
-        length_other = layout.length_SMQ[all_steps, other][:, None, slots]
-        lost_tokens = length_one - length_other
-        lost_square = length_one**2 - length_other**2
+        # What `one` would lose to `other` by each swap. The first Q are the tried slots of `one`,
+        # the second Q those of `other`.
+        length_SQ1 = layout.length_SMQ[all_steps, one][:, tried, None]
+        length_S1Q = layout.length_SMQ[all_steps, other][:, None, tried]
+        lost_tokens_SQQ = length_SQ1 - length_S1Q
+        lost_square_SQQ = length_SQ1**2 - length_S1Q**2
 
-        # the same shape: how bad the two would be after it
-        badness_one = layout.badness(
-            layout.tokens_SM[all_steps, one][:, None, None] - lost_tokens,
-            layout.square_SM[all_steps, one][:, None, None] - lost_square,
+        # how bad the two would be after each swap
+        badness_one_SQQ = layout.badness(
+            layout.tokens_SM[all_steps, one][:, None, None] - lost_tokens_SQQ,
+            layout.square_SM[all_steps, one][:, None, None] - lost_square_SQQ,
         )
-        badness_other = layout.badness(
-            layout.tokens_SM[all_steps, other][:, None, None] + lost_tokens,
-            layout.square_SM[all_steps, other][:, None, None] + lost_square,
+        badness_other_SQQ = layout.badness(
+            layout.tokens_SM[all_steps, other][:, None, None] + lost_tokens_SQQ,
+            layout.square_SM[all_steps, other][:, None, None] + lost_square_SQQ,
         )
 
-        # each step's best swap, where it is better than none
-        after = (badness_one + badness_other).reshape(steps, -1)
+        # the best swap of each step, and the steps in which it is better than no swap: `helps`
+        after = (badness_one_SQQ + badness_other_SQQ).reshape(steps, -1)
         before = badness_SM[all_steps, one] + badness_SM[all_steps, other]
         best = after.argmin(1)
         helps = np.flatnonzero(after[all_steps, best] < before - LEAST_GAIN)
-        slot_of_one = slots[best[helps] // len(slots)]
-        slot_of_other = slots[best[helps] % len(slots)]
+
+        # pair number a * len(tried) + b is slot tried[a] of `one` and slot tried[b] of `other`
+        slot_of_one = tried[best[helps] // len(tried)]
+        slot_of_other = tried[best[helps] % len(tried)]
         layout.swap(helps, one[helps], slot_of_one, other[helps], slot_of_other)
     return layout.micro_of()
 
 
 class Layout:
-    """Which conversation lies in which slot of its step's micro-batches, and what follows from it.
+    """Which conversation lies in which slot of its step's micro-batches, and the sums that follow.
 
-    i_SMQ int64, conversations or EMPTY; length_SMQ fp64, their lengths or 0. tokens_SM and
-    square_SM fp64: the sum of the lengths of a micro-batch, and of length^2. mean_tokens,
-    mean_square, mean_cost [S]: what each micro-batch of a step should have.
+    i_SMQ int64: the conversation in each slot, or EMPTY
+    length_SMQ fp64: its length, or 0
+    tokens_SM, square_SM fp64: the sum of the lengths in each micro-batch, and of length^2
+    mean_tokens, mean_square, mean_cost fp64 [S]: what each micro-batch of a step should have
     """
 
     def __init__(
@@ -476,7 +515,7 @@ class Layout:
         self.capacity = problem.capacity
         i_SMQ = members_of(problem.lengths, step_of * M + micro_of, steps * M)
         i_SMQ = i_SMQ.reshape(steps, M, -1)
-        # an empty slot at the end of each, so that a conversation can be moved there
+        # an EMPTY slot at the end of each micro-batch, so that a conversation can be moved there
         self.i_SMQ = np.concatenate([i_SMQ, np.full((steps, M, 1), EMPTY)], 2)
         self.slots = self.i_SMQ.shape[2]
 
@@ -485,17 +524,19 @@ class Layout:
         self.tokens_SM = self.length_SMQ.sum(2)
         self.square_SM = (self.length_SMQ**2).sum(2)
 
-        # swaps within a step do not change its means; at least 1: a step may be empty
+        # Swaps within a step do not change its means. They are at least 1, since others are divided
+        # by them, and a step may have no conversation.
         self.mean_tokens = np.maximum(self.tokens_SM.mean(1), 1)
         self.mean_square = np.maximum(self.square_SM.mean(1), 1)
         linear, quadratic = self.cost
         self.mean_cost = linear * self.mean_tokens + quadratic * self.mean_square
 
     def badness(self, tokens: np.ndarray, square: np.ndarray) -> np.ndarray:
-        """How far micro-batches with so many tokens and such a sum(length^2) are from what they
-        should be: fp64 [S, ..], the shape of both arguments.
+        """How far micro-batches are from what they should be: fp64 [S, ..], 0 at best.
+
+        tokens and square [S, ..]: the sum of the lengths in each of them, and of length^2.
         """
-        # the step is the first axis; all others are alike
+        # the first axis is the step; over all others the step's means are broadcast
         shape = [-1] + [1] * (tokens.ndim - 1)
         linear, quadratic = self.cost
         mean_cost = self.mean_cost.reshape(shape)
@@ -513,7 +554,10 @@ class Layout:
         other: np.ndarray,
         slot_of_other: np.ndarray,
     ) -> None:
-        """In each of these steps, swap a slot of micro-batch `one` with a slot of `other`."""
+        """In each of these steps, swap a slot of micro-batch `one` with a slot of `other`.
+
+        All arguments are int64 of the same length, with an entry for each of the steps.
+        """
         length_one = self.length_SMQ[step, one, slot_of_one]
         length_other = self.length_SMQ[step, other, slot_of_other]
         self.tokens_SM[step, one] -= length_one - length_other
@@ -531,9 +575,9 @@ class Layout:
         """int64 [N]: the micro-batch in which each conversation lies now."""
         used_SMQ = self.i_SMQ != EMPTY
         _, micro, _ = np.nonzero(used_SMQ)
-        found = np.empty(len(micro), np.int64)
-        found[self.i_SMQ[used_SMQ]] = micro
-        return found
+        micro_of = np.empty(len(micro), np.int64)
+        micro_of[self.i_SMQ[used_SMQ]] = micro
+        return micro_of
 
 
 def pick_two(r: int, badness_SM: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -543,15 +587,17 @@ def pick_two(r: int, badness_SM: np.ndarray, layout: Layout) -> tuple[np.ndarray
     tokens_off_SM = layout.tokens_SM / layout.mean_tokens[:, None] - 1
     square_off_SM = layout.square_SM / layout.mean_square[:, None] - 1
 
-    # `one` is the worst. In every third round it is the one that is most off in tokens instead: the
-    # worst may have no swap that helps, and the others are to have their turn.
+    # `one` is the worst. But the worst may have no swap that helps. So in every third round `one`
+    # is the micro-batch whose tokens are most off.
     if r % 3 == 0:
         one = np.abs(tokens_off_SM).argmax(1)
     else:
         one = badness_SM.argmax(1)
 
-    # `other` is by turns the one that is most off in the other direction, which can take what `one`
-    # has too much of, and simply the next one, then the one after, so that no pair is left out.
+    # In odd rounds `other` is the one that is most off in the opposite direction: it can take what
+    # `one` has too much of. (Tokens stand for the cost here: the two are nearly proportional.) In
+    # even rounds it is the one after `one`, then the second after it, .., so that every other
+    # micro-batch has its turn.
     if r % 2 == 1:
         direction = np.sign(tokens_off_SM[all_steps, one])[:, None]
         off_SM = COST_COUNTS * tokens_off_SM + square_off_SM
@@ -559,19 +605,20 @@ def pick_two(r: int, badness_SM: np.ndarray, layout: Layout) -> tuple[np.ndarray
     else:
         further = r // 2 % (M - 1)
         other = (one + 1 + further) % M
-    # never one micro-batch with itself: where both are even, argmin may find `one` again
+    # never one micro-batch with itself: where all are even, argmin may find `one` again
     other = np.where(other == one, (other + 1) % M, other)
     return one, other
 
 
 def slots_to_try(r: int, slots: int) -> np.ndarray:
-    """int64, rising: the slots of a micro-batch whose swaps round r tries."""
+    """int64, rising: the slots of a micro-batch that round r tries to swap."""
     if slots <= MOST_SLOTS:
         return np.arange(slots)
-    # Of many, some: evenly spread, since they are sorted by length, and others in each round.
+    # Evenly spread, so that there are long and short conversations among them: at first the slots
+    # are sorted by length. Each round tries others.
     evenly = np.arange(MOST_SLOTS) * slots // MOST_SLOTS
     shifted = (evenly + r) % slots
-    # always the last one, which is empty
+    # and always the last slot: at first it is EMPTY, so a conversation can be moved there
     return np.unique(np.append(shifted, slots - 1))
 
 
@@ -587,22 +634,23 @@ def flat(steps: Steps) -> np.ndarray:
 def pack(
     conversations: list[tuple[np.ndarray, np.ndarray]], class_ids: np.ndarray | None = None
 ) -> "Batch":
-    """One micro-batch: conversations, (tokens [n], weights [n]) each, end to end in one flat row.
+    """One micro-batch: conversations, (tokens [n], weights [n]) each, end to end.
 
     class_ids [N], or None where classes do not matter: then all are of class 0.
 
-    `tokenize` gives a token the weight of predicting it. Row t of the model's output predicts token
-    t + 1, so here labels and weights move one row up; it is the only shift of the whole method:
+    `tokenize` gives a token the weight of predicting it. At t the model predicts the token at
+    t + 1. So the label at t is the token at t + 1, and the weight moves with it from t + 1 to t.
+    The method has no other shift:
 
-        row t       0       1       2       3       4       5     | 6       7
+        t           0       1       2       3       4       5     | 6       7
         token       <s>     User:   hi      Asst:   hello   END   | <s>     User:
         its weight  0       0       0       0       w       w     | 0       0
                           /       /       /       /       /               /
         label       User:   hi      Asst:   hello   END     0     | User:   ..
         weight      0       0       0       w       w       0     | 0       ..
 
-    The last row of a conversation predicts nothing: label 0 and weight 0. The row before an answer
-    has a weight, since it has to begin the answer.
+    At the last token of a conversation there is nothing to predict: label 0 and weight 0. At the
+    last token before an answer there is a weight: the answer's first token is predicted there.
     """
     lengths = np.array([len(tokens) for tokens, _ in conversations])
     ends = np.cumsum(lengths)
@@ -614,8 +662,8 @@ def pack(
     tokens_T = np.concatenate([tokens for tokens, _ in conversations]).astype(np.int64)
     token_weights_T = np.concatenate([weights for _, weights in conversations]).astype(np.float32)
 
-    # The shift. What it carries from one conversation into another (roll: from the first into the
-    # last) arrives in a last row, and is overwritten.
+    # The shift. It also moves the first token of each conversation to the end of the one before
+    # (np.roll: of the first one to the end of the last), where it is overwritten.
     labels_T = np.roll(tokens_T, -1)
     weights_T = np.roll(token_weights_T, -1)
     labels_T[ends - 1] = 0
@@ -636,8 +684,8 @@ def pack(
 
 @dataclass
 class Batch:
-    """One micro-batch, flat: row t holds token t of the packed row, and learns to predict
-    labels_T[t], which counts weights_T[t] in the loss.
+    """One micro-batch: its conversations end to end, T tokens. After tokens_T[t] the model learns
+    to predict labels_T[t], and the loss counts that with weights_T[t].
     """
 
     tokens_T: torch.Tensor  # int64
@@ -648,9 +696,10 @@ class Batch:
     # within their own conversation.
     cu_seqlens: torch.Tensor
     max_seqlen: int
-    # int64, the rows with a weight: no other row goes through the vocabulary projection
+    # int64: each t whose weight is not 0. Only these rows of the model's output go through the
+    # vocabulary projection.
     rows_R: torch.Tensor
-    class_R: torch.Tensor  # int64, their classes, for the log
+    class_R: torch.Tensor  # int64, the class of each of these rows, for the log
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The batch with the function applied to each of its tensors."""
@@ -668,7 +717,7 @@ class Batch:
 
 
 def ahead(batches: Iterable[Batch], pin: bool) -> Iterator[Batch]:
-    """The same batches, but a thread makes the next two while the caller computes.
+    """The same batches, but a thread makes the next two or three while the caller computes.
 
     pin: put them into pinned memory, from which a GPU can copy while it computes.
     """
@@ -680,7 +729,7 @@ def ahead(batches: Iterable[Batch], pin: bool) -> Iterator[Batch]:
             for batch in batches:
                 ready.put(batch.map(torch.Tensor.pin_memory) if pin else batch)
             ready.put(end)
-        # whatever happens here: the caller waits for a batch, and gets the error in its place
+        # any error at all: the caller waits for a batch, and must get the error instead
         except BaseException as error:
             ready.put(error)
 
