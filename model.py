@@ -8,12 +8,12 @@ sum that train.py divides once, by the sum of the whole step's weights.
     losses = Model(config)(tokens_T, positions_T, cu_seqlens, labels_T, weights_T)
     losses.loss_sum / losses.weight_sum
 
-Parameters carry Hugging Face names (model.layers.0.self_attn.q_proj.weight): they are a file
-format, and so a directory of weights loads without renaming.
+Parameters carry Hugging Face names (model.layers.0.self_attn.q_proj.weight). These names are a file
+format: because we keep them, a Hugging Face directory of weights loads without renaming.
 
-Shapes: T packed tokens, N conversations, R rows with a weight, D width, H query heads,
-G key-value heads, E head size, C = E / 2 rotation pairs, U ffn width, V vocab, K any width;
-in generation B prompts, S cache slots, L layers.
+Shapes in this file: T packed tokens, N conversations, R rows with a loss weight, D width, H query
+heads, G key-value heads, E head size, C = E / 2 rotation pairs, U ffn width, V vocab, K the input
+width of any matrix; in generation B prompts, S cache slots, L layers.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from kernels.swiglu import swiglu
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a LLaMA config.json that shape the computation, under its names."""
+    """The fields of a LLaMA config.json that the computation needs. Names are as in that file."""
 
     hidden_size: int
     intermediate_size: int
@@ -58,7 +58,7 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
 
-# The first two are ours, for a laptop; the others are Meta's.
+# The presets of --model. The first two are ours, for a laptop; the others are Meta's.
 SIZES = {
     "toy": Config(96, 256, 3, 3, 3),
     "small": Config(192, 512, 6, 3, 3),
@@ -83,12 +83,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x_TD, self.weight, self.eps)
 
     def add_and_norm(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, the sum). One kernel does both: the sum is not read a second time."""
+        """(norm of x + residual, x + residual), both [T, D].
+
+        One kernel computes both, so the sum is not read from memory a second time.
+        """
         return rms_norm(x_TD, self.weight, self.eps, residual_TD)
 
 
 class Linear(nn.Linear):
-    """A matrix without a bias, [outputs, inputs]."""
+    """x W^T, without a bias; W is [outputs, inputs].
+
+    `project` is PyTorch's F.linear, on a GPU always. In fp32 training on a CPU it calls oneDNN,
+    which is faster there (kernels/cpu_linear.py).
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -118,21 +125,23 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None,
         cache: "LayerCache | None",
     ) -> Tensor:
-        """Every token looks back: to where, is decided by what the pass is for.
+        """o_TD. Where each token looks back depends on the pass:
 
-        training   within its conversation, in this pass          no cache
-        prefill    within its prompt, in this pass                the cache is only filled
-        decoding   at all that the cache holds of its prompt      T = B, a token of each prompt
+        training   at the tokens of its own conversation, in this pass; there is no cache
+        prefill    at the tokens of its own prompt, in this pass; the cache is written, not read
+        decoding   at all tokens of its prompt, in the cache; T = B, one new token of each prompt
         """
         q_THE = self.q_proj(x_TD).view(-1, self.H, self.E)
         k_TGE = self.k_proj(x_TD).view(-1, self.G, self.E)
         v_TGE = self.v_proj(x_TD).view(-1, self.G, self.E)
 
-        # Keys are kept as they will be looked at: rotated, each by its own position (RoPE).
+        # The cache keeps keys already rotated, each by its own position (RoPE): so no later pass
+        # has to rotate them again.
         if cache is not None:
             cache.write(rotate(k_TGE, cos_TC, sin_TC), v_TGE)
 
-        # rotary_attention rotates q and k itself, and lets no token look beyond cu_seqlens.
+        # rotary_attention rotates q and k itself. By cu_seqlens it lets a token look only within
+        # its own conversation or prompt.
         decoding = cache is not None and cache.decoding
         if decoding:
             o_THE = cache.attend(rotate(q_THE, cos_TC, sin_TC))
@@ -156,12 +165,19 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(gate_TU, up_TU))
 
 
-# What of a block's activations is not kept for the backward pass, but computed again there:
-# nothing; what takes no matmul; everything but the block's input.
-RECOMPUTE = ("none", "cheap", "all")
+# Which activations of a block the backward pass computes again, so that they need no memory.
+RECOMPUTE = (
+    # no activation: all are kept
+    "none",
+    # the activations that take no matmul and no attention
+    "cheap",
+    # all activations: only the block's input is kept
+    "all",
+)
 
 
 class Block(nn.Module):
+    # One of RECOMPUTE. Training sets another one if it has to save memory.
     recompute = "none"
 
     def __init__(self, config: Config):
@@ -186,33 +202,36 @@ class Block(nn.Module):
         return x_TD + self.mlp(y_TD)
 
     def forward(self, *args) -> Tensor:
-        """compute(*args), with less memory where `recompute` says so."""
+        """compute(*args); `recompute` says what the backward pass computes again."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(*args)
 
-        # A block draws no random numbers, so their state need not be saved.
-        how = {"use_reentrant": False, "preserve_rng_state": False}
+        # A block draws no random numbers, so the generator's state need not be saved.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         if self.recompute == "cheap":
             policy = partial(keep, self.mlp.down_proj.in_features)
-            how["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-        return checkpoint(self.compute, *args, **how)
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(self.compute, *args, **options)
 
 
-# What takes long to compute again: every matmul and the attention.
+# The operations that recompute = "cheap" does not compute again, because they take long: every
+# matmul and the attention.
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.crlft.rotary_attention.default,
-    # what a CPU takes in their place
+    # the names of the same operations on a CPU
     torch.ops.aten.mkldnn_linear.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 
 
 def keep(U: int, _context, op, *args, **_) -> CheckpointPolicy:
-    """Whether recompute = "cheap" keeps the result of this operation, which has these inputs.
-
-    down_proj's result [T, D] ends the block. No gradient needs it, so it is not kept either.
+    """The policy of recompute = "cheap". torch calls it for each operation `op` of a block, with
+    the operation's inputs `args`: is the result kept, or computed again?
     """
+    # The result of down_proj, [T, D], is the block's last. No gradient needs it, so on a GPU it is
+    # not kept, though it is a matmul. (On a CPU, where down_proj may be another operation than
+    # aten.mm, it is kept.) down_proj is the only matmul of a block whose input is U wide.
     is_down_proj = op == torch.ops.aten.mm.default and args[0].shape[1] == U
     if op in KEPT and not is_down_proj:
         return CheckpointPolicy.MUST_SAVE
@@ -223,7 +242,7 @@ def keep(U: int, _context, op, *args, **_) -> CheckpointPolicy:
 
 
 class Decoder(nn.Module):
-    """What Hugging Face calls `model`: embedding, blocks, last norm."""
+    """What Hugging Face calls `model`: embedding, blocks, last norm. Its result is hidden_TD."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -237,10 +256,10 @@ class Decoder(nn.Module):
         tokens_T: Tensor,
         positions_T: Tensor,
         cu_seqlens: Tensor | None,
-        cache: "CachePass | None" = None,
+        cache_pass: "CachePass | None" = None,
     ) -> Tensor:
-        # RoPE: pair c of a head turns by position * theta^(-2c / E). In fp32 whatever the model's
-        # dtype is: bf16 cannot tell positions 256 and 257 from each other.
+        # RoPE: rotation pair c turns by the angle position * theta^(-2c / E). The angles are fp32,
+        # also in a bf16 model: in bf16 the positions 256 and 257 are the same number.
         E = self.config.head_dim
         exponent_C = torch.arange(0, E, 2, device=tokens_T.device).float()
         frequency_C = 1.0 / self.config.rope_theta ** (exponent_C / E)
@@ -248,20 +267,24 @@ class Decoder(nn.Module):
         cos_TC = angle_TC.cos()
         sin_TC = angle_TC.sin()
 
-        # The tables are the same for all layers; the cache has a part for each.
+        # All layers use the same cos and sin. Each layer has its own part of the cache.
         x_TD = self.embed_tokens(tokens_T)
         for i, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layer(i)
+            layer_cache = None if cache_pass is None else cache_pass.layer(i)
             x_TD = block(x_TD, cos_TC, sin_TC, cu_seqlens, layer_cache)
         return self.norm(x_TD)
 
 
 class Losses(NamedTuple):
-    """What a micro-batch adds to its step: Eq. 6 before its one division, and what the log wants.
+    """What a micro-batch adds to its step: the two sums of Eq. 6, not yet divided, and two
+    measurements of each row for the log.
 
-    loss_sum, weight_sum: fp32 scalars, the sums of w * nll and of w. nll_T, correct_T: fp32 [T],
-    of each row -log pi(label) and whether the label was the likeliest token, without gradient;
-    0 in rows without a weight.
+    loss_sum     fp32 scalar, the sum of w * nll over the rows
+    weight_sum   fp32 scalar, the sum of w over the rows
+    nll_T        fp32 [T], each row's -log pi(label)
+    correct_T    fp32 [T], 1 where the label was the likeliest token, and else 0
+
+    nll_T and correct_T have no gradient. In rows without a weight they are 0.
     """
 
     loss_sum: Tensor
@@ -271,7 +294,9 @@ class Losses(NamedTuple):
 
 
 class Model(nn.Module):
-    """Three ways in: a call for the losses, `hidden` for the states, `prefill` and `decode`."""
+    """Decoder and head. Training calls the model itself, and gets Losses. Generation calls
+    `prefill` once, and then `decode` for each token. `hidden` gives the states before the head.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -291,10 +316,10 @@ class Model(nn.Module):
         """The losses of a packed micro-batch; row t predicts labels_T[t] and counts weights_T[t].
 
         tokens_T, positions_T, labels_T: int64. weights_T: fp32. cu_seqlens: int32 [N + 1].
-        rows_R: int64, the rows with a weight. A Batch of packing.py knows them; without them they
-        are looked for on the device, and the step waits for it.
+        rows_R: int64, the rows with a weight, as a Batch of packing.py has them. If None, they are
+        looked for on the device, and the caller waits for the device.
         """
-        # The kernel takes the head's matrix, not logits: a T x V tensor never exists.
+        # The kernel is given the head's matrix, not logits: a T x V tensor never exists.
         hidden_TD = self.hidden(tokens_T, positions_T, cu_seqlens)
         loss_sum, nll_T, correct_T = linear_cross_entropy(
             hidden_TD, self.lm_head.weight, labels_T, weights_T, rows_R
@@ -302,28 +327,30 @@ class Model(nn.Module):
         return Losses(loss_sum, weights_T.sum(), nll_T, correct_T)
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """hidden_TD, the last layer's normed states: `model.lm_head(hidden_TD)` are the logits."""
+        """hidden_TD, the states after the last norm; `model.lm_head(hidden_TD)` are the logits."""
         return self.model(tokens_T, positions_T, cu_seqlens)
 
     @torch.no_grad()
     def prefill(
         self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, cache: "KVCache"
     ) -> Tensor:
-        """logits_BV, fp32, after the last token of each of B packed prompts; the cache then holds
-        them."""
-        filled = cache.prefill_pass(positions_T, cu_seqlens)
-        hidden_TD = self.model(tokens_T, positions_T, cu_seqlens, filled)
-        # Only what follows a prompt is asked for: the head sees B rows, not T.
+        """logits_BV, fp32, after the last token of each of B packed prompts.
+
+        The cache holds the prompts afterwards.
+        """
+        cache_pass = cache.prefill_pass(positions_T, cu_seqlens)
+        hidden_TD = self.model(tokens_T, positions_T, cu_seqlens, cache_pass)
+        # Only the token after each prompt is asked for: the head gets B rows, not T.
         last_B = cu_seqlens[1:].long() - 1
         return self.lm_head(hidden_TD[last_B]).float()
 
     @torch.no_grad()
     def decode(self, tokens_B: Tensor, cache: "KVCache") -> Tensor:
-        """logits_BV, fp32, after one more token of each prompt."""
-        # the next position of a prompt of 5 tokens, 0 to 4, is 5
+        """logits_BV, fp32, after one more token of each prompt: tokens_B, int64."""
+        # A prompt of 5 tokens has the positions 0 to 4; its next token is at position 5.
         positions_B = cache.length_B
-        grown = cache.decode_pass()
-        hidden_BD = self.model(tokens_B, positions_B, None, grown)
+        cache_pass = cache.decode_pass()
+        hidden_BD = self.model(tokens_B, positions_B, None, cache_pass)
         return self.lm_head(hidden_BD).float()
 
 
@@ -331,10 +358,11 @@ class Model(nn.Module):
 
 
 class KVCache:
-    """Rotated keys and the values of B prompts: prompt b fills slots 0 to length_B[b] - 1 of row b.
+    """The rotated keys and the values of B prompts, for generation.
 
-    A forward pass is announced to it first, by prefill_pass or decode_pass. These set the lengths
-    to those after the pass, and return where its tokens go.
+    Prompt b fills slots 0 to length_B[b] - 1 of row b. Before a forward pass, call prefill_pass or
+    decode_pass: it sets length_B to the lengths after the pass, and returns a CachePass, which
+    says where the tokens of the pass go.
     """
 
     def __init__(
@@ -359,9 +387,11 @@ class KVCache:
         return CachePass(self, row_T, positions_T, decoding=False)
 
     def decode_pass(self) -> "CachePass":
-        """The pass over one token more of each prompt, which goes to the slot after its last."""
+        """The pass over one more token of each prompt, which goes to the first slot not used."""
         row_B = torch.arange(len(self.length_B), device=self.length_B.device)
         slot_B = self.length_B
+        # Not `+= 1`, which would change slot_B too, and the positions in Model.decode: they are
+        # the old length_B.
         self.length_B = self.length_B + 1
         return CachePass(self, row_B, slot_B, decoding=True)
 
@@ -375,7 +405,8 @@ class CachePass:
         self.slot_T = slot_T
         self.decoding = decoding
 
-        # Prompts are of unequal length: behind a shorter one's last token lie slots without a key.
+        # For decoding. Prompts are of unequal length: after the last token of a shorter prompt come
+        # slots without a key, and the mask hides them.
         length_B = cache.length_B
         self.used = int(length_B.max())
         mask_BS = torch.arange(self.used, device=length_B.device) < length_B[:, None]
@@ -387,30 +418,31 @@ class CachePass:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's part of a CachePass."""
+    """One layer's part of the cache, in one pass."""
 
-    of_pass: CachePass
+    cache_pass: CachePass
     k_BGSE: Tensor
     v_BGSE: Tensor
 
     @property
     def decoding(self) -> bool:
-        return self.of_pass.decoding
+        return self.cache_pass.decoding
 
     def write(self, k_TGE: Tensor, v_TGE: Tensor) -> None:
-        """Keep the pass's keys and values, in place."""
-        row_T, slot_T = self.of_pass.row_T, self.of_pass.slot_T
+        """Write the keys and values of the pass's tokens into the cache."""
+        row_T, slot_T = self.cache_pass.row_T, self.cache_pass.slot_T
+        # With `:` between two index tensors PyTorch puts T first: both sides are [T, G, E].
         self.k_BGSE[row_T, :, slot_T] = k_TGE
         self.v_BGSE[row_T, :, slot_T] = v_TGE
 
     def attend(self, q_BHE: Tensor) -> Tensor:
         """o_BHE: each prompt's one query looks at all keys that the cache holds of the prompt."""
-        used = self.of_pass.used
+        used = self.cache_pass.used
         o_BH1E = F.scaled_dot_product_attention(
             q_BHE[:, :, None],
             self.k_BGSE[:, :, :used],
             self.v_BGSE[:, :, :used],
-            attn_mask=self.of_pass.mask_B11S,
+            attn_mask=self.cache_pass.mask_B11S,
             enable_gqa=True,
         )
         return o_BH1E[:, :, 0]

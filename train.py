@@ -10,11 +10,18 @@ r"""C-RLFT: fine-tune a LLaMA-2 on conversations of mixed quality, on a laptop o
 
     python train.py --dry_run --model llama-2-13b --ranks 8 --batch_tokens 262144 --steps 2000
 
-The method is `train_step`: the sum of w * nll over a step's micro-batches, divided once by the
-whole step's sum of w (Eq. 6). Around it stand FSDP2, AdamW, a cosine, a line of the log, and
-support/. The same command again resumes the run.
+--model names a preset or a base. A preset is a name in SIZES of model.py (toy, llama-2-13b, ..):
+the run trains that size from random weights. A base is a Hugging Face directory (llama-2-13b-hf
+above): the run fine-tunes the weights in it.
 
-Shapes: T packed tokens of a micro-batch, R its rows with a weight.
+The method is `train_step`: the sum of w * nll over a step's micro-batches, divided once by the
+whole step's sum of w (Eq. 6). Around it stand FSDP2, AdamW, a cosine for the learning rate, the
+log, and support/. The same command again resumes the run.
+
+Words: a step is one update of the optimizer. Its micro-batches are dealt to the ranks in turn. In
+a round each rank computes one micro-batch.
+
+Shapes: T packed tokens of a micro-batch, R its rows with a loss weight.
 """
 
 import dataclasses
@@ -43,6 +50,7 @@ from model import RECOMPUTE, SIZES, Block, Config, Losses, Model
 from packing import Batch, ahead, flat, pack
 from recipe import (
     PRESETS,
+    PRETRAIN_LR,
     RESUME_MAY_CHANGE,
     TrainConfig,
     all_steps,
@@ -53,11 +61,11 @@ from recipe import (
 from support.budget import (
     FitConfig,
     check_fit,
-    gauges,
     memory_by_rank,
     out_of_memory,
     print_budget,
     train_flops,
+    usage_text,
 )
 from support.checkpoint import Checkpoints
 from support.cli import one_line, parse_args, run
@@ -80,7 +88,7 @@ def train_step(
     tally: "Tally",
     exact: "ExactSums | None" = None,
 ) -> float:
-    """One optimizer step over this rank's micro-batches; returns the gradient norm of all ranks.
+    """One optimizer step over this rank's micro-batches; returns the norm of the whole gradient.
 
     weight_sum is the whole step's, of all ranks and micro-batches: the loss is a sum until it is
     divided, here, once. No rank divides by the weights that it happens to have, so a conversation
@@ -91,20 +99,29 @@ def train_step(
     """
     for batch in batches:
         batch = batch.to(device)
+        # `_` is the weight sum of this micro-batch alone: we divide by that of the step.
         loss_sum, _, nll_T, correct_T = forward(model, batch)
 
-        # The backward pass adds to the gradient that is there. With --exact it hands out the total
-        # of all micro-batches so far: with the old gradient these would count twice.
+        # Without --exact, .grad adds up the micro-batches. With --exact, ExactSums does: its hook
+        # replaces each new gradient by the total so far, so .grad has to be empty before.
         if exact:
             optimizer.zero_grad()
 
         # FSDP adds up the ranks' gradients in this call.
         (loss_sum / weight_sum).backward()
         tally.add(batch, loss_sum, nll_T, correct_T)
+
+    # .grad now has the step's gradient. The next step's totals begin empty.
     if exact:
         exact.totals.clear()
 
-    norm = clip_gradients([local_rows(p.grad)[0] for p in model.parameters()], clip)
+    # the part of each gradient that this rank keeps
+    gradients = []
+    for parameter in model.parameters():
+        mine, _ = local_rows(parameter.grad)
+        gradients.append(mine)
+    norm = clip_gradients(gradients, clip)
+
     tally.reduce()
     if not (math.isfinite(tally.loss_sum) and math.isfinite(norm)):
         loss = tally.loss_sum / weight_sum
@@ -115,6 +132,7 @@ def train_step(
 
 
 def forward(model: Model, batch: Batch) -> Losses:
+    """The model's losses of a Batch, whose fields are the model's arguments."""
     return model(
         batch.tokens_T,
         batch.positions_T,
@@ -128,8 +146,9 @@ def forward(model: Model, batch: Batch) -> Losses:
 def clip_gradients(gradients: list[Tensor], clip: float) -> float:
     """Scale this rank's gradient shards so that the norm over all ranks is at most clip.
 
-    Returns the norm before. It is summed in fp64: where the gradient is cut into shards moves only
-    its last digits, far below what the fp32 factor can hold. So the step does not depend on it.
+    Returns the norm before scaling. It is summed in fp64. Where the gradient is cut into shards
+    changes the order of this sum, and so only the last digits of the fp64 norm; the factor, which
+    is fp32, has no room for them. So the step does not depend on where the gradient is cut.
     """
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
     square = torch.stack(norms).square().sum()
@@ -137,7 +156,7 @@ def clip_gradients(gradients: list[Tensor], clip: float) -> float:
         dist.all_reduce(square)
     norm = square.sqrt()
 
-    # On the device throughout: whether to scale is not asked, which would wait for it.
+    # No `if norm > clip`, which would have to wait for the device: a factor of 1 changes nothing.
     scale = (clip / norm).clamp(max=1.0).float()
     for g in gradients:
         g.mul_(scale)
@@ -147,14 +166,16 @@ def clip_gradients(gradients: list[Tensor], clip: float) -> float:
 class Tally:
     """What the log wants to know of a step: sums over its rows, added up over the ranks at its end.
 
-    loss_sum is the sum of w * nll. Per class and over its supervised tokens: the sums that
-    PER_CLASS names, and `count`, how many tokens they are.
-    `stop` is no measurement. A rank that has got a signal raises it; it travels with the sums, so
-    all ranks learn in the same step that the run is to stop.
+    loss_sum   the sum of w * nll
+    loss       for each class: the sum of nll over its supervised tokens
+    accuracy   for each class: the number of its supervised tokens that were predicted right
+    count      for each class: the number of its supervised tokens
+    stop       above 0 if the run is to stop; not a measurement. A rank that has received a signal
+               sets it to 1. It is added up like the rest, so all ranks learn of it in the same step
     """
 
-    # A new metric is a name here, and a line in `add` that says what a row gives. metrics.jsonl
-    # has it as NAME_by_class.
+    # What metrics.jsonl has as NAME_by_class. To add a metric, add its name here, and to `add` a
+    # line that gives its value in each row.
     PER_CLASS = ("loss", "accuracy")
 
     def __init__(self, classes: int, device: torch.device, stop: bool = False):
@@ -164,32 +185,32 @@ class Tally:
             self.sums[name] = zeros(classes)
 
     def add(self, batch: Batch, loss_sum: Tensor, nll_T: Tensor, correct_T: Tensor) -> None:
-        """Count in a micro-batch. nll_T, correct_T: as Losses of model.py has them."""
-        of_rows = {
+        """Add a micro-batch to the sums. nll_T, correct_T: as Losses of model.py has them."""
+        values_of_rows = {
             "loss": nll_T[batch.rows_R],
             "accuracy": correct_T[batch.rows_R],
             "count": torch.ones_like(batch.class_R),
         }
-        for name, value_R in of_rows.items():
+        for name, value_R in values_of_rows.items():
             self.sums[name].index_add_(0, batch.class_R, value_R.double())
         self.sums["loss_sum"] += loss_sum.detach()
 
     def reduce(self) -> None:
-        """Add up over the ranks. From here on all sums are Python numbers; so is `stop`."""
+        """Add up over the ranks, once. Afterwards the sums and `stop` are Python numbers."""
         # one vector, so that one collective adds up everything
         lengths = [len(x) for x in self.sums.values()]
         vector = torch.cat(list(self.sums.values()))
         if dist.is_initialized():
             dist.all_reduce(vector)
 
-        # Here and at the gradient norm, and nowhere else, a step waits for the device.
+        # A step waits for the device here and at the gradient norm, and nowhere else.
         parts = vector.cpu().split(lengths)
         self.sums = {name: part.tolist() for name, part in zip(self.sums, parts)}
         (self.loss_sum,) = self.sums["loss_sum"]
         (self.stop,) = self.sums["stop"]
 
     def supervised(self) -> float:
-        """Supervised tokens of the step, by what was trained on."""
+        """The supervised tokens that were trained on: counted on the device, not in the plan."""
         return sum(self.sums["count"])
 
     def by_class(self, classes: list) -> dict[str, dict[str, float | None]]:
@@ -207,32 +228,38 @@ class Tally:
 
 
 class ExactSums:
-    """--exact: add up a step's gradients in fp64, and round to fp32 once, at its end.
+    """--exact: the same bits on any number of ranks.
 
-    Why this gives the same bits on any number of ranks: the order of a sum matters only through
-    rounding. A gradient has 24 bits, a sum in fp64 has 53. So nothing is rounded unless one
-    gradient is more than 2^29 times another (in bf16 2^45); and then, where they do not nearly
-    cancel, the last bit of the result changes about once in 2^29 sums.
+    A step's gradients are added up in fp64, over the ranks and the rounds, and become fp32 once,
+    at the end of the step.
 
-    Why a hook: FSDP itself would round to fp32 after every round of micro-batches, and add in
-    fp32. The hook is given each group's fp64 sum over the ranks before that, and puts the total of
-    all rounds so far in its place.
+    Why the bits are the same: the order of a sum matters only where the sum has to be shortened. A
+    gradient has 24 bits, a sum in fp64 has 53. So nothing is shortened, in whatever order the ranks
+    add, unless one gradient is more than 2^29 times another (in bf16 2^45).
+
+    When it fails: if one gradient is that much larger, the last bit of the fp32 result can differ,
+    in about one of 2^29 sums; more often only where gradients nearly cancel.
+
+    Why a hook: FSDP itself would turn each round's gradients into fp32, and add the rounds in fp32.
+    For each part of the model, FSDP calls the hook before that, with the round's sum over the
+    ranks, in fp64. The hook replaces this sum by the total of all rounds so far.
     """
 
     def __init__(self):
-        # {part of the model that FSDP reduces as one: its total so far, fp64}
+        # {a part of the model, as in `shard`: its total so far in this step, fp64}
         self.totals = {}
 
     def add(self, part: FSDPModule, reduced: Tensor) -> None:
-        """The hook. reduced: the part's gradients of this round, flat, changed in place."""
+        """The hook. reduced: the part's gradients of this round, flat fp64, changed in place."""
         before = self.totals.get(part)
         if before is None:
-            # -0.0 becomes 0.0, as it does where an idle rank's 0.0 is added
+            # A rank that is idle in a round (see my_batches) adds 0.0, and so turns -0.0 into 0.0.
+            # On another number of ranks none is idle: this line does the same there.
             reduced += 0.0
         else:
             reduced += before
-            # FSDP calls this on a CUDA stream of its own. The old total's memory must not be
-            # given to others before this stream has read it.
+            # FSDP calls the hook on another CUDA stream than the one that owns the old total. Its
+            # memory must not be used for anything else before this stream has read it.
             if before.is_cuda:
                 before.record_stream(torch.cuda.current_stream())
         self.totals[part] = reduced
@@ -244,12 +271,14 @@ class ExactSums:
 class Built(NamedTuple):
     model: Model
     optimizer: torch.optim.Optimizer
-    exact: ExactSums | None  # of --exact
+    exact: ExactSums | None  # None without --exact
 
 
 def build(config: TrainConfig, model_config: Config, device: torch.device) -> Built:
-    """The model on its device, each rank with its shard and no values yet, and its optimizer."""
-    # Without memory at first: no rank ever holds the whole model.
+    """The model on its device, each rank with its shard, and its optimizer. The parameters have no
+    values yet: load_weights or a checkpoint fills them.
+    """
+    # On "meta" parameters take no memory: no rank ever holds the whole model.
     with torch.device("meta"):
         model = Model(model_config)
     for block in model.model.layers:
@@ -264,16 +293,23 @@ def build(config: TrainConfig, model_config: Config, device: torch.device) -> Bu
 
 
 def compile_block(block: Block) -> None:
-    """Compile the part of a block that its kind of recomputation leaves to the compiler."""
-    # A partial recomputation is chosen operation by operation, so the compiler has to see it and
-    # gets the whole forward. A full one runs the block a second time, and goes around the compiled
-    # function. `dynamic`: every micro-batch has another T.
+    """Compile the block's forward or its compute, by the block's `recompute`:
+
+    none    compiled(compute)
+    cheap   compiled(checkpoint(compute)). The checkpoint decides operation by operation what is
+            computed again, so the compiler has to see both
+    all     checkpoint(compiled(compute)). The compiled function simply runs a second time
+    """
+    # `dynamic`: every micro-batch has another T.
     method = "forward" if block.recompute == "cheap" else "compute"
     setattr(block, method, torch.compile(getattr(block, method), dynamic=True))
 
 
 def shard(model: Model, config: TrainConfig, device: torch.device, exact: ExactSums | None) -> None:
-    """FSDP2: each rank keeps a part of each block's and of the other parameters."""
+    """FSDP2: each rank keeps a shard, some rows, of every parameter.
+
+    FSDP gathers and reduces the model in parts: each block is one, all other parameters another.
+    """
     # Inputs are not cast: loss weights and RoPE tables stay fp32 (0.1 in bf16 is 0.1001).
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.dtype),
@@ -283,19 +319,21 @@ def shard(model: Model, config: TrainConfig, device: torch.device, exact: ExactS
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
-        # FSDP would divide the gradients by the number of ranks. They are summed here: train_step
-        # divides, once. Neither call reaches the parts of a part, so each part gets both.
+        # FSDP would divide the gradients by the number of ranks. We want their sum: train_step
+        # divides, once. A call for the model does not reach its blocks: each part gets both calls.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+        # FSDP names this hook after the all-reduce of a two-dimensional mesh. It calls it also
+        # here, where the mesh has one dimension: after the reduce-scatter.
         if exact:
             part.set_all_reduce_hook(partial(exact.add, part))
 
 
 def make_optimizer(parameters: Iterable, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over this rank's shards. --dry_run builds it too, and asks it what it keeps.
+    """AdamW over this rank's shards. --dry_run makes one too, to see how much memory it takes.
 
-    It works number by number, and so gives the same result wherever the shards are cut. --exact
-    rests on that: with an optimizer that looks at whole matrices it would not keep its promise.
+    AdamW updates each number by itself, so its result is the same wherever the shards are cut.
+    --exact needs that: it would not hold with an optimizer that looks at whole matrices.
     """
     return torch.optim.AdamW(
         parameters,
@@ -313,9 +351,10 @@ def make_optimizer(parameters: Iterable, config: TrainConfig) -> torch.optim.Opt
 def my_batches(data: Prepared, steps: Iterable, me: int, world: int) -> Iterator[Batch]:
     """The micro-batches of rank `me`, rounds(step, world) of each step: the ranks take turns.
 
-    A rank without one in the last round gets two tokens of weight 0. It adds exact zeros, and
-    joins the collectives that the others wait in.
+    A rank for which the last round has none gets an idle one instead, of weight 0. It adds exact
+    zeros, and takes part in the collectives that the other ranks wait in.
     """
+    # two tokens: the shortest conversation that there can be
     idle = [(data.tokens[:2], data.weights[:2] * 0)]
     for step in steps:
         for number in range(me, rounds(step, world) * world, world):
@@ -323,13 +362,16 @@ def my_batches(data: Prepared, steps: Iterable, me: int, world: int) -> Iterator
 
 
 def rounds(step: list, world: int) -> int:
-    """How many turns it takes the ranks to go through a step's micro-batches."""
+    """How many micro-batches of a step each rank computes, idle ones included."""
     return math.ceil(len(step) / world)
 
 
 @torch.no_grad()
 def validate(model: Model, data: Prepared, steps: list, device: torch.device) -> dict:
-    """{val_loss, val_loss_by_class} over held-out prompts, weighted as in training."""
+    """{val_loss, val_loss_by_class} over the held-out prompts; val_loss is weighted as in training.
+
+    steps: the held-out conversations, planned like those of an epoch.
+    """
     tally = Tally(len(data.classes), device)
     me, world = rank_and_world()
     for batch in my_batches(data, steps, me, world):
@@ -338,7 +380,8 @@ def validate(model: Model, data: Prepared, steps: list, device: torch.device) ->
         tally.add(batch, loss_sum, nll_T, correct_T)
     tally.reduce()
 
-    # A forward pass leaves the root's parameters gathered, for a backward pass that does not come.
+    # FSDP keeps the root's parameters gathered after a forward pass, for the backward pass. Here
+    # none follows.
     if isinstance(model, FSDPModule):
         model.reshard()
     return {
@@ -347,18 +390,18 @@ def validate(model: Model, data: Prepared, steps: list, device: torch.device) ->
     }
 
 
-# ---- setting up: what belongs together
+# ---- setting up: are the settings possible, and do model and data belong together?
 
 
 class Bound(NamedTuple):
-    """least <= value < below; `words` follow "is not" in the message."""
+    """A setting must have least <= value < below. If not, the error says "is not", and `words`."""
 
     least: float
     below: float
     words: str
 
 
-# Python's smallest number above 0 stands for "above 0".
+# The bound "above 0" is written as: at least the smallest number above 0, which is math.ulp(0.0).
 POSITIVE = Bound(math.ulp(0.0), math.inf, "above 0")
 COUNT = Bound(1, 10**9, "above 0 and below 1e9")
 SHARE = Bound(0, 1, "from 0 to below 1")
@@ -388,18 +431,23 @@ CHOICES = {
     "nonfinite": ("stop", "skip"),
 }
 
-# For a base from a directory, the paper's (Sec. 4.1).
+# Tokens of a step where the model is a base: the paper's (Sec. 4.1). A preset has its own.
 FINETUNE_BATCH_TOKENS = 262_144
+# Tokens of a micro-batch, for presets and bases.
 MICRO_TOKENS = 16_384
-# Llama-2's tokens and <|end_of_turn|>, where there are no data to say it.
+# The vocabulary where there are no data: Llama-2's 32,000 tokens and <|end_of_turn|>.
 LLAMA_VOCAB = 32_001
 
 
 def resolve(config: TrainConfig, data: Prepared | None) -> tuple[TrainConfig, Config]:
-    """(config without None, but for steps and a base's lr; the model's config).
+    """(the settings with their defaults filled in, the model's config).
 
-    data: None stands for what Llama-2's tokenizer and context would give.
-    ValueError: a setting is out of its bounds, or the parts do not belong together.
+    Two settings may still be None. `steps` stays None where the run is given in epochs. The `lr` of
+    a base is known once the steps are planned: see set_up.
+
+    data: None for a --dry_run without --data. Llama-2's vocabulary and the preset's or base's own
+    context are then assumed.
+    ValueError: a setting is out of its bounds, or model and data do not belong together.
     """
     check_settings(config)
     if config.model in SIZES:
@@ -407,14 +455,14 @@ def resolve(config: TrainConfig, data: Prepared | None) -> tuple[TrainConfig, Co
         lr, batch_tokens = PRESETS[config.model]
     elif Path(config.model).is_dir():
         model_config = base_config(config, data)
-        # the learning rate follows from the supervised tokens of a step, once they are planned
+        # set_up computes it from the planned steps
         lr = None
         batch_tokens = FINETUNE_BATCH_TOKENS
     else:
         names = ", ".join(SIZES)
         raise ValueError(f"--model {config.model!r} is neither a directory nor one of {names}")
 
-    # What the user has set stays.
+    # Defaults. Where the user has set a value, it stays.
     on_gpu = torch.cuda.is_available()
     dtype = "bfloat16" if on_gpu else "float32"
     recompute = "all" if on_gpu else "none"
@@ -433,6 +481,9 @@ def resolve(config: TrainConfig, data: Prepared | None) -> tuple[TrainConfig, Co
 
 
 def check_settings(config: TrainConfig) -> None:
+    """ValueError: a setting is out of its BOUNDS, or not one of its CHOICES; --compile finds no
+    compiler.
+    """
     for name, bound in BOUNDS.items():
         value = getattr(config, name)
         if value is not None and not bound.least <= value < bound.below:
@@ -450,21 +501,25 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def vocab_of(data: Prepared | None) -> int:
+    """How many tokens the data's tokenizer has. <|end_of_turn|> (`eot`) is the last."""
     return data.tokenizer.eot + 1 if data else LLAMA_VOCAB
 
 
 def preset_config(name: str, data: Prepared | None) -> Config:
-    """A preset's sizes, with a vocabulary and a context as the data need them."""
+    """A preset's sizes, with the vocabulary and the context that the data need."""
     size = SIZES[name]
     max_len = data.meta["max_len"] if data else size.max_position_embeddings
     return dataclasses.replace(size, vocab_size=vocab_of(data), max_position_embeddings=max_len)
 
 
 def base_config(config: TrainConfig, data: Prepared | None) -> Config:
-    """Of a Hugging Face directory, with a row for <|end_of_turn|>; its tokenizer is the data's."""
+    """The config of a Hugging Face directory, with a row for <|end_of_turn|> added if it has none.
+
+    ValueError: the directory's tokenizer is not the one that the data were prepared with.
+    """
     base = read_config(config.model)
     vocab = vocab_of(data)
-    # The base itself need not know <|end_of_turn|>, the last of them.
+    # The base may lack <|end_of_turn|>, the last token of the data's tokenizer: hence the - 1.
     if base.vocab_size < vocab - 1:
         raise ValueError(
             f"{config.model}: vocab_size {base.vocab_size} is below the {vocab - 1} tokens of the "
@@ -479,13 +534,17 @@ def base_config(config: TrainConfig, data: Prepared | None) -> Config:
 
 
 def check_lengths(config: TrainConfig, model_config: Config, data: Prepared) -> None:
-    """Every conversation fits the model's context and a micro-batch."""
-    longest, context = data.lengths.max(), model_config.max_position_embeddings
+    """ValueError: a conversation may not fit the model's context or a micro-batch."""
+    # The context is the base's and cannot be raised: so only the conversations there are must fit.
+    longest = data.lengths.max()
+    context = model_config.max_position_embeddings
     if longest > context:
         raise ValueError(
             f"{config.data}: a conversation of {longest} tokens, but the model's context is "
             f"{context}; prepare with --max_len {context}"
         )
+    # --micro_tokens can be raised: so it must do for every conversation that there might be. Then
+    # the same flags serve all data prepared with this max_len.
     max_len = data.meta["max_len"]
     if max_len > config.micro_tokens:
         raise ValueError(
@@ -516,18 +575,19 @@ def choose_device() -> torch.device:
 class Setup:
     """What is settled before the first step. A conversation is its number in `data`."""
 
-    config: TrainConfig  # resolved
+    config: TrainConfig  # complete: see resolve
     model_config: Config
     data: Prepared
     device: torch.device
-    # Arrays of conversations, int64.
+    # int64 arrays of conversations
     train_on: Any
     held_out: Any
-    # Of all epochs. A step is a list of micro-batches, a micro-batch an array of conversations.
+    # The steps of all epochs. A step is a list of micro-batches, a micro-batch an int64 array of
+    # conversations.
     steps: list
-    epoch_ends: list  # the last step of each epoch
-    val_steps: list
-    why_lr: str
+    epoch_ends: list  # the number of the last step of each epoch, the run's first step being 1
+    val_steps: list  # the held-out conversations, in the form of `steps`
+    why_lr: str  # how the learning rate comes about, for the log
 
     @property
     def out(self) -> Path:
@@ -535,23 +595,25 @@ class Setup:
 
     @property
     def last(self) -> int:
+        """The number of the last step, the first being 1."""
         return len(self.steps)
 
 
-# Models of this width, LLaMA-2 34B and 70B, were pre-trained at half the learning rate.
+# LLaMA-2 34B and 70B, which are this wide, were pre-trained at half the others' PRETRAIN_LR.
 WIDE = 8192
-PRETRAIN_LR, PRETRAIN_LR_WIDE = 3e-4, 1.5e-4
+PRETRAIN_LR_WIDE = 1.5e-4
 
 
 def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
     """Open the data, check that all belongs together, start the process group, plan every step."""
     data = Prepared(config.data)
     config, model_config = resolve(config, data)
-    # A sum's order on a CPU depends on the number of threads.
+    # On a CPU the number of threads decides in which order a sum is added up.
     if config.exact:
         torch.set_num_threads(1)
     device = choose_device()
-    # FSDP does mixed precision and exact sums, and needs a group even for one process.
+    # Mixed precision and exact sums are done by FSDP, which needs a process group even for a
+    # process alone.
     needs_fsdp = config.exact or config.dtype != "float32"
     start_group(store, alone=needs_fsdp, timeout=config.timeout)
 
@@ -562,13 +624,18 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
         )
     cost = train_flops(model_config).plan_cost
     steps, epoch_ends = all_steps(data, train_on, config, cost)
-    val_steps = epoch_steps(data, held_out, config, 0, cost) if len(held_out) else []
+    val_steps = []
+    if len(held_out) > 0:
+        val_steps = epoch_steps(data, held_out, config, epoch=0, cost=cost)
 
+    # The learning rate of a base, Sec. 4.1: that of its pre-training, times
+    # sqrt(supervised tokens of a step / 4e6 tokens of a pre-training step).
     why_lr = f"lr {config.lr}"
     if config.lr is None:
-        wide = model_config.hidden_size >= WIDE
+        is_wide = model_config.hidden_size >= WIDE
+        pretrain_lr = PRETRAIN_LR_WIDE if is_wide else PRETRAIN_LR
         supervised = data.supervised[flat(steps)].sum() / len(steps)
-        lr, why_lr = finetune_lr(supervised, PRETRAIN_LR_WIDE if wide else PRETRAIN_LR)
+        lr, why_lr = finetune_lr(supervised, pretrain_lr)
         config = dataclasses.replace(config, lr=lr)
     return Setup(
         config=config,
@@ -584,11 +651,12 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
     )
 
 
-def plan_sha256(steps: list) -> str:
-    """Of which conversations form each micro-batch of each step, and in which order."""
+def steps_sha256(steps: list) -> str:
+    """Hash of steps: of which conversations form each micro-batch of each step, in which order."""
     digest = hashlib.sha256()
     for step in steps:
-        # The lengths say where a micro-batch ends, the line where the step does.
+        # The lengths show where each micro-batch ends, and the end of their line where the step
+        # begins: no two plans give the same bytes.
         lengths = [len(micro_batch) for micro_batch in step]
         digest.update(f"{lengths}\n".encode())
         for micro_batch in step:
@@ -596,24 +664,27 @@ def plan_sha256(steps: list) -> str:
     return digest.hexdigest()
 
 
-def check_ranks_plan_alike(plan: str) -> None:
-    """ValueError on a rank whose plan_sha256 is not rank 0's: conversations would be lost."""
+def check_ranks_plan_alike(mine: str) -> None:
+    """mine: this rank's plan_sha256. ValueError: rank 0's is another, so the ranks would not train
+    on each conversation once.
+    """
     me, _ = rank_and_world()
-    first = on_first_rank(lambda: plan)
-    if plan != first:
+    first = on_first_rank(lambda: mine)
+    if mine != first:
         raise ValueError(
-            f"rank {me} plans other steps than rank 0 (plan_sha256 {plan[:12]}, not {first[:12]}); "
+            f"rank {me} plans other steps than rank 0 (plan_sha256 {mine[:12]}, not {first[:12]}); "
             "all ranks need the same --data, flags and code"
         )
 
 
 def base_sha256(model: str) -> str | None:
-    """The content of a base, whatever its folder is called; None for a preset.
+    """Hash of the content of a base, whatever its folder is called; None for a preset.
 
-    ValueError: the files are not as the folder's manifest has them.
+    ValueError: the folder has a manifest, and a file is not as the manifest says.
     """
     if model in SIZES:
         return None
+    # A manifest holds the hashes of all files, and these have just been checked.
     check_manifest(model)
     manifest = Path(model) / "manifest.json"
     if manifest.is_file():
@@ -627,28 +698,32 @@ def base_sha256(model: str) -> str | None:
 
 
 def settings_of(setup: Setup, optimizer: torch.optim.Optimizer) -> dict:
-    """All that decides the run's numbers, for run.json; most of it for a checkpoint's identity.
+    """All that decides the run's numbers. It is written to run.json, and all of it but
+    RESUME_MAY_CHANGE must be the same where a run resumes from a checkpoint.
 
-    What is read from code and files stands here by content: a resumed run must not go on with
-    other data, another base, another planner or another optimizer.
+    Data, base and plan are here by a hash of their content: a resumed run must not go on with other
+    data, another base, another planner or another optimizer.
     """
     config = setup.config
     settings = dataclasses.asdict(config)
     settings["steps"] = setup.last
     settings["model_config"] = dataclasses.asdict(setup.model_config)
 
-    # One rank reads the large files, and tells the others.
+    # Rank 0 reads the large files, and sends the hashes to the others.
     settings["data_sha256"] = on_first_rank(lambda: file_sha256(config.data))
     settings["model_sha256"] = on_first_rank(lambda: base_sha256(config.model))
 
-    # The plan, which every rank has made for itself.
-    settings["plan_sha256"] = plan_sha256(setup.steps[: setup.epoch_ends[0]])
+    # Each rank has planned for itself. The first epoch stands for all: the others are planned by
+    # the same code, from the same data and seed.
+    first_epoch = setup.steps[: setup.epoch_ends[0]]
+    settings["plan_sha256"] = steps_sha256(first_epoch)
     check_ranks_plan_alike(settings["plan_sha256"])
     settings["optimizer"] = type(optimizer).__name__
     return settings
 
 
 def checkpoints_of(setup: Setup, settings: dict) -> Checkpoints:
+    """The run's checkpoints. One whose `identity` is another is refused."""
     identity = {key: value for key, value in settings.items() if key not in RESUME_MAY_CHANGE}
     config = setup.config
     root = setup.out / "checkpoints"
@@ -657,20 +732,26 @@ def checkpoints_of(setup: Setup, settings: dict) -> Checkpoints:
 
 # ---- the run
 
-# The exit status of a shell's command that Ctrl-C has ended.
+# The exit status that shells give a command which Ctrl-C has ended.
 SIGNALLED = 130
 REMAINS = "a checkpoint remains, the same command resumes"
 
+# A step whose loss or gradient is not finite may be an accident. So many in a row are not.
+MOST_IN_A_ROW = 10
+# The message names so many conversations of such a step; metrics.jsonl has all.
+NAMED = 8
+
 
 def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> None:
-    """A run from its settings to the export; it goes on where --out holds a checkpoint.
+    """A whole run: set up, train, export. If --out holds a checkpoint, the run goes on from it.
 
-    store: of the ranks that torchrun started, None for a process alone.
+    store: shared by the ranks that torchrun started; None for a process alone.
     """
     setup = set_up(config, store)
     built = build(setup.config, setup.model_config, setup.device)
     settings = settings_of(setup, built.optimizer)
     checkpoints = checkpoints_of(setup, settings)
+    # The newest checkpoint and its step: None and 0 if there is none.
     path, start = checkpoints.newest()
 
     hf = setup.out / "hf"
@@ -681,7 +762,7 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
         )
         return
 
-    # A base that cannot be read stops here, before anything is written.
+    # If the base cannot be read, the run stops here, before anything is written.
     if setup.config.model in SIZES:
         initial = RandomWeights(setup.model_config, setup.config.seed)
     else:
@@ -691,6 +772,7 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
         checkpoints.load(path, built.model, built.optimizer)
         log(f"resuming from {path}")
     else:
+        # local_rows: each rank fills only its own shard.
         load_weights(built.model, initial, local_rows)
     log(opening_line(setup, built.model))
     log(memory_by_rank(setup.device, checkpoints))
@@ -704,6 +786,7 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
 
 
 def write_settings(setup: Setup, settings: dict) -> None:
+    """run.json, on rank 0."""
     me, _ = rank_and_world()
     if me == 0:
         (setup.out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -712,7 +795,9 @@ def write_settings(setup: Setup, settings: dict) -> None:
 
 
 def opening_line(setup: Setup, model: Model) -> str:
+    """The first line of the log: the sizes of model, data and steps, and the learning rate."""
     config = setup.config
+    # numel is that of the whole parameter, also where this rank has a shard.
     parameters = sum(p.numel() for p in model.parameters())
     micro_batches = max(1, config.batch_tokens // config.micro_tokens)
     return (
@@ -725,9 +810,10 @@ def opening_line(setup: Setup, model: Model) -> str:
 def training_loop(
     setup: Setup, built: Built, checkpoints: Checkpoints, start: int, signals: Signals
 ) -> None:
-    """The steps after `start`, each with its line in the log; a checkpoint now and then.
+    """The steps after `start`, each with its line in the log; a checkpoint every save_every steps.
 
-    Ends with the last checkpoint on the disk: after the last step, or (SystemExit) after a signal.
+    Ends after the last step, or by SystemExit after a signal. Either way a checkpoint of that step
+    is then on the disk.
     """
     model, optimizer, exact = built
     config, data = setup.config, setup.data
@@ -738,6 +824,7 @@ def training_loop(
     # A thread makes the next micro-batches while the device computes.
     batches_to_come = my_batches(data, setup.steps[start:], me, world)
     loader = ahead(batches_to_come, pin=device.type == "cuda")
+    # From here on a signal does not end the process at once: see the end of the loop.
     signals.in_loop = True
 
     for step in range(start + 1, setup.last + 1):
@@ -746,10 +833,10 @@ def training_loop(
         is_last = step == setup.last
 
         lr = lr_at(step, setup.last, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
 
-        # the method: forward, backward, one division by the step's weight sum, one update
+        # The method: forward, backward, one division by the step's weight sum, one update. A step
+        # that fails has also taken all its batches from the loader: it fails after the last.
         began = time.perf_counter()
         tally = Tally(len(data.classes), device, stop=signals.received is not None)
         batches = itertools.islice(loader, rounds(micro_batches, world))
@@ -759,18 +846,17 @@ def training_loop(
                 model, optimizer, batches, device, weight_sum, config.clip, tally, exact
             )
         except FloatingPointError as error:
-            # No update was made. The step is left out, or the run stops here; a save in the
-            # background must be whole before that.
+            # No update was made. The run may stop here, so a save under way is finished first.
             optimizer.zero_grad()
             checkpoints.wait()
-            metrics.not_taken(step, error, conversations, config)
+            skip_or_stop(step, error, conversations.tolist(), config, metrics)
         else:
             seconds = time.perf_counter() - began
-            line = log_line(step, data, conversations, tally, norm, lr, seconds)
-            tail = gauges(device, line, data.lengths[conversations], flops, world)
-            metrics.write(line, tail)
+            measured = log_line(step, data, conversations, tally, norm, lr, seconds)
+            memory_and_mfu = usage_text(device, measured, data.lengths[conversations], flops, world)
+            metrics.write(measured, memory_and_mfu)
 
-        # what happens now and then
+        # what is not done in every step
         if step in setup.epoch_ends:
             log_epoch(setup, step)
         if setup.val_steps and (step % config.val_every == 0 or is_last):
@@ -778,7 +864,7 @@ def training_loop(
         if step % config.save_every == 0 or is_last or tally.stop:
             checkpoints.save(step, model, optimizer)
 
-        # a signal came (Ctrl-C, a preempted node): the checkpoint above is what remains
+        # A rank has received a signal (Ctrl-C, a preempted node). The checkpoint is saved above.
         if tally.stop and not is_last:
             checkpoints.wait()
             log(f"stopped by a signal after step {step}; {REMAINS}")
@@ -788,14 +874,40 @@ def training_loop(
     signals.in_loop = False
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def skip_or_stop(
+    step: int, error: Exception, conversations: list[int], config: TrainConfig, metrics: Log
+) -> None:
+    """A step's loss or gradient is not finite: write that down, and go on or stop the run.
+
+    ValueError: the run stops, by --nonfinite stop, or after MOST_IN_A_ROW such steps in a row.
+    """
+    too_many = metrics.in_a_row + 1 == MOST_IN_A_ROW
+    must_stop = config.nonfinite == "stop" or too_many
+    metrics.write_nonfinite(step, error, conversations, skipped=not must_stop)
+    if must_stop:
+        after = f" after {MOST_IN_A_ROW} such steps in a row" if too_many else ""
+        raise ValueError(
+            f"step {step}: {error}, the run stops{after}; look at conversations "
+            f"{conversations[:NAMED]}.. of {config.data} (all {len(conversations)} in "
+            "metrics.jsonl); --nonfinite skip leaves such steps out, or begin another --out "
+            "with a lower --lr"
+        )
+
+
 def log_epoch(setup: Setup, step: int) -> None:
+    """A line after an epoch that accounts for every token of the data."""
     epoch = setup.epoch_ends.index(step) + 1
     counts = ledger(setup.data, setup.train_on, setup.held_out)
     log(f"epoch {epoch} done after step {step}: {counts}")
 
 
 def draw_losses(setup: Setup) -> None:
-    """loss.png, where matplotlib is installed; a run does not fail for want of a picture."""
+    """loss.png, on rank 0. If matplotlib is missing, a line says so, and the run does not fail."""
     me, _ = rank_and_world()
     if me == 0:
         try:
@@ -808,14 +920,14 @@ def draw_losses(setup: Setup) -> None:
 
 
 def dry_run(config: FitConfig) -> None:
-    """Print what a run needs; nothing is loaded."""
+    """--dry_run: print the memory and the time that a run needs; no weights are loaded."""
     check_fit(config)
     data = Prepared(config.data) if config.data else None
-    # The question is about GPUs, wherever it is asked.
+    # The run is planned for GPUs, also where this command runs on a CPU.
     config = dataclasses.replace(config, dtype=config.dtype or "bfloat16")
     config, model_config = resolve(config, data)
 
-    # One small parameter is enough to see what the optimizer keeps of each number.
+    # One small parameter is enough to see how much the optimizer keeps for each number.
     probe = torch.nn.Parameter(torch.zeros(16, 16))
     optimizer = make_optimizer([probe], dataclasses.replace(config, lr=config.lr or 0.0))
     if data is None:
@@ -829,6 +941,7 @@ def dry_run(config: FitConfig) -> None:
 
 
 def check_given(config: TrainConfig) -> None:
+    """ValueError: a flag that every run needs is missing."""
     for name in ("data", "model", "out"):
         if not getattr(config, name):
             raise ValueError(
@@ -845,13 +958,15 @@ def main(argv: list[str]) -> None:
         plot(argv[1])
         return
     if "--dry_run" in argv:
-        # under torchrun, once
+        # under torchrun only rank 0 prints
         if int(os.environ.get("RANK", 0)) == 0:
             words = [word for word in argv if word != "--dry_run"]
             dry_run(parse_args(FitConfig, words))
         return
 
-    # Of all ranks, the first that fails says why; all leave.
+    # `store` is the ranks' common Store, from which the process group is made. When a rank fails,
+    # the first to fail prints why, and all leave. one_line turns an error that a user can cause
+    # into one line; any other error is printed with its traceback.
     with together(one_line) as store:
         config = parse_args(TrainConfig, argv)
         check_given(config)

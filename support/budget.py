@@ -365,7 +365,7 @@ def memory_by_rank(device: torch.device, checkpoints) -> str:
     return "memory, GiB by rank: " + "; ".join(columns)
 
 
-def gauges(
+def usage_text(
     device: torch.device, line: dict, lengths: np.ndarray, flops: TrainFlops, world: int
 ) -> str:
     """Of a step, for the terminal: peak memory, and on a GPU that we know its MFU.

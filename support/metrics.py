@@ -8,14 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from recipe import TrainConfig
 from support.files import written_whole
 from support.ranks import rank
-
-# Steps whose loss or gradient is not finite: one is an accident, so many in a row are not.
-MOST_IN_A_ROW = 10
-# Of these conversations the message names so many; metrics.jsonl has all.
-NAMED = 8
 
 
 def log(text: str) -> None:
@@ -51,7 +45,8 @@ class Log:
         self.steps = steps
         # off a terminal: some twenty lines a run
         self.every = max(1, steps // 20)
-        # skipped counts those of the whole run, in_a_row the ones since a step was last taken
+        # Steps whose loss or gradient was not finite: `skipped` in the whole run, `in_a_row` since
+        # the last step that was taken.
         self.skipped = 0
         self.in_a_row = 0
         if not self.is_first:
@@ -99,30 +94,19 @@ class Log:
         if self.bar.disable and is_due:
             print(f"step {step}/{self.steps} {text}", flush=True)
 
-    def not_taken(
-        self, step: int, error: Exception, conversations: np.ndarray, config: TrainConfig
+    def write_nonfinite(
+        self, step: int, error: Exception, conversations: list[int], skipped: bool
     ) -> None:
         """Write down a step that was not taken because its loss or gradient is not finite.
 
-        ValueError, after the line is written: the run must stop. So it must where --nonfinite says
-        so, and after many such steps in a row.
+        skipped: the run goes on without the step. If False, the run stops at it.
         """
         self.in_a_row += 1
-        too_many = self.in_a_row == MOST_IN_A_ROW
-        must_stop = too_many or config.nonfinite == "stop"
-        line = {"step": step, "nonfinite": str(error), "conversations": conversations.tolist()}
-        if not must_stop:
+        line = {"step": step, "nonfinite": str(error), "conversations": conversations}
+        if skipped:
             self.skipped += 1
             line["skipped"] = self.skipped
         self.write(line)
-        if must_stop:
-            after = f" after {MOST_IN_A_ROW} such steps in a row" if too_many else ""
-            raise ValueError(
-                f"step {step}: {error}, the run stops{after}; look at conversations "
-                f"{conversations[:NAMED].tolist()}.. of {config.data} (all {len(conversations)} in "
-                "metrics.jsonl); --nonfinite skip leaves such steps out, or begin another --out "
-                "with a lower --lr"
-            )
 
 
 def class_means(means: dict[str, float | None]) -> str:
