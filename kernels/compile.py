@@ -10,7 +10,7 @@ instructions, and below it what is wrong.
 
 On the NVIDIA targets a bf16 or fp16 kernel fails that spills or multiplies matrices off the tensor
 cores; any kernel fails there that wants more shared memory than the chip has, and everywhere one
-that multiplies fp32 as plain TF32, or whose address depends on a 32-bit product (it would wrap above
+that multiplies fp32 as plain TF32, or whose address depends on a 32-bit product (it would wrap at
 2^31 elements). fp32 is for correctness: a spill there is printed. gfx942 (AMD MI300) must compile.
 Exit status 1 on a failure.
 """
