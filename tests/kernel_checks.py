@@ -236,10 +236,12 @@ def attention64(q_THE, k_TGE, v_TGE, cos_TC, sin_TC, cu_seqlens):
     return torch.cat(pieces)
 
 
-def rotary_attention(m, dtype, lengths, padding, H, G, E, strided=False, seed=0, device="cpu"):
+def rotary_attention(
+    m, dtype, lengths, padding, H, G, E, strided=False, seed=0, device="cpu", scale=1.0,
+):  # fmt: skip
     T, *tables = packing(lengths, padding, E, device)
-    q_THE = fresh((T, H, E), dtype, seed, device, strided)
-    k_TGE = fresh((T, G, E), dtype, seed + 1, device, strided)
+    q_THE = fresh((T, H, E), dtype, seed, device, strided, scale)
+    k_TGE = fresh((T, G, E), dtype, seed + 1, device, strided, scale)
     v_TGE = fresh((T, G, E), dtype, seed + 2, device, strided)
     do_THE = fresh((T, H, E), dtype, seed + 3, device, strided)
     if strided:

@@ -212,6 +212,12 @@ _EQUIVALENT = {
             TILES,
         ),
         (
+            "_rotate",
+            "min -> max",
+            "BA = min(triton.next_power_of_2(A), 32)",
+            "more heads to spare, or fewer programs a row",
+        ),
+        (
             "_rotate_kernel",
             "0.0 -> 3.0",
             "b_lo = tl.load(x + o_x, mask=m_a, other=0.0).to(tl.float32)",
@@ -603,6 +609,7 @@ def rotary_attention_checks(checks, f32, bf16) -> list[Callable]:
         with_arguments(attention, f32, [9], 0, 1, 1, 32, strided=True),
         with_arguments(attention, f32, [64], 0, 1, 1, 64),
         with_arguments(attention, bf16, [40], 33, 1, 1, 32),
+        with_arguments(attention, f32, [40], 3, 2, 1, 32, scale=8.0),
         with_arguments(attention, f32, [1, 33, 0, 2, 50], 5, 4, 2, 32),
         with_arguments(checks.rotary_attention_with_other_tiles),
         with_arguments(checks.attention_blindness, f32, [5, 40, 17], 2, 1, 32),

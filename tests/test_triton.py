@@ -130,6 +130,12 @@ def test_hundreds_of_conversations(device):
 
 
 @by_dtype
+def test_scores_of_hundreds(dtype, device):
+    """Without the right maximum, exp of them is infinite or 0."""
+    checks.rotary_attention(rotary_attention, dtype, [40], 3, 2, 1, 32, device=device, scale=8.0)
+
+
+@by_dtype
 def test_conversations_are_blind_to_each_other(dtype, device):
     checks.attention_blindness(rotary_attention, dtype, [5, 40, 17], 2, 1, 32, device=device)
 
