@@ -10,8 +10,8 @@ Four words, used in this sense everywhere:
 The data is of mixed quality: few conversations of an expert, many of weaker sources, and nothing
 but the label says which is which. C-RLFT uses the class twice. Its condition goes into the prompt,
 so that the model learns one policy per class, pi(y|x,c). Its coarse reward r_c, 1 for the expert
-and less for others (Eq. 3), becomes the weight exp(r_c / beta) of every token of an answer (Eq. 6).
-C-RLFT does nothing else to the data. Six functions lead from a file to what the model takes:
+and less for others (Eq. 3), becomes the weight exp(r_c / beta) of every token of an answer (Eq. 6);
+or a table names the weights themselves. C-RLFT does nothing else to the data. Six functions lead from a file to what the model takes:
 
     read(file)                    -> Conversations     one of three formats, recognized by content
     Classes(table).assign(..)     -> Conversation      with its class's condition and weights
@@ -152,7 +152,8 @@ def parse(row: Any, where: str) -> Conversation:
                 check_text(row[key], key)
 
         # The system text is a field of the row or its first message. OpenChat writes the field
-        # always, with "" where there is no system text.
+        # always, with "" where there is no system text. An empty system message is kept: someone
+        # wrote it.
         system = row.get("system") or None
         messages = []
         for turn in turns:
@@ -259,9 +260,10 @@ MAX_EXPONENT = 700.0
 class Class:
     """One source of data, c in the paper.
 
-    The weight is exp(r_c / beta), divided by a number that is the same for all classes
-    (`weight_of_reward`). It is None for a class that the table does not have, but a row's own
-    condition names: the answers of such a row must carry weights of their own.
+    The weight is the table's number itself; with --beta that number is the reward r_c, and the
+    weight is made of it (`weight_of_reward`). The weight is None for a class that the table does
+    not have, but a row's own condition names: the answers of such a row must carry weights of
+    their own.
     """
 
     name: str
@@ -335,8 +337,9 @@ def weight_of_reward(reward: float, beta: float) -> float:
         Eq. 6   the model pi with the least KL(pi*, pi) has the largest
                 sum of exp(r_c / beta) log pi(y|x,c)  over the data, since pi_c wrote them
 
-    So exp(r_c / beta) is a weight of log pi. (Eq. 6 leaves out Z: docs/method.md.) This function
-    divides it by exp(1 / beta). That is the same number for all classes, and the division of the
+    So exp(r_c / beta) is a weight of log pi. Strictly, the Z of a class is exp(r_c / beta), too,
+    and would cancel it. Eq. 6 leaves Z out, and that is what weighs the classes against each other
+    (docs/method.md). This function divides it by exp(1 / beta). That is the same number for all classes, and the division of the
     loss by the sum of weights cancels it. The smaller beta, the further the weights are apart.
     """
     return math.exp(min((reward - 1) / beta, MAX_EXPONENT))

@@ -5,7 +5,8 @@ cu_seqlens says where each conversation starts. The head ends in C-RLFT's loss (
 sum that train.py divides once, by the sum of the whole step's weights.
 
     config = dataclasses.replace(SIZES["small"], vocab_size=32001)
-    losses = Model(config)(tokens_T, positions_T, cu_seqlens, labels_T, weights_T)
+    model = Model(config)     # without values: load_weights in support/hf.py fills all parameters
+    losses = model(tokens_T, positions_T, cu_seqlens, labels_T, weights_T)
     losses.loss_sum / losses.weight_sum
 
 Parameters carry Hugging Face names (model.layers.0.self_attn.q_proj.weight). These names are a file

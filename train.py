@@ -115,7 +115,8 @@ def train_step(
     if exact:
         exact.totals.clear()
 
-    # the part of each gradient that this rank keeps
+    # The part of each gradient that this rank keeps: a view, so that clipping it clips .grad. The
+    # second value says which rows these are; here it does not matter.
     gradients = []
     for parameter in model.parameters():
         mine, _ = local_rows(parameter.grad)
@@ -132,7 +133,7 @@ def train_step(
 
 
 def forward(model: Model, batch: Batch) -> Losses:
-    """The model's losses of a Batch, whose fields are the model's arguments."""
+    """The model's losses of a Batch: all its fields but max_seqlen and class_R are arguments."""
     return model(
         batch.tokens_T,
         batch.positions_T,
@@ -320,7 +321,9 @@ def shard(model: Model, config: TrainConfig, device: torch.device, exact: ExactS
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
         # FSDP would divide the gradients by the number of ranks. We want their sum: train_step
-        # divides, once. A call for the model does not reach its blocks: each part gets both calls.
+        # divides, once. The factor 1.0 says so; the second call makes the collective a plain SUM,
+        # since gloo knows no sum with a factor in it. A call for the model does not reach its
+        # blocks: each part gets both calls.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
         # FSDP names this hook after the all-reduce of a two-dimensional mesh. It calls it also
@@ -354,7 +357,7 @@ def my_batches(data: Prepared, steps: Iterable, me: int, world: int) -> Iterator
     A rank for which the last round has none gets an idle one instead, of weight 0. It adds exact
     zeros, and takes part in the collectives that the other ranks wait in.
     """
-    # two tokens: the shortest conversation that there can be
+    # Any few tokens would do, since they weigh 0: here one, and one that it could predict.
     idle = [(data.tokens[:2], data.weights[:2] * 0)]
     for step in steps:
         for number in range(me, rounds(step, world) * world, world):
@@ -585,7 +588,9 @@ class Setup:
     # The steps of all epochs. A step is a list of micro-batches, a micro-batch an int64 array of
     # conversations.
     steps: list
-    epoch_ends: list  # the number of the last step of each epoch, the run's first step being 1
+    # The number of the last step of each epoch, the run's first step being 1. Where --steps ends
+    # the run within an epoch, that epoch's end lies beyond the last step.
+    epoch_ends: list
     val_steps: list  # the held-out conversations, in the form of `steps`
     why_lr: str  # how the learning rate comes about, for the log
 
@@ -923,7 +928,8 @@ def dry_run(config: FitConfig) -> None:
     """--dry_run: print the memory and the time that a run needs; no weights are loaded."""
     check_fit(config)
     data = Prepared(config.data) if config.data else None
-    # The run is planned for GPUs, also where this command runs on a CPU.
+    # The run is planned for GPUs, also where this command runs on a CPU. --recompute needs no
+    # default here: print_budget shows all three.
     config = dataclasses.replace(config, dtype=config.dtype or "bfloat16")
     config, model_config = resolve(config, data)
 
