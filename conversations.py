@@ -11,7 +11,9 @@ The data is of mixed quality: few conversations of an expert, many of weaker sou
 but the label says which is which. C-RLFT uses the class twice. Its condition goes into the prompt,
 so that the model learns one policy per class, pi(y|x,c). Its coarse reward r_c, 1 for the expert
 and less for others (Eq. 3), becomes the weight exp(r_c / beta) of every token of an answer (Eq. 6);
-or a table names the weights themselves. C-RLFT does nothing else to the data. Six functions lead from a file to what the model takes:
+or a table names the weights themselves. C-RLFT does nothing else to the data.
+
+Six functions lead from a file to what the model takes:
 
     read(file)                    -> Conversations     one of three formats, recognized by content
     Classes(table).assign(..)     -> Conversation      with its class's condition and weights
@@ -339,8 +341,11 @@ def weight_of_reward(reward: float, beta: float) -> float:
 
     So exp(r_c / beta) is a weight of log pi. Strictly, the Z of a class is exp(r_c / beta), too,
     and would cancel it. Eq. 6 leaves Z out, and that is what weighs the classes against each other
-    (docs/method.md). This function divides it by exp(1 / beta). That is the same number for all classes, and the division of the
-    loss by the sum of weights cancels it. The smaller beta, the further the weights are apart.
+    (docs/method.md).
+
+    This function divides the weight by exp(1 / beta). That is the same number for all classes, and
+    the division of the loss by the sum of weights cancels it. The smaller beta, the further the
+    weights are apart.
     """
     return math.exp(min((reward - 1) / beta, MAX_EXPONENT))
 
