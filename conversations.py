@@ -187,7 +187,8 @@ def turns_of(row: Any) -> list:
         )
     turns = first_of(row, TURN_KEYS)
     if not isinstance(turns, list) or not turns:
-        raise ValueError("no messages in `conversations`, `items` or `messages`; fill or remove it")
+        *first, last = [f"`{key}`" for key in TURN_KEYS]
+        raise ValueError(f"no messages in {', '.join(first)} or {last}; fill or remove it")
     return turns
 
 

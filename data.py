@@ -261,8 +261,9 @@ def metadata(
     """What train.py and the export must know of a prepared file beside its arrays."""
     shown = []
     for class_ in classes:
-        # with the template `none` no prompt says the condition, so sampling has none to say
-        if config.template == "none":
+        # with a template without it no prompt says the condition, so sampling has none to say
+        template = TEMPLATES[config.template]
+        if "{c}" not in f"{template.user}{template.assistant}{template.opening}":
             class_ = dataclasses.replace(class_, condition="")
         shown.append(dataclasses.asdict(class_))
 

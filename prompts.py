@@ -58,6 +58,7 @@ BASELINES = {
 
 # every name that --template takes; openchat: v3.2 with the expert's prompt; base: the text alone
 PROMPTS = (*TEMPLATES, *BASELINES, "openchat", "base")
+assert len(set(PROMPTS)) == len(PROMPTS), "a template of ours has the name of another model's"
 
 
 def tokenize_prompt(

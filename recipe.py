@@ -193,8 +193,10 @@ def epoch_steps(
     steps = []
     for step in planned:
         steps.append([conversations[micro] for micro in step])
-    # the promise of an epoch: each conversation once
+    # the promises of an epoch: each conversation once, and no micro-batch too full
     assert np.array_equal(np.sort(flat(steps)), conversations)
+    fullest = max(data.lengths[micro].sum() for step in steps for micro in step)
+    assert fullest <= config.micro_tokens
     return steps
 
 

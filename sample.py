@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from conversations import Message, parse, read_rows
+from conversations import TURN_KEYS, Message, first_of, parse, read_rows
 from model import KVCache
 from packing import pack
 from prompts import BASELINES, PROMPTS, tokenize_prompt
@@ -379,7 +379,8 @@ def read_prompts(path: str, system: str | None) -> tuple[list[dict], list[tuple]
     for where, row in read_rows(path):
         # {"prompt": ..} is short for a conversation of one message
         conversation = row
-        if isinstance(row, dict) and "messages" not in row and isinstance(row.get("prompt"), str):
+        is_prompt = isinstance(row, dict) and isinstance(row.get("prompt"), str)
+        if is_prompt and first_of(row, TURN_KEYS) is None:
             conversation = {"messages": [{"role": "user", "content": row["prompt"]}]}
         conversation = parse(conversation, where)
         if conversation.messages[-1].role != "user":

@@ -192,6 +192,7 @@ class Tally:
             "accuracy": correct_T[batch.rows_R],
             "count": torch.ones_like(batch.class_R),
         }
+        assert values_of_rows.keys() == {*self.PER_CLASS, "count"}, "a name, and a line here"
         for name, value_R in values_of_rows.items():
             self.sums[name].index_add_(0, batch.class_R, value_R.double())
         self.sums["loss_sum"] += loss_sum.detach()
@@ -718,10 +719,8 @@ def settings_of(setup: Setup, optimizer: torch.optim.Optimizer) -> dict:
     settings["data_sha256"] = on_first_rank(lambda: file_sha256(config.data))
     settings["model_sha256"] = on_first_rank(lambda: base_sha256(config.model))
 
-    # Each rank has planned for itself. The first epoch stands for all: the others are planned by
-    # the same code, from the same data and seed.
-    first_epoch = setup.steps[: setup.epoch_ends[0]]
-    settings["plan_sha256"] = steps_sha256(first_epoch)
+    # Each rank has planned for itself, all steps of the run.
+    settings["plan_sha256"] = steps_sha256(setup.steps)
     check_ranks_plan_alike(settings["plan_sha256"])
     settings["optimizer"] = type(optimizer).__name__
     return settings

@@ -321,9 +321,12 @@ class Checkpoints:
         unknown = [key for key in self.identity if key not in theirs]
         for key in self.identity | theirs:
             if key not in unknown and theirs.get(key) != self.identity.get(key):
+                # no flag sets these: other code does
+                code = key in ("plan_sha256", "optimizer")
+                remedy = "go back to the code that wrote it" if code else "use its value"
                 raise ValueError(
                     f"{path} is of a run with {key} {theirs.get(key)!r}, this one has "
-                    f"{self.identity.get(key)!r}; use its value, or another --out"
+                    f"{self.identity.get(key)!r}; {remedy}, or another --out"
                 )
         if unknown and rank() == 0:
             print(

@@ -573,6 +573,7 @@ def checks_of(kernel: str) -> list[Callable]:
         ]
     if kernel == "cross_entropy":
         return cross_entropy_checks(checks, f32, bf16)
+    assert kernel == "rotary_attention", f"no checks for {kernel}"
     return rotary_attention_checks(checks, f32, bf16)
 
 

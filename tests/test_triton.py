@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import cross_entropy, rms_norm, rotary_attention, swiglu
+from kernels.cases import cases
 
 MODULES = {
     "rms_norm": rms_norm,
@@ -31,6 +32,7 @@ MODULES = {
     "rotary_attention": rotary_attention,
     "cross_entropy": cross_entropy,
 }
+assert set(MODULES) == set(cases()), "a kernel with cases and without tests, or without cases"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import strict
@@ -539,6 +541,7 @@ def small_inputs(name, device):
             (rotary_attention.rotary_attention_op, (*inputs, *tables)),
             (rotary_attention.rotary_attention_bwd_op, (q, k, v, *tables, q, value(4, T), q)),
         ]
+    assert name == "cross_entropy", f"no inputs of {name}"
     labels = torch.tensor([1, 2, 3], device=device)
     weights = torch.tensor([1.0, 0, 0.1], device=device)
     rows = torch.tensor([0, 2], device=device)
@@ -745,7 +748,7 @@ def test_bench_runs_every_case_on_a_cpu():
     out, _ = call("-m", "kernels.bench", "--check")
     lines = out.splitlines()
     assert {line.split()[0] for line in lines} == set(MODULES), out
-    assert len(lines) == 17, out
+    assert len(lines) == sum(len(case.SHAPES) for case in cases().values()), out
     for line in lines:
         assert "ours" in line, out
         assert "WORSE" not in line, out
