@@ -140,7 +140,7 @@ def test_no_kernel_imports_another():
 def test_no_stray_names():
     """Nothing of a machine or a tool in the tree."""
     sources = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
-    pages = [ROOT / "README.md", ROOT / "paper" / "README.md"]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "paper" / "README.md"]
     for path in [*sources, *pages, *ROOT.glob("results/**/*.json")]:
         text = path.read_text()
         assert "/work/" not in text and text.isascii(), path
