@@ -345,8 +345,9 @@ def weight_of_reward(reward: float, beta: float) -> float:
     (docs/method.md).
 
     This function divides the weight by exp(1 / beta). That is the same number for all classes, and
-    the division of the loss by the sum of weights cancels it. The smaller beta, the further the
-    weights are apart.
+    the division of the loss by the sum of weights cancels it. (A weight that a message has of its
+    own is not divided: it is read beside the expert's 1.) The smaller beta, the further the weights
+    are apart.
     """
     return math.exp(min((reward - 1) / beta, MAX_EXPONENT))
 

@@ -5,7 +5,7 @@ cu_seqlens says where each conversation starts. The head ends in C-RLFT's loss (
 sum that train.py divides once, by the sum of the whole step's weights.
 
     config = dataclasses.replace(SIZES["small"], vocab_size=32001)
-    model = Model(config)     # without values: load_weights in support/hf.py fills all parameters
+    model = Model(config)     # its values mean nothing yet: load_weights in support/hf.py fills all
     losses = model(tokens_T, positions_T, cu_seqlens, labels_T, weights_T)
     losses.loss_sum / losses.weight_sum
 

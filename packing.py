@@ -227,7 +227,7 @@ def deal(problem: Problem, groups: int) -> np.ndarray:
             load = tokens
 
         # Equal sizes are shuffled: each epoch deals differently, though the largest come first.
-        # A weight sum may be 0, which has no logarithm: hence the 1e-9.
+        # The 1e-9 is for a caller whose conversation weighs 0: 0 has no logarithm.
         bucket = np.floor(np.log(np.maximum(size[members], 1e-9)) * BUCKETS)
         shuffle = rng.random(len(members))
         members = members[np.lexsort((shuffle, -bucket))]
@@ -698,7 +698,8 @@ class Batch:
     # int32 [N + 1]: where each conversation starts, and the end of the last. Tokens attend only
     # within their own conversation.
     cu_seqlens: torch.Tensor
-    # the longest conversation: not used by our attention, which lists its blocks on the device
+    # The longest conversation. Packed attention of other libraries asks for it; ours works out from
+    # cu_seqlens, on the GPU, what there is to compute.
     max_seqlen: int
     # int64: each t whose weight is not 0. Only these rows of the model's output go through the
     # vocabulary projection.

@@ -107,7 +107,8 @@ def train_step(
         if exact:
             optimizer.zero_grad()
 
-        # FSDP adds up the ranks' gradients in this call.
+        # FSDP adds up the ranks' gradients in this call: after every micro-batch, not once a step.
+        # Otherwise each rank would have to hold the gradient of the whole model.
         (loss_sum / weight_sum).backward()
         tally.add(batch, loss_sum, nll_T, correct_T)
 
@@ -157,7 +158,8 @@ def clip_gradients(gradients: list[Tensor], clip: float) -> float:
         dist.all_reduce(square)
     norm = square.sqrt()
 
-    # No `if norm > clip`, which would have to wait for the device: a factor of 1 changes nothing.
+    # No `if norm > clip`: a factor of 1 changes nothing, and so the scaling is queued before the
+    # step waits for the device, in `.item()`.
     scale = (clip / norm).clamp(max=1.0).float()
     for g in gradients:
         g.mul_(scale)
@@ -260,8 +262,9 @@ class ExactSums:
             reduced += 0.0
         else:
             reduced += before
-            # FSDP calls the hook on another CUDA stream than the one that owns the old total. Its
-            # memory must not be used for anything else before this stream has read it.
+            # FSDP allocates `reduced` on the CUDA stream of its reduce-scatter, but calls this hook
+            # on another stream. `before` is freed when it is replaced below. record_stream keeps
+            # its memory from being used again until this stream has read it.
             if before.is_cuda:
                 before.record_stream(torch.cuda.current_stream())
         self.totals[part] = reduced
@@ -690,9 +693,10 @@ def base_sha256(model: str) -> str | None:
     """
     if model in SIZES:
         return None
-    # A manifest holds the hashes of all files, and these have just been checked.
+    # without a manifest this does nothing
     check_manifest(model)
     manifest = Path(model) / "manifest.json"
+    # The files are as the manifest says, so its own hash stands for theirs.
     if manifest.is_file():
         return file_sha256(manifest)
     files = []
@@ -779,6 +783,7 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
         # local_rows: each rank fills only its own shard.
         load_weights(built.model, initial, local_rows)
     log(opening_line(setup, built.model))
+    # now and after the loop: how much memory each rank takes, copies of --async_save among it
     log(memory_by_rank(setup.device, checkpoints))
 
     training_loop(setup, built, checkpoints, start, signals)
@@ -856,6 +861,7 @@ def training_loop(
             skip_or_stop(step, error, conversations.tolist(), config, metrics)
         else:
             seconds = time.perf_counter() - began
+            # a dict: metrics.write prints it, with the text behind it, and keeps it in metrics.jsonl
             measured = log_line(step, data, conversations, tally, norm, lr, seconds)
             memory_and_mfu = usage_text(device, measured, data.lengths[conversations], flops, world)
             metrics.write(measured, memory_and_mfu)
