@@ -840,7 +840,6 @@ def training_loop(
         micro_batches = setup.steps[step - 1]
         conversations = flat([micro_batches])
         is_last = step == setup.last
-
         lr = lr_at(step, setup.last, config)
         set_learning_rate(optimizer, lr)
 
@@ -861,7 +860,7 @@ def training_loop(
             skip_or_stop(step, error, conversations.tolist(), config, metrics)
         else:
             seconds = time.perf_counter() - began
-            # a dict: metrics.write prints it, with the text behind it, and keeps it in metrics.jsonl
+            # a dict: metrics.write prints it and keeps it
             measured = log_line(step, data, conversations, tally, norm, lr, seconds)
             memory_and_mfu = usage_text(device, measured, data.lengths[conversations], flops, world)
             metrics.write(measured, memory_and_mfu)
