@@ -24,7 +24,7 @@ DOCS = sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
 READABLE = ("README.md", "CONTRIBUTING.md", *DOCS)
 PAGES = {page: (ROOT / page).read_text() for page in (*READABLE, "paper/README.md")}
 
-STARTS = ("python ", ".venv/bin/python ", "torchrun ", "make", "pytest ")
+STARTS = ("python ", ".venv/bin/python ", "torchrun ", "make ", "pytest ")
 # not run here, and why
 ELSEWHERE = {
     "make demo": "test_train.py runs its commands in full (long)",
