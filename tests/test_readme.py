@@ -268,6 +268,13 @@ def test_tables_are_those_of_the_results():
             assert table() in shown[0], f"{page}: {table.__name__}; run python tests/pages.py"
 
 
+def test_the_promise_is_the_demos_report():
+    report = json.loads((ROOT / "results" / "demo.json").read_text())
+    for name in ("expert_prompt", "other_prompt"):
+        assert f"{report[name]:.0%}" in PAGES["README.md"]
+        assert f"{report[name]:.3f}" in PAGES["README.md"]
+
+
 def test_files_of_the_map_are_there():
     """README's and CONTRIBUTING's tables name files and folders that exist."""
     checked = 0
