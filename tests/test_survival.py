@@ -89,8 +89,8 @@ def test_five_faults_cost_nothing(toy, tmp_path, whole):
         fault("flipped_byte"),
         fault("after_rename", 2),
     ]
-    # torchrun's SIGTERM may reach the rank that is left before it has noticed that its peer is gone,
-    # and then no rank has a line to print. That race is lost now and then, not twice.
+    # torchrun's SIGTERM may reach the rank that is left before it has noticed that its peer is
+    # gone, and then no rank has a line to print. That race is lost now and then, not twice.
     for run in ("run", "again"):
         printed = job(tmp_path / run, plan, words(toy))
         assert outcome(tmp_path / run) == whole
