@@ -195,8 +195,8 @@ def epoch_steps(
         steps.append([conversations[micro] for micro in step])
     # the promises of an epoch: each conversation once, and no micro-batch too full
     assert np.array_equal(np.sort(flat(steps)), conversations)
-    fullest = max(data.lengths[micro].sum() for step in steps for micro in step)
-    assert fullest <= config.micro_tokens
+    for step in steps:
+        assert max(data.lengths[micro].sum() for micro in step) <= config.micro_tokens
     return steps
 
 

@@ -28,8 +28,8 @@ chunks are large: four here). Memory: one chunk of logits, 0.26 GB, its rows, an
 of M where V is no multiple of 64.
 
 Alignment: V is odd once a token is added (32,001), and then no row of logits, and no column of M,
-starts on a 16-byte border. On an H100 the matmul of the logits ran at 99 TFLOP/s with 32,001 and
-at 790 with 32,064, that of dh at 138 and 825, that of dM at 475 and 710 (results/gpu_check.json).
+starts on a 16-byte border. On an H100 the matmul of the logits ran at 101 TFLOP/s with 32,001 and
+at 787 with 32,064, that of dh at 148 and 823, that of dM at 153 and 721 (results/gpu_check.json).
 So on a GPU M is copied once a call into S rows, S the next multiple of 64, with zeros behind V:
 0.5 GB of traffic, 0.2 ms, for 69 ms saved. Logits beyond V are not read; their dz is 0.
 """
@@ -43,8 +43,8 @@ from kernels import check, on_device_of, on_gpu, tl, triton
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 # Rows of logits in elements: 64 of bf16 are a cache line.
 ALIGNMENT = 64
-# Logits that a program of the softmax reads at a time, and its warps: the fastest of nine on an
-# H100, 2026-11-27 (results/gpu_tune.json).
+# Logits that a program of the softmax reads at a time, and its warps: within 1% of the fastest that
+# was tried on an H100, 2026-11-27 (results/gpu_tune.json).
 BLOCK = 4096
 WARPS = 8
 

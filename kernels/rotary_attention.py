@@ -48,9 +48,10 @@ LOG2E = math.log2(math.e)
 HEAD_SIZES = 32, 64, 128
 
 # Tiles of (forward, dq, dk and dv): rows a program owns, rows it reads at a time, warps, stages of
-# the software pipeline. sm_90: the fastest of 10 each on one H100, 2026-11-27
-# (results/gpu_tune.json); the others from the ahead-of-time report (no spill, within shared
-# memory), not measured.
+# the software pipeline. sm_90: forward and dq from a sweep on one H100, 2026-11-27
+# (results/gpu_tune.json): best or within 1% at ShareGPT-like lengths. Its dk, dv row is not the
+# fastest: (64, 64, 4, 2) was 14% faster there, but spills. The other GPUs' rows are from the
+# ahead-of-time report (no spill, within shared memory), not measured.
 LAUNCH = {
     "sm_80": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
     "sm_90": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)),

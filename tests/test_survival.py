@@ -89,8 +89,9 @@ def test_five_faults_cost_nothing(toy, tmp_path, whole):
         fault("flipped_byte"),
         fault("after_rename", 2),
     ]
-    # torchrun's SIGTERM may reach the rank that is left before it has noticed that its peer is
-    # gone, and then no rank has a line to print. That race is lost now and then, not twice.
+    # Now and then one attempt of the five prints no line (at d331a37, too). We think that then
+    # torchrun's SIGTERM reaches the rank that is left before it has noticed that its peer is gone.
+    # So one job in which a line is missing is allowed, if the next has all five.
     for run in ("run", "again"):
         printed = job(tmp_path / run, plan, words(toy))
         assert outcome(tmp_path / run) == whole
