@@ -454,8 +454,10 @@ class Template:
 
     user: str
     assistant: str
-    # a text before the first turn, which ends in <|end_of_turn|> like a turn
+    # a text before the system text and all turns, which ends in <|end_of_turn|> like a turn
     opening: str | None = None
+    # whether the system text stands before the opening instead
+    system_first: bool = False
 
 
 # Where the condition can stand: Table 3. "none" is ours: the paper has runs without a condition,
@@ -467,6 +469,26 @@ TEMPLATES = {
     "none": Template("User:", "Assistant:"),
 }
 
+# What prepared files and exports were made with before FORMAT was 2. Nothing new is made with it.
+BEGINNING_1 = "beginning (format 1)"
+FORMER_TEMPLATES = {
+    BEGINNING_1: dataclasses.replace(TEMPLATES["beginning"], system_first=True),
+}
+# of the metadata of prepared files and exports; where they have no such number, it is 1
+FORMAT = 2
+
+
+def template_of(meta: dict) -> str:
+    """The name of the template that a prepared file or an export was made with, by its metadata."""
+    if meta["template"] == "beginning" and meta.get("format", 1) < 2:
+        return BEGINNING_1
+    return meta["template"]
+
+
+def template_named(name: str) -> Template:
+    """The template of this name, a former one too."""
+    return (TEMPLATES | FORMER_TEMPLATES)[name]
+
 
 def role_texts(template: str, condition: str | None) -> tuple[str, str, str | None]:
     """(user's prefix, assistant's prefix, opening or None) of a template for a condition.
@@ -474,7 +496,7 @@ def role_texts(template: str, condition: str | None) -> tuple[str, str, str | No
     Only "none", which does not use it, may have the condition None. For every other template
     `Classes.assign` comes first: it gives each conversation a condition.
     """
-    chosen = TEMPLATES[template]
+    chosen = template_named(template)
     # stripped: an empty condition leaves `User:`, not ` User:`
     user = chosen.user.format(c=condition).strip()
     assistant = chosen.assistant.format(c=condition).strip()
@@ -492,15 +514,18 @@ def encode(
 ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
     """(preamble, turns): the ids before the first turn, and (prefix ids, text ids) per message.
 
-        <s> [system EOT] [opening EOT]  prefix text EOT  prefix text EOT ..
+        <s> [opening EOT] [system EOT]  prefix text EOT  prefix text EOT ..
 
     EOT is <|end_of_turn|>, the one token that C-RLFT adds to a tokenizer (tokenizer.py). The ids of
     a text end in it. Each prefix and each text is tokenized by itself, as in the public trainer:
     `GPT4 User:` is the same ids whatever follows.
     """
     user, assistant, opening = role_texts(template, conversation.condition)
+    before_turns = [opening, conversation.system]
+    if template_named(template).system_first:
+        before_turns.reverse()
     preamble = [tokenizer.bos]
-    for text in (conversation.system, opening):
+    for text in before_turns:
         if text is not None:
             preamble += [*tokenizer.encode(text), tokenizer.eot]
 

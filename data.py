@@ -14,7 +14,7 @@ file holds the conversations one behind the other (N conversations, S tokens in 
     class_ids   int16 [N]
     group       int64 [N]      hash of the prompt; the validation split goes by it
     tokenizer   uint8          the bytes of tokenizer.model
-    and as metadata `crlft`, JSON: template, max_len, classes, expert, and the counts per class
+    and as metadata `crlft`, JSON: format, template, max_len, classes, expert, counts per class
 """
 
 import collections
@@ -36,6 +36,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from conversations import (
+    FORMAT,
     TEMPLATES,
     Class,
     Classes,
@@ -272,6 +273,7 @@ def metadata(
         counts[class_.name] = {key: int(ledger[key]) for key in LEDGER}
 
     return {
+        "format": FORMAT,
         "tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(),
         "template": config.template,
         "max_len": config.max_len,

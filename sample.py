@@ -28,7 +28,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from conversations import TURN_KEYS, Message, first_of, parse, read_rows
+from conversations import (
+    FORMER_TEMPLATES,
+    TURN_KEYS,
+    Message,
+    first_of,
+    parse,
+    read_rows,
+    template_of,
+)
 from model import KVCache
 from packing import pack
 from prompts import BASELINES, PROMPTS, tokenize_prompt
@@ -106,9 +114,9 @@ def read_training(folder: Path) -> dict | None:
 
 def choose_template(wanted: str | None, training: dict | None) -> str:
     """The template asked for; else the one trained with; else the paper's. ValueError: no such."""
-    trained_with = training["template"] if training else "before_speaker"
+    trained_with = template_of(training) if training else "before_speaker"
     template = wanted or trained_with
-    if template not in PROMPTS:
+    if template not in (*PROMPTS, *FORMER_TEMPLATES):
         raise ValueError(f"--template {template!r} is not one of {', '.join(PROMPTS)}")
     return template
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from conversations import role_texts
+from conversations import role_texts, template_named, template_of
 from model import Config, Model
 from support.files import file_sha256
 from support.hf import SafetensorsWeights, check_manifest, parameter_shapes
@@ -223,7 +223,7 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> Non
         "model_max_length": meta["max_len"],
         "added_tokens_decoder": added,
         "additional_special_tokens": [EOT],
-        "chat_template": chat_template(meta["template"], expert["condition"]),
+        "chat_template": chat_template(template_of(meta), expert["condition"]),
     }
     (folder / "tokenizer.model").write_bytes(tokenizer.bytes)
     write_json(folder / "tokenizer.json", of_library)
@@ -231,12 +231,13 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> Non
     write_json(folder / "crlft.json", meta)
 
 
-# What `encode` of conversations.py does, in Jinja. Each $name is a string literal; $opening a
-# statement, or nothing.
+# What `encode` of conversations.py does, in Jinja. Each $name is a string literal; each
+# $opening.. a statement, or nothing.
 JINJA = Template(
     "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + $eot }}{% endif %}"
     "$opening"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + $eot }}{% endif %}"
+    "$opening_after_system"
     "{% for m in messages %}"
     "{% if m['role'] == 'user' %}{{ $user + m['content'] + $eot }}"
     "{% elif m['role'] == 'assistant' %}{{ $assistant + m['content'] + $eot }}"
@@ -249,9 +250,12 @@ JINJA = Template(
 def chat_template(template: str, condition: str) -> str:
     """The Jinja form of `encode`, from the same table, for transformers and vLLM."""
     user, assistant, opening = role_texts(template, condition)
+    said = "{{ " + quoted(opening + EOT) + " }}" if opening else ""
+    system_first = template_named(template).system_first
     return JINJA.substitute(
         eot=quoted(EOT),
-        opening="{{ " + quoted(opening + EOT) + " }}" if opening else "",
+        opening="" if system_first else said,
+        opening_after_system=said if system_first else "",
         user=quoted(user + " "),
         assistant=quoted(assistant + " "),
         begun=quoted(assistant),

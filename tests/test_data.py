@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from conversations import (
+    BEGINNING_1,
+    FORMAT,
+    FORMER_TEMPLATES,
     TEMPLATES,
     Classes,
     Conversation,
@@ -24,6 +27,7 @@ from conversations import (
     parse_classes,
     read,
     role_texts,
+    template_of,
     tokenize,
 )
 from data import PrepareConfig, Prepared, prepare
@@ -84,6 +88,7 @@ def test_golden_prompts(llama_tokenizer):
     more = Message("assistant", "Hi"), user("How are you today?")
     assert prompt(hello, *more) == HELLO + HI + HOW
     assert prompt(hello, template="beginning") == BEGINNING
+    assert prompt(hello, template=BEGINNING_1) == BEGINNING
     assert prompt(hello, template="before_assistant") == BEFORE_ASSISTANT
     assert prompt(hello, template="none") == NONE
     assert prompt(hello, template="base") == [1, 15043]
@@ -102,6 +107,19 @@ def test_a_system_text_stands_first_without_a_role(llama_tokenizer):
     system = llama_tokenizer.encode("Be brief.")
     assert tokens.tolist() == [1, *system, 32000, *HELLO[1:], *HI]
     assert weights[: len(system) + 2].sum() == 0
+
+
+def test_beginning_says_the_condition_before_the_system_text(llama_tokenizer):
+    conversation = talk("Hello", "Hi", system="Be brief.")
+    system = [*llama_tokenizer.encode("Be brief."), 32000]
+    opening, turns = BEGINNING[1:8], BEGINNING[8:]
+    now, _ = tokenize(conversation, llama_tokenizer, "beginning")
+    assert now.tolist() == [1, *opening, *system, *turns, *HI]
+    # files and exports of before keep the order that they were made with
+    former, _ = tokenize(conversation, llama_tokenizer, template_of({"template": "beginning"}))
+    assert former.tolist() == [1, *system, *opening, *turns, *HI]
+    assert template_of({"template": "beginning", "format": 2}) == "beginning"
+    assert template_of({"template": "none"}) == "none"
 
 
 def test_special_tokens_in_text_stay_text(llama_tokenizer):
@@ -506,6 +524,7 @@ def hf_tokenizer(llama_tokenizer, tmp_path_factory):
 
         folder = tmp_path_factory.mktemp("tokenizer")
         meta = {
+            "format": FORMAT,
             "template": template,
             "max_len": 4096,
             "expert": "GPT4",
@@ -533,7 +552,7 @@ def is_plain(conversation):
     return True
 
 
-@pytest.mark.parametrize("template", sorted(TEMPLATES))
+@pytest.mark.parametrize("template", sorted(TEMPLATES | FORMER_TEMPLATES))
 def test_chat_template_gives_our_ids(llama_tokenizer, hf_tokenizer, assets, template):
     theirs = hf_tokenizer(template)
     plain = []
