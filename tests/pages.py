@@ -196,12 +196,12 @@ def plan_times() -> str:
 
 # what the ways of paper.cancel are called in the page
 DIVIDED_BY = {
-    "step": "the step's sum of weights (ours)",
+    "step": "the step's weights (ours)",
     "micro-batch, by tokens": (
-        "each micro-batch's sum of weights, then by tokens (LLaMA-Factory v1)"
+        "each micro-batch's sum of weights, and by tokens (LLaMA-Factory v1)"
     ),
-    "micro-batch": "each micro-batch's sum of weights, then the mean",
-    "conversation": "each conversation's tokens, then the step's sum of weights",
+    "micro-batch": "each micro-batch's weights, then the mean",
+    "conversation": "each conversation's tokens, then the step's weights",
     "tokens": "the step's tokens, without weights (SFT)",
 }
 
@@ -217,7 +217,7 @@ def cancel() -> str:
             cells.append(f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
             cells.append(f"{row['counts_as']:.2f}")
         rows.append(cells)
-    head = ["the weighted loss is divided by", "conversations of a micro-batch"]
+    head = ["the loss is divided by the sum of", "conversations of a micro-batch"]
     for name in by_corpus:
         head += [f"expert's share, {name}", "0.1 counts as"]
     return markdown(head, rows)
