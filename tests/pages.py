@@ -197,9 +197,7 @@ def plan_times() -> str:
 # what the ways of paper.cancel are called in the page
 DIVIDED_BY = {
     "step": "the step's weights (ours)",
-    "micro-batch, by tokens": (
-        "each micro-batch's sum of weights, and by tokens (LLaMA-Factory v1)"
-    ),
+    "micro-batch, by tokens": "each micro-batch's weights, then by tokens (LLaMA-Factory v1)",
     "micro-batch": "each micro-batch's weights, then the mean",
     "conversation": "each conversation's tokens, then the step's weights",
     "tokens": "the step's tokens, without weights (SFT)",
