@@ -294,6 +294,7 @@ def build(config: TrainConfig, model_config: Config, device: torch.device) -> Bu
     if dist.is_initialized():
         shard(model, config, device, exact)
     model.to_empty(device=device)
+    model.tie()
     return Built(model, make_optimizer(model.parameters(), config), exact)
 
 
@@ -707,6 +708,15 @@ def base_sha256(model: str) -> str | None:
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 
+def fields_of(model_config: Config) -> dict:
+    """The config's fields, without those that are None or False.
+
+    So a field that a base does not use changes nothing: older checkpoints still resume.
+    """
+    fields = dataclasses.asdict(model_config)
+    return {name: value for name, value in fields.items() if value not in (None, False)}
+
+
 def settings_of(setup: Setup, optimizer: torch.optim.Optimizer) -> dict:
     """All that decides the run's numbers. It is written to run.json, and all of it but
     RESUME_MAY_CHANGE must be the same where a run resumes from a checkpoint.
@@ -717,7 +727,7 @@ def settings_of(setup: Setup, optimizer: torch.optim.Optimizer) -> dict:
     config = setup.config
     settings = dataclasses.asdict(config)
     settings["steps"] = setup.last
-    settings["model_config"] = dataclasses.asdict(setup.model_config)
+    settings["model_config"] = fields_of(setup.model_config)
 
     # Rank 0 reads the large files, and sends the hashes to the others.
     settings["data_sha256"] = on_first_rank(lambda: file_sha256(config.data))

@@ -60,7 +60,7 @@ def train_flops(config: Config) -> TrainFlops:
     """The FLOPs of this model's matmuls and attention. All else is small beside them."""
     L, D = config.num_hidden_layers, config.hidden_size
     H, G = config.num_attention_heads, config.num_key_value_heads
-    E = config.head_dim
+    E = config.head_size
     U, V = config.intermediate_size, config.vocab_size
     # q and o are as wide as the query heads, k and v as the kv heads
     attention = 2 * D * H * E + 2 * D * G * E
@@ -91,8 +91,8 @@ def activation_width(config: Config, recompute: str) -> int:
     As on a GPU, where the kernels run. Their fp32 log-sum-exps are not counted.
     """
     D, U = config.hidden_size, config.intermediate_size
-    q_width = config.num_attention_heads * config.head_dim
-    kv_width = config.num_key_value_heads * config.head_dim
+    q_width = config.num_attention_heads * config.head_size
+    kv_width = config.num_key_value_heads * config.head_size
     if recompute == "all":
         # the block's input
         return D
@@ -142,9 +142,11 @@ def memory_parts(
         size_of[name] = math.prod(shape)
     whole = sum(size_of.values())
     block = sum(size for name, size in size_of.items() if name.startswith("model.layers.0."))
-    head = size_of["lm_head.weight"]
-    # FSDP takes what is in no block as one group: embedding, head, and the last norm.
-    root = 2 * head + model_config.hidden_size
+    head = size_of["model.embed_tokens.weight"]
+    # FSDP takes what is in no block as one group: embedding, head, and the last norm. A tied head
+    # is the embedding.
+    matrices = 1 if model_config.tie_word_embeddings else 2
+    root = matrices * head + model_config.hidden_size
     number = getattr(torch, config.dtype).itemsize
 
     # A process alone in fp32 runs without FSDP: nothing is gathered, and nothing reduced.

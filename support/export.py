@@ -173,16 +173,18 @@ def config_json(config: Config, dtype: torch.dtype, bos_id: int, eos_id: int) ->
     transformers 4 reads rope_theta and torch_dtype, 5 reads rope_parameters and dtype.
     """
     dtype_name = str(dtype).removeprefix("torch.")
+    rope = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3"} | dataclasses.asdict(config.rope_scaling)
     return dataclasses.asdict(config) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "head_dim": config.head_dim,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "head_dim": config.head_size,
+        "rope_scaling": rope if config.rope_scaling else None,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "torch_dtype": dtype_name,
         "dtype": dtype_name,
         "bos_token_id": bos_id,
