@@ -20,8 +20,8 @@ from tokenizer import EOT, Tokenizer
 class Baseline:
     """How another model of the paper's comparisons is spoken to.
 
-    `<s>`, `</s>` and `<|names|>` are those tokens, {text} and {system} are slots. A user's turn goes
-    up to where the assistant speaks.
+    `<s>`, `</s>` and `<|names|>` are those tokens, {text} and {system} are slots. A user's turn
+    goes up to where the assistant speaks.
     """
 
     user: str
@@ -167,12 +167,12 @@ def tokenize_baseline(
         slots = {"{text}": said, "{system}": system}
         for piece in re.split(r"(</?s>|<\|\w+\|>|\{system\}|\{text\})", turn):
             if piece in special or SPECIAL_TOKEN.fullmatch(piece):
-                ids += tokenizer.encode(text) if text else []
+                ids += tokenizer.encode(text)
                 ids.append(special[piece] if piece in special else tokenizer.id_of(piece))
                 text = ""
             else:
                 text += slots.get(piece, piece)
-    return ids + (tokenizer.encode(text) if text else [])
+    return ids + tokenizer.encode(text)
 
 
 def turn_of(style: Baseline, message: Message, with_system: bool) -> str:

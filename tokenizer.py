@@ -239,8 +239,9 @@ class ByteLevel:
         self.size = 1 + max(self.library.get_vocab().values())
 
     def encode(self, text: str, space: bool) -> list[int]:
-        """Ids of a text, after a space or not."""
-        text = " " + text if space else text
+        """Ids of a text, after a space or not. An empty text has none."""
+        if text and space:
+            text = " " + text
         return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], space: bool) -> str:

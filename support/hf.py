@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -201,9 +202,19 @@ class SafetensorsWeights:
     config is of the model to train. It may have more tokens than the files have rows: each added
     row of embed_tokens and lm_head is the mean of the file's rows, so `<|end_of_turn|>` starts as
     the average token. ValueError: what is missing, foreign or misshapen.
+
+    tokens: ids that the training needs, though the base may never have seen them, as Llama-3 has
+    its `<|eot_id|>`. A row of theirs that is nearly 0 becomes the mean of the first `ordinary`
+    rows. `untrained` has their ids.
     """
 
-    def __init__(self, folder: str | Path, config: Config):
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Config,
+        tokens: Sequence[int] = (),
+        ordinary: int | None = None,
+    ):
         folder = Path(folder)
         file_config = read_config(folder)
         self.shapes = parameter_shapes(config)
@@ -238,6 +249,12 @@ class SafetensorsWeights:
                     f"{folder}: {key} is stored as {dtype}; F32, F16 and BF16 are read"
                 )
 
+        self.ordinary = ordinary
+        self.untrained = []
+        if tokens:
+            name = "model.embed_tokens.weight"
+            self.untrained = untrained_rows(self.files[name].get_slice(name), tokens)
+
     def forget_tied_head(self, folder: Path) -> None:
         """A tied model's files may store the head, too. ValueError: as another matrix."""
         head = self.files.pop("lm_head.weight", None)
@@ -261,8 +278,15 @@ class SafetensorsWeights:
         # only embed_tokens and lm_head can be short of rows: the constructor has checked
         if stop > in_file:
             added = stop - max(start, in_file)
-            parts.append(mean_row(slice_).expand(added, -1))
-        return torch.cat(parts)
+            parts.append(mean_row(slice_, in_file).expand(added, -1))
+        rows = torch.cat(parts)
+
+        mine = [i for i in self.untrained if start <= i < stop]
+        if mine and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            mean_D = mean_row(slice_, self.ordinary or in_file)
+            for i in mine:
+                rows[i - start] = mean_D
+        return rows
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -289,16 +313,29 @@ def open_weights(folder: Path, name: str):
         raise ValueError(f"{folder / name}: {error}; fetch the file again") from None
 
 
-def mean_row(slice_) -> torch.Tensor:
-    """The mean of all rows of a stored matrix, fp32 [width], summed in fp64.
+# A row this much shorter than usual was never trained: so Llama-3's base has the tokens that only its
+# chat model uses.
+UNTRAINED = 1e-3
+
+
+def untrained_rows(slice_, tokens: Sequence[int]) -> list[int]:
+    """Those of the tokens whose rows of the stored embedding are nearly 0."""
+    stored = [i for i in tokens if i < slice_.get_shape()[0]]
+    # any few hundred rows tell how long a row is
+    usual = slice_[:512].float().norm(dim=1).median()
+    return [i for i in stored if slice_[i : i + 1].float().norm() < UNTRAINED * usual]
+
+
+def mean_row(slice_, rows: int) -> torch.Tensor:
+    """The mean of the first rows of a stored matrix, fp32 [width], summed in fp64.
 
     The sum is added up as the rows are read. Partial sums kept in a list would hold on to holes of
     the allocator: 100 MB of them for Llama-2.
     """
-    rows, width = slice_.get_shape()
+    _, width = slice_.get_shape()
     sum_D = torch.zeros(width, dtype=torch.float64)
     for start in range(0, rows, 512):
-        sum_D += slice_[start : start + 512].double().sum(0)
+        sum_D += slice_[start : min(start + 512, rows)].double().sum(0)
     return (sum_D / rows).float()
 
 
