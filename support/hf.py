@@ -313,7 +313,7 @@ def open_weights(folder: Path, name: str):
         raise ValueError(f"{folder / name}: {error}; fetch the file again") from None
 
 
-# A row this much shorter than usual was never trained: so Llama-3's base has the tokens that only its
+# A row this much shorter than usual was never trained. Llama-3's base has such tokens: only its
 # chat model uses.
 UNTRAINED = 1e-3
 
