@@ -11,11 +11,12 @@ The data is of mixed quality: few conversations of an expert, many of weaker sou
 but the label says which is which. C-RLFT uses the class twice. Its condition goes into the prompt,
 so that the model learns one policy per class, pi(y|x,c). Its coarse reward r_c, 1 for the expert
 and less for others (Eq. 3), becomes the weight exp(r_c / beta) of every token of an answer (Eq. 6);
-or a table names the weights themselves. C-RLFT does nothing else to the data.
+or a table names the weights themselves. C-RLFT does nothing else to the data. Where a file knows
+more, a weight or a reward of a single answer, that goes before its class's (`Classes.weighted`).
 
 Six functions lead from a file to what the model takes:
 
-    read(file)                    -> Conversations     one of three formats, recognized by content
+    read(file)                    -> Conversations     one of four formats, recognized by content
     Classes(table).assign(..)     -> Conversation      with its class's condition and weights
     tokenize(conversation, ..)    -> tokens, weights   one weight a token: that of predicting it
     cut_to_length(..)             -> parts, counts     tokenized, none longer than the context
@@ -29,24 +30,25 @@ training data always have the same form.
 
 import collections
 import dataclasses
+import functools
 import hashlib
-import io
 import itertools
-import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from support.rows import read_rows
 from tokenizer import EOT, Tokenizer
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says in one turn. weight None: `Classes.assign` gives the class's weight."""
+    """What one side says in one turn. weight None: `Classes.assign` gives it one."""
 
     role: str  # user or assistant
     text: str
@@ -55,16 +57,23 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What one row of a file says. `Classes.assign` fills in the class and all weights.
+    """What one row of a file says. `Classes.assign` fills in the class and all messages' weights.
 
     The system text stands before the first message. `where` is for error messages: the file and
     the line, or the file and the number of the conversation in its array.
+
+    `weight` and `reward` are the row's, for the answers that have no weight of their own; at most
+    one of the two is there. `unread` has (name, value) of each field that looks like a label, a
+    weight or a reward, but decides nothing.
     """
 
     messages: tuple[Message, ...]
     label: str = ""
     system: str | None = None
     condition: str | None = None
+    weight: float | None = None
+    reward: float | None = None
+    unread: tuple[tuple[str, Any], ...] = ()
     class_id: int | None = None
     where: str = "?"
 
@@ -77,71 +86,52 @@ class Conversation:
 #     ShareGPT    conversations or items    from    value
 #     OpenAI      messages                  role    content
 #     OpenChat    items                     role    content
+#     Alpaca      none: one question (instruction, input) and its answer (output)
 #
 # If a row has several keys of the same kind, the first in the tuple below counts. So a row may mix
 # the formats.
 TURN_KEYS = ("conversations", "items", "messages")
 ROLE_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value")
+WEIGHT_KEYS = ("weight", "loss_weight")
 ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "developer": "system",
+}
+
+# Fields in which other people's files say who wrote an answer. Only the one that `Fields` names is
+# read: where it is missing and another is there, `Classes.assign` stops rather than guesses.
+LABEL_KEYS = ("model", "source", "generator", "origin", "dataset")
+# A field whose name has one of these words looks like a label, a weight or a reward. If it decides
+# nothing, the user is told.
+TELLING_WORDS = {
+    *LABEL_KEYS,
+    *("label", "weight", "loss", "train", "training"),
+    *("reward", "score", "rating", "quality"),
 }
 
 # up to here sums of weights stay far inside the range of fp32
 MAX_WEIGHT = 1e6
 
 
-def read(path: str | Path) -> list[Conversation]:
-    """All conversations of a .json array or a .jsonl file, in any mixture of the formats."""
-    return [parse(row, where) for where, row in read_rows(path)]
+@dataclass(frozen=True)
+class Fields:
+    """The names of the fields of a row that say its label, and its reward if that is wanted."""
+
+    label: str = "model"
+    reward: str | None = None
 
 
-def read_rows(path: str | Path) -> list[tuple[str, Any]]:
-    """[(where, JSON value)] of a .jsonl file or a .json array, whatever the file is called.
-
-    `where` is as in Conversation. ValueError: no such file, or not JSON.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-
-    # editors on Windows put a byte order mark before the text
-    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if content.lstrip().startswith(b"["):
-        return read_array(content, path)
-    return read_lines(content, path)
+def read(path: str | Path, fields: Fields = Fields()) -> list[Conversation]:
+    """All conversations of a file that `read_rows` can read, in any mixture of the formats."""
+    return [parse(row, where, fields) for where, row in read_rows(path)]
 
 
-def read_array(content: bytes, path: str | Path) -> list[tuple[str, Any]]:
-    """The rows of a .json array. ValueError: not JSON."""
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        # only JSON's own errors know a line; bytes that are not UTF-8 are a ValueError, too
-        line = getattr(error, "lineno", "?")
-        raise ValueError(f"{path}:{line}: not JSON ({error}); fix the file") from None
-    return [(f"{path}: conversation {i}", row) for i, row in enumerate(rows)]
-
-
-def read_lines(content: bytes, path: str | Path) -> list[tuple[str, Any]]:
-    """The rows of a .jsonl file; empty lines are passed over. ValueError: a line is not JSON."""
-    rows = []
-    # lines of bytes: str.splitlines also cuts at characters that JSON allows inside a text
-    for number, line in enumerate(io.BytesIO(content), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            rows.append((where, json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error}); fix or remove the line") from None
-    return rows
-
-
-def parse(row: Any, where: str) -> Conversation:
+def parse(row: Any, where: str, fields: Fields = Fields()) -> Conversation:
     """One JSON value -> Conversation, with a condition only where the row brings its own.
 
     ValueError names the line (`where`), the value and the remedy. A new format whose rows have
@@ -150,33 +140,37 @@ def parse(row: Any, where: str) -> Conversation:
     """
     try:
         turns = turns_of(row)
-        for key in ("system", "model", "condition"):
+        for key in ("system", "condition", fields.label):
             if row.get(key) is not None:
                 check_text(row[key], key)
+        # OpenChat writes the field always, with "" where there is no system text
+        system, messages = system_and_messages(turns, row.get("system") or None)
 
-        # The system text is a field of the row or its first message. OpenChat writes the field
-        # always, with "" where there is no system text. An empty system message is kept: someone
-        # wrote it.
-        system = row.get("system") or None
-        messages = []
-        for turn in turns:
-            message = message_of(turn)
-            if message.role != "system":
-                messages.append(message)
-                continue
-            if messages or system is not None:
-                raise ValueError(
-                    "a system message that does not stand first, or a second one; join or move it"
-                )
-            system = message.text
-        if not messages:
-            raise ValueError("only a system message; add turns or remove it")
+        # what the row says of all its answers counts where one of them has no weight of its own
+        weight, reward = None, None
+        if any(m.role == "assistant" and m.weight is None for m in messages):
+            weight, reward = weight_or_reward(row, fields)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
-    # all formats call the label `model`
-    label = row.get("model") or ""
-    return Conversation(tuple(messages), label, system, row.get("condition"), where=where)
+    condition = row.get("condition")
+    decides = set()
+    if not condition:
+        decides.add(fields.label)
+    if weight is not None:
+        decides.add("weight")
+    if reward is not None:
+        decides.add(fields.reward)
+    return Conversation(
+        messages,
+        label=row.get(fields.label) or "",
+        system=system,
+        condition=condition,
+        weight=weight,
+        reward=reward,
+        unread=unread_fields(row, turns, decides),
+        where=where,
+    )
 
 
 def turns_of(row: Any) -> list:
@@ -187,10 +181,57 @@ def turns_of(row: Any) -> list:
             f'a {kind} where a conversation object belongs; see README, "Your own data"'
         )
     turns = first_of(row, TURN_KEYS)
+    if turns is None and "instruction" in row:
+        return alpaca_turns(row)
     if not isinstance(turns, list) or not turns:
         *first, last = [f"`{key}`" for key in TURN_KEYS]
-        raise ValueError(f"no messages in {', '.join(first)} or {last}; fill or remove it")
+        raise ValueError(
+            f"no messages in {', '.join(first)} or {last}, and no `instruction`; fill or remove it"
+        )
     return turns
+
+
+def alpaca_turns(row: dict) -> list[dict]:
+    """The two turns of an Alpaca row, as OpenAI's format has them."""
+    for key in ("instruction", "output"):
+        check_text(row.get(key), key)
+    # LLaMA-Factory's earlier turns
+    if row.get("history"):
+        raise ValueError("`history` is not read; write the whole conversation as `messages`")
+    question = row["instruction"]
+    if row.get("input"):
+        check_text(row["input"], "input")
+        question = f"{question}\n\n{row['input']}"
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": row["output"]},
+    ]
+
+
+def system_and_messages(turns: list, system: str | None) -> tuple[str | None, tuple[Message, ...]]:
+    """(system text, messages) of turns; `system` is the row's own field, or None.
+
+    The system text is that field or the first turn. An empty system turn is kept: someone wrote it.
+    """
+    messages = []
+    for turn in turns:
+        message = message_of(turn)
+        if message.role != "system":
+            messages.append(message)
+            continue
+        if messages or system is not None:
+            raise ValueError(
+                "a system message that does not stand first, or a second one; join or move it"
+            )
+        if message.weight:
+            raise ValueError(
+                f"weight {message.weight} on a system message, which is never trained on; "
+                "remove it or write 0"
+            )
+        system = message.text
+    if not messages:
+        raise ValueError("only a system message; add turns or remove it")
+    return system, tuple(messages)
 
 
 def message_of(turn: Any) -> Message:
@@ -209,17 +250,84 @@ def message_of(turn: Any) -> Message:
     text = first_of(turn, TEXT_KEYS)
     if text is None:
         raise ValueError(f"the {role_name} message has no text (content or value); fix the line")
+    if isinstance(text, list):
+        # as vLLM and llama.cpp join them where a template takes a text
+        text = "\n".join(part_text(part, role_name) for part in text)
     check_text(text, f"the {role_name} message's text")
+    return Message(ROLES[role_name], text, own_weight(turn))
 
-    weight = turn.get("weight")
-    check_weight(weight, role_name)
-    return Message(ROLES[role_name], text, weight)
+
+def part_text(part: Any, role_name: str) -> str:
+    """The text of one of the parts that OpenAI's format may have instead of a text."""
+    kind = part.get("type") if isinstance(part, dict) else part
+    if kind != "text":
+        raise ValueError(
+            f"the {role_name} message has a part of type {kind!r}; only text can be trained on"
+        )
+    check_text(part.get("text"), f"a part of the {role_name} message")
+    return part["text"]
+
+
+def own_weight(turn: dict) -> float | None:
+    """The weight that a message brings, or None."""
+    weights = []
+    for key in WEIGHT_KEYS:
+        if turn.get(key) is not None:
+            check_weight(turn[key], f"message {key}")
+            weights.append(turn[key])
+    if len(set(weights)) > 1:
+        both = " and ".join(f"{key} {turn[key]}" for key in WEIGHT_KEYS)
+        raise ValueError(f"a message with {both}; keep one of them")
+    return weights[0] if weights else None
+
+
+def weight_or_reward(row: dict, fields: Fields) -> tuple[float | None, float | None]:
+    """(weight, reward) that a row has for all its answers: one of them, or neither."""
+    weight = row.get("weight")
+    if fields.reward is None:
+        if weight is not None:
+            check_weight(weight, "row weight")
+        return weight, None
+
+    reward = row.get(fields.reward)
+    if not is_number(reward) or not abs(reward) <= sys.float_info.max:
+        raise ValueError(
+            f"--reward {fields.reward}: {reward!r} is not a finite number; fix or remove the line"
+        )
+    if weight is not None and fields.reward != "weight":
+        raise ValueError(
+            f"a row with weight {weight!r} and {fields.reward} {reward!r}; keep one of them, "
+            "or leave out --reward"
+        )
+    return None, float(reward)
+
+
+def unread_fields(row: dict, turns: list, decides: set[str]) -> tuple[tuple[str, Any], ...]:
+    """(name, value) of the row's fields, then of its messages', that look like a label, a weight or
+    a reward, but are not among those that decide something. A message's name says that it is."""
+    unread = {}
+    for name, value in row.items():
+        if value is not None and name not in decides and is_telling(name):
+            unread[name] = value
+    for turn in turns:
+        for name, value in turn.items():
+            if value is not None and name not in WEIGHT_KEYS and is_telling(name):
+                unread[f"a message's {name}"] = value
+    return tuple(unread.items())
+
+
+@functools.cache
+def is_telling(name: str) -> bool:
+    """Whether the name of a field has one of TELLING_WORDS: "loss_scale", "scores"."""
+    words = re.split("[^a-z]+", name.lower())
+    return any(word in TELLING_WORDS or word.removesuffix("s") in TELLING_WORDS for word in words)
 
 
 def first_of(row: dict, keys: tuple[str, ...]) -> Any:
     """The value under the first of these keys that the row has; None if it has none of them."""
     for key in keys:
-        if key in row:
+        # parquet writes None where a row lacks a field that others have
+        if row.get(key) is not None:
             return row[key]
     return None
 
@@ -237,20 +345,17 @@ def check_text(value: Any, value_name: str) -> None:
         ) from None
 
 
-def check_weight(weight: Any, role_name: str) -> None:
-    """ValueError unless the weight is None, or a number that a message of this role may have."""
-    if weight is None:
-        return
+def check_weight(weight: Any, weight_name: str) -> None:
+    """ValueError, which calls the weight `weight_name`, unless it is a number that can be one."""
+    if not is_number(weight) or not 0 <= weight <= MAX_WEIGHT:
+        raise ValueError(
+            f"{weight_name} {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line"
+        )
+
+
+def is_number(value: Any) -> bool:
     # to Python, True is the number 1
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight <= MAX_WEIGHT:
-        raise ValueError(
-            f"message weight {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line"
-        )
-    if weight and ROLES[role_name] != "assistant":
-        raise ValueError(
-            f"weight {weight} on a {role_name} message; only assistant text is trained on"
-        )
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # ---- classes: label -> class -> condition and weight
@@ -266,8 +371,7 @@ class Class:
 
     The weight is the table's number itself; with --beta that number is the reward r_c, and the
     weight is made of it (`weight_of_reward`). The weight is None for a class that the table does
-    not have, but a row's own condition names: the answers of such a row must carry weights of
-    their own.
+    not have, but the rows name: their answers must have weights or rewards of their own.
     """
 
     name: str
@@ -283,8 +387,8 @@ def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class
 
     ValueError: the text is not such a table, a weight is out of range, or beta is not above 0.
     """
-    if beta is not None and not beta > 0:
-        raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 must be above 0")
+    if beta is not None and not 0 < beta < math.inf:
+        raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 must be above 0, and finite")
     if not text:
         return []
     entries = []
@@ -330,8 +434,8 @@ def parse_entry(entry: str, beta: float | None) -> tuple[str, str, float]:
     return glob.strip(), condition.strip(), weight
 
 
-def weight_of_reward(reward: float, beta: float) -> float:
-    """exp((r_c - 1) / beta), which is 1 for the expert's r_c = 1.
+def weight_of_reward(reward: float, beta: float, highest: float = 1.0) -> float:
+    """exp((r_c - 1) / beta), which is 1 for the expert's r_c = 1, the highest reward of Eq. 3.
 
     The paper gets from a reward to a weight in three steps. pi_c(y|x,c) is the policy by which
     class c wrote its answers, and pi* the policy that is looked for:
@@ -349,32 +453,43 @@ def weight_of_reward(reward: float, beta: float) -> float:
     the division of the loss by the sum of weights cancels it. (A weight that a message has of its
     own is not divided: it is read beside the expert's 1.) The smaller beta, the further the weights
     are apart.
+
+    The same holds where every answer has a reward r(x, y) of its own, which the paper leaves to
+    future work (`--reward`). `highest` is then the highest reward in the files.
     """
-    return math.exp(min((reward - 1) / beta, MAX_EXPONENT))
+    return math.exp(min((reward - highest) / beta, MAX_EXPONENT))
 
 
 class Classes:
     """The classes of a data set: first those of the table, then those that only the rows name.
 
-    A class's id is its index in the list `all`.
+    A class's id is its index in the list `all`. beta and highest_reward are for rows that have a
+    reward of their own. `decided_by` counts the answers whose weight comes from the message, the
+    row's reward, the row's weight or the class.
     """
 
-    def __init__(self, table: list[tuple[str, Class]] = ()):
+    def __init__(
+        self,
+        table: list[tuple[str, Class]] = (),
+        beta: float | None = None,
+        highest_reward: float = 1.0,
+    ):
         self.table = list(table)
         # each class once, in the table's order: several globs may lead to one class
         self.all = list(dict.fromkeys(class_ for _, class_ in table))
+        self.beta = beta
+        self.highest_reward = highest_reward
+        self.decided_by = collections.Counter()
 
     def assign(self, conversation: Conversation) -> Conversation:
         """The conversation with class, condition and every message's weight filled in.
 
-        If the row has a condition of its own, that decides the class, else the label does. If a
-        message has a weight of its own, it keeps it, else it gets its class's.
-        ValueError: the table has no class for the label, or an answer has no weight.
+        ValueError: no class for the row, or no weight for an answer.
         """
         class_ = self.class_of(conversation)
-        messages = []
-        for message in conversation.messages:
-            messages.append(self.weighted(message, class_, conversation.where))
+        messages = [
+            self.weighted(message, class_, conversation) for message in conversation.messages
+        ]
         return dataclasses.replace(
             conversation,
             messages=tuple(messages),
@@ -383,15 +498,17 @@ class Classes:
         )
 
     def class_of(self, conversation: Conversation) -> Class:
-        """The class of the row's own condition, else that of the first glob that fits the label."""
-        condition = conversation.condition
-        # In OpenChat's files "" means: this row has no condition. With a table the label then
-        # decides. Without a table "" is itself a condition, whose prompt is a bare `User:`.
-        if condition == "" and self.table:
-            condition = None
-        if condition is not None:
-            return self.class_with_condition(condition)
+        """The class of the row's own condition, else that of the first glob that fits the label.
 
+        Without a table a row without a label has the condition "", whose prompt is a bare `User:`.
+        """
+        # OpenChat writes the field always, with "" where the row has no condition
+        if conversation.condition:
+            return self.class_with_condition(conversation.condition)
+        if not self.table and not conversation.label:
+            return self.class_with_condition("")
+
+        self.check_label(conversation)
         for glob, class_ in self.table:
             if glob_match(glob, conversation.label):
                 return class_
@@ -399,6 +516,20 @@ class Classes:
             f"{conversation.where}: label {conversation.label!r} matches no class; "
             "add it (or *=..) to --classes"
         )
+
+    def check_label(self, conversation: Conversation) -> None:
+        """ValueError: the table asks for a label, and the row has it under another name."""
+        # `*` alone takes every row, whoever wrote it
+        if conversation.label or all(glob == "*" for glob, _ in self.table):
+            return
+        others = [(name, value) for name, value in conversation.unread if name in LABEL_KEYS]
+        if others:
+            shown = ", ".join(f"{name} {value!r}" for name, value in others)
+            first, _ = others[0]
+            raise ValueError(
+                f"{conversation.where}: no label, but {shown}; "
+                f"say which field is the label, such as --label {first}"
+            )
 
     def class_with_condition(self, condition: str) -> Class:
         """The first class with this condition; if there is none, it is added."""
@@ -417,17 +548,53 @@ class Classes:
         self.all.append(new)
         return new
 
-    def weighted(self, message: Message, class_: Class, where: str) -> Message:
-        """The message with a weight: 0 for the user's, else its own, else its class's."""
+    def weighted(self, message: Message, class_: Class, conversation: Conversation) -> Message:
+        """The message with a weight: its own, else the row's, else its class's; a user's message
+        has its own or 0."""
         if message.role == "user":
-            return dataclasses.replace(message, weight=0.0)
-        weight = class_.weight if message.weight is None else message.weight
+            return dataclasses.replace(message, weight=float(message.weight or 0))
+
+        if message.weight is not None:
+            decided_by = "message"
+            weight = message.weight
+        elif conversation.reward is not None:
+            decided_by = "reward"
+            weight = weight_of_reward(conversation.reward, self.beta, self.highest_reward)
+        elif conversation.weight is not None:
+            decided_by = "row"
+            weight = conversation.weight
+        else:
+            decided_by = "class"
+            weight = class_.weight
         if weight is None:
             raise ValueError(
-                f"{where}: an answer without weight in class {class_.name!r}; "
+                f"{conversation.where}: an answer without weight in class {class_.name!r}; "
                 "give one, or --classes"
             )
+        self.decided_by[decided_by] += 1
         return dataclasses.replace(message, weight=float(weight))
+
+    def expert(self, name: str | None = None) -> Class:
+        """The class whose condition sampling uses: the one of this name or condition; else the
+        table's of the highest number, the first on ties.
+
+        ValueError: there is no such class, or several and no table to say which.
+        """
+        names = ", ".join(class_.name for class_ in self.all)
+        if name:
+            for known in ("name", "condition"):
+                for class_ in self.all:
+                    if getattr(class_, known) == name:
+                        return class_
+            raise ValueError(f"--expert {name!r} is not one of the classes {names}")
+        if self.table:
+            return max((class_ for _, class_ in self.table), key=lambda class_: class_.weight)
+        if len(self.all) > 1:
+            raise ValueError(
+                f"classes {names}, and no --classes that says which is the expert's; "
+                "name it with --expert"
+            )
+        return self.all[0]
 
 
 def glob_match(glob: str, label: str) -> bool:
@@ -436,14 +603,6 @@ def glob_match(glob: str, label: str) -> bool:
     # set of characters.
     pattern = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
     return re.fullmatch(pattern, label, re.DOTALL) is not None
-
-
-def expert_of(classes: list[Class]) -> Class:
-    """The class of the highest weight, on ties the first. Sampling uses its condition.
-
-    Every class must have a weight: data.py fills in those that are None (`with_weights`).
-    """
-    return max(classes, key=lambda class_: class_.weight)
 
 
 # ---- templates: class -> what stands before each text
@@ -607,15 +766,17 @@ def tokenize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [T], weights fp32 [T]): a token's weight is the weight of predicting it.
 
-    Only what the assistant says is learned: its text and the EOT after it carry the message's
-    weight, everything else has 0.
+    A text and the EOT after it carry the message's weight, everything else has 0. So only what the
+    assistant says is learned, unless the file gives a user's message a weight.
     """
     preamble, turns = encode(conversation, tokenizer, template)
     tokens = list(preamble)
     weights = [0.0] * len(preamble)
     for message, (prefix_ids, text_ids) in zip(conversation.messages, turns):
-        weight = message.weight if message.role == "assistant" else 0.0
-        assert weight is not None, "Classes.assign gives every answer its weight"
+        weight = message.weight
+        if weight is None:
+            assert message.role == "user", "Classes.assign gives every answer its weight"
+            weight = 0.0
         tokens += prefix_ids + text_ids
         # the prefix is part of every prompt: the model never has to predict it
         weights += [0.0] * len(prefix_ids) + [weight] * len(text_ids)
@@ -688,9 +849,9 @@ def cut_to_length(
 
 
 def has_empty_answer(conversation: Conversation) -> bool:
-    """Whether an answer has no text, or only whitespace."""
-    answers = [m.text for m in conversation.messages if m.role == "assistant"]
-    return any(not text.strip() for text in answers)
+    """Whether an answer that would be trained on has no text, or only whitespace."""
+    answers = [m for m in conversation.messages if m.role == "assistant" and m.weight]
+    return any(not answer.text.strip() for answer in answers)
 
 
 def split_exchanges(

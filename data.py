@@ -41,8 +41,8 @@ from conversations import (
     Class,
     Classes,
     Conversation,
+    Fields,
     cut_to_length,
-    expert_of,
     parse_classes,
     prompt_hash,
     read,
@@ -69,6 +69,12 @@ class PrepareConfig:
     out: str = ""
     classes: str = ""
     beta: float | None = None
+    # the field of a row that says who wrote its answers; None is `model`
+    label: str | None = None
+    # the field with a reward of the row's own, if that is to decide its weight
+    reward: str | None = None
+    # the class whose prompt is used for sampling, where the table's highest number does not say it
+    expert: str | None = None
     template: str = "before_speaker"
     max_len: int = 4096
     # what becomes of a conversation above max_len: one of TOO_LONG
@@ -84,6 +90,8 @@ class ShowConfig:
     tokenizer: str = ""
     classes: str = "*=GPT4:1.0"
     beta: float | None = None
+    label: str | None = None
+    reward: str | None = None
     template: str = "before_speaker"
     max_len: int = 4096
     too_long: str = "truncate"
@@ -114,6 +122,12 @@ def check_conversation_flags(config: PrepareConfig | ShowConfig) -> None:
         raise ValueError(f"--too_long {config.too_long!r} is not one of {', '.join(TOO_LONG)}")
     if config.max_len < 2:
         raise ValueError(f"--max_len {config.max_len}: a conversation has at least 2 tokens")
+    if config.reward and config.beta is None:
+        raise ValueError(
+            f"--reward {config.reward} needs --beta: the weight is exp((r - the highest r) / beta)"
+        )
+    if config.beta is not None and not (config.reward or config.classes):
+        raise ValueError(f"--beta {config.beta} without --classes or --reward, so without a reward")
 
 
 # ---- prepare: conversation files -> a prepared file
@@ -148,11 +162,12 @@ def prepare(config: PrepareConfig) -> dict:
         raise ValueError(
             f"--out {config.out!r} does not end in .safetensors, as a prepared file does"
         )
+    check_no_input(config)
 
     # every line is read and checked before any work is done
     tokenizer = Tokenizer(config.tokenizer)
-    classes = Classes(parse_classes(config.classes, config.beta))
-    conversations = read_all(config.files, classes)
+    conversations, classes = read_all(config)
+    expert = expert_of(conversations, classes, config.expert)
 
     tokens, weights = [], []
     class_ids, groups = [], []
@@ -182,7 +197,14 @@ def prepare(config: PrepareConfig) -> dict:
     arrays["class_ids"] = np.array(class_ids, np.int16)
     arrays["group"] = np.array(groups, np.int64)
     arrays["tokenizer"] = np.frombuffer(tokenizer.bytes, np.uint8)
-    meta = metadata(config, tokenizer, with_weights(classes.all, conversations), ledgers)
+    if expert not in [classes.all[i] for i in set(class_ids)]:
+        raise ValueError(
+            f"every conversation of the expert's class {expert.name} is dropped (empty answers, "
+            "nothing with a weight, or too long); check weights, --max_len and --expert"
+        )
+    complete = with_weights(classes.all, conversations)
+    meta = metadata(config, tokenizer, complete, expert.name, ledgers)
+    meta |= account(conversations, classes)
     # the file appears when it is whole
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -191,12 +213,94 @@ def prepare(config: PrepareConfig) -> dict:
     return meta
 
 
-def read_all(files: Sequence[str], classes: Classes) -> list[Conversation]:
-    """The conversations of all files, each with its class and weights."""
+def check_no_input(config: PrepareConfig) -> None:
+    """ValueError: the prepared file would take the place of a file that it is made from."""
+    if not Path(config.out).exists():
+        return
+    for path in (*config.files, config.tokenizer):
+        # the same file under another name, too: a link, or another way to its folder
+        if Path(path).exists() and os.path.samefile(path, config.out):
+            raise ValueError(f"--out {config.out} is the input {path}; give another name")
+
+
+def read_all(config: PrepareConfig | ShowConfig) -> tuple[list[Conversation], Classes]:
+    """The conversations of all files, each with its class and weights; and the classes.
+
+    ValueError: also --label or --reward that reaches nothing.
+    """
+    table = parse_classes(config.classes, config.beta)
+    fields = Fields(config.label or "model", config.reward)
     conversations = []
-    for path in files:
-        conversations += [classes.assign(conversation) for conversation in read(path)]
-    return conversations
+    for path in config.files:
+        conversations += read(path, fields)
+
+    files = ", ".join(map(str, config.files))
+    if config.label and not any(conversation.label for conversation in conversations):
+        raise ValueError(f"--label {config.label}: no row of {files} has a text in that field")
+    rewards = [c.reward for c in conversations if c.reward is not None]
+    if config.reward and not rewards:
+        raise ValueError(
+            f"--reward {config.reward}: every answer of {files} has a weight of its own; "
+            "remove the weights, or leave out --reward"
+        )
+
+    # What is the same for all weights cancels, so the highest reward may stand for 1.
+    classes = Classes(table, config.beta, max(rewards, default=1.0))
+    assigned = [classes.assign(conversation) for conversation in conversations]
+    return assigned, classes
+
+
+# Labels that a message lists, the most frequent first.
+LABELS_SHOWN = 8
+
+
+def expert_of(conversations: list[Conversation], classes: Classes, name: str | None) -> Class:
+    """The expert's class. ValueError: it is not known, or no conversation is of it."""
+    if not conversations:
+        raise ValueError("the files hold no conversation; give others")
+    expert = classes.expert(name)
+    if any(classes.all[c.class_id] == expert for c in conversations):
+        return expert
+    labels = collections.Counter(conversation.label for conversation in conversations)
+    shown = [f"{label!r} ({n:,})" for label, n in labels.most_common(LABELS_SHOWN)]
+    if len(labels) > LABELS_SHOWN:
+        shown.append("..")
+    raise ValueError(
+        f"no conversation is of the expert's class {expert.name}; the labels are "
+        f"{', '.join(shown)}; check --classes, --label and --expert"
+    )
+
+
+def account(conversations: list[Conversation], classes: Classes) -> dict:
+    """How the answers came to their weights, and which fields were not asked; for the metadata."""
+    unread = collections.Counter()
+    rewards = []
+    weights = []
+    user_messages = 0
+    for conversation in conversations:
+        unread.update(name for name, _ in conversation.unread)
+        if conversation.reward is not None:
+            rewards.append(conversation.reward)
+        for message in conversation.messages:
+            if message.role == "assistant":
+                weights.append(message.weight)
+            elif message.weight:
+                user_messages += 1
+
+    found = {
+        "decided_by": dict(classes.decided_by),
+        "user_messages": user_messages,
+        "unread": dict(unread),
+    }
+    if rewards:
+        found["rewards"] = {
+            "lowest": min(rewards),
+            "highest": max(rewards),
+            "beta": classes.beta,
+            "answers": len(weights),
+            "sample_size": float(np.sum(weights) ** 2 / np.sum(np.square(weights))),
+        }
+    return found
 
 
 def cut_all(
@@ -235,11 +339,7 @@ def cut_chunk(
 
 
 def with_weights(classes: list[Class], conversations: list[Conversation]) -> list[Class]:
-    """The classes, none without a weight.
-
-    One that only rows with weights of their own name gets the highest of these: by it the expert
-    is found.
-    """
+    """The classes, none without a weight: one that only the rows name gets their highest."""
     highest = [0.0] * len(classes)
     for conversation in conversations:
         for message in conversation.messages:
@@ -257,6 +357,7 @@ def metadata(
     config: PrepareConfig,
     tokenizer: Tokenizer,
     classes: list[Class],
+    expert: str,
     ledgers: list[collections.Counter],
 ) -> dict:
     """What train.py and the export must know of a prepared file beside its arrays."""
@@ -278,7 +379,7 @@ def metadata(
         "template": config.template,
         "max_len": config.max_len,
         "classes": shown,
-        "expert": expert_of(classes).name,
+        "expert": expert,
         "counts": counts,
     }
 
@@ -319,7 +420,42 @@ def ledger_table(meta: dict) -> str:
     split = f"{total['split_conversations']:,} split"
     chosen = f"expert: {meta['expert']}, template: {meta['template']}"
     lines.append(f"{dropped} {why_dropped}, {truncated}, {split}; {chosen}")
-    return "\n".join(lines)
+    for class_ in meta["classes"]:
+        if not meta["counts"][class_["name"]]["conversations"]:
+            lines.append(f"warning: no conversation is of class {class_['name']}; check --classes")
+    return "\n".join(lines + account_lines(meta))
+
+
+# What decides an answer's weight, in words; in the order in which it is asked.
+DECIDED_BY = {
+    "message": "the message",
+    "reward": "the row's reward",
+    "row": "the row's weight",
+    "class": "the class",
+}
+
+
+def account_lines(meta: dict) -> list[str]:
+    """What `account` found, in words. Files that were prepared before it was kept say nothing."""
+    lines = []
+    decided = meta.get("decided_by", {})
+    if decided:
+        counts = [f"{decided[key]:,} by {DECIDED_BY[key]}" for key in DECIDED_BY if key in decided]
+        lines.append(f"weights of answers: {', '.join(counts)}")
+    if meta.get("user_messages"):
+        lines.append(f"messages of users with a weight of their own: {meta['user_messages']:,}")
+    if "rewards" in meta:
+        r = meta["rewards"]
+        lines.append(
+            f"rewards from {r['lowest']:g} to {r['highest']:g}, beta {r['beta']:g}: effective "
+            f"sample size (sum w)^2 / sum w^2: {r['sample_size']:,.1f} of {r['answers']:,} answers"
+        )
+    for name, rows in meta.get("unread", {}).items():
+        lines.append(
+            f"not used: {name}, in {rows:,} rows; if it says who wrote an answer or how much it "
+            "counts, see docs/data.md"
+        )
+    return lines
 
 
 # ---- a prepared file, opened
@@ -495,10 +631,12 @@ def shown_of_conversations(config: ShowConfig) -> Shown:
     if not config.tokenizer:
         raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
     tokenizer = Tokenizer(config.tokenizer)
-    classes = Classes(parse_classes(config.classes, config.beta))
+    conversations, classes = read_all(config)
+    for line in account_lines(account(conversations, classes)):
+        print(line)
 
     rows = []
-    for conversation in read_all(config.files, classes):
+    for conversation in conversations:
         parts, _ = cut_to_length(
             conversation, tokenizer, config.template, config.max_len, config.too_long
         )

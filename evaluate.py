@@ -4,8 +4,8 @@
     python evaluate.py agieval MODEL --data agieval/ --out agieval.jsonl
 
     # answers to a benchmark's questions, requests to a judge, its verdicts, the tables (Table 1)
-    python evaluate.py answers MODEL --bench mt --questions question.jsonl --out answers.jsonl
-    python evaluate.py judge answers.jsonl --mode single --questions question.jsonl \\
+    python evaluate.py answers MODEL --bench mt --questions question.jsonl --name openchat
+    python evaluate.py judge openchat.jsonl --mode single --questions question.jsonl \\
         --out requests.jsonl
     python evaluate.py judge batch_output.jsonl --requests requests.jsonl --out judgments.jsonl
     python evaluate.py report judgments.jsonl annotations.json ..

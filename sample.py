@@ -3,18 +3,23 @@
     python sample.py out/demo/hf                                             chat
     python sample.py out/demo/hf --prompt "reverse a c b d"
     python sample.py out/demo/hf --input prompts.jsonl --output answers.jsonl
-    python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT3     Fig. 5
+    python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT3
+    python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT4,GPT3     Fig. 5
 
 C-RLFT trains on an expert's answers and on mixed ones, each source under its own condition. At
 inference only the expert's is used (Sec. 3.2): that is the default here. --condition asks as
-another source would be asked; Fig. 5 shows how much worse the answers then are.
+another source would be asked; Fig. 5 shows how much worse the answers then are. Several conditions
+answer side by side, and every answer gets its mean log-probability under each of them.
 
 prompts.jsonl has a {"prompt": ..} or {"messages": [{"role", "content"}, ..]} per line;
-answers.jsonl has the same rows with "response" and "finish" ("stop" or "length").
+answers.jsonl has the same rows with "response" and "finish" ("stop" or "length"). With several
+conditions they have "responses" instead, a {"response", "finish", "logprob"} for each condition;
+"logprob" has a number for each condition.
 
 Shapes: B prompts, V vocab.
 """
 
+import copy
 import json
 import math
 import sys
@@ -34,7 +39,7 @@ from conversations import (
     Message,
     first_of,
     parse,
-    read_rows,
+    role_texts,
     template_of,
 )
 from model import KVCache
@@ -43,6 +48,7 @@ from prompts import BASELINES, PROMPTS, tokenize_prompt
 from support.cli import parse_args, run
 from support.files import read_json, written_whole
 from support.hf import load_model, read_config
+from support.rows import read_rows
 from tokenizer import Tokenizer
 
 
@@ -55,7 +61,7 @@ class SampleConfig:
     prompt: str | None = None
     input: str | None = None
     output: str | None = None
-    # default: the expert's, from crlft.json
+    # default: the expert's, from crlft.json. Several, with commas between: each answers
     condition: str | None = None
     # default: the one trained with; another model's, or `base`, the raw text: see prompts.py
     template: str | None = None
@@ -125,14 +131,52 @@ def choose_condition(wanted: str | None, training: dict | None) -> str:
     """What the prompt says of who answers. ValueError: a class that was not trained with."""
     if training is None:
         return wanted or "GPT4"
+    conditions = conditions_by_name(training)
+    if wanted and wanted not in conditions:
+        names = ", ".join(c["name"] for c in training["classes"])
+        raise ValueError(f"--condition {wanted!r} is none of the classes trained with: {names}")
+    return conditions[wanted or training["expert"]]
+
+
+def conditions_by_name(training: dict) -> dict[str, str]:
+    """{what --condition may say: the condition in the prompt} of the classes trained with."""
     # a class can be asked for by its condition or by its name; the name goes first
     classes = training["classes"]
     conditions = {c["condition"]: c["condition"] for c in classes}
-    conditions |= {c["name"]: c["condition"] for c in classes}
-    if wanted and wanted not in conditions:
-        names = ", ".join(c["name"] for c in classes)
-        raise ValueError(f"--condition {wanted!r} is none of the classes trained with: {names}")
-    return conditions[wanted or training["expert"]]
+    return conditions | {c["name"]: c["condition"] for c in classes}
+
+
+def split_conditions(wanted: str | None, training: dict | None) -> list[str | None]:
+    """The names in --condition's text, which may be several with commas between; [None] of None.
+
+    A class may have a comma in its own name: a text that is the name of a class is that one class.
+    """
+    if wanted is None or (training and wanted in conditions_by_name(training)):
+        return [wanted]
+    return [name.strip() for name in wanted.split(",")]
+
+
+def check_comparison(names: list[str], template: str, training: dict | None) -> None:
+    """ValueError: the prompts of these conditions cannot all be made, or are not all different."""
+    place = f"--condition {','.join(names)}"
+    if "" in names:
+        raise ValueError(f"{place}: there is no name at one side of a comma")
+    name_of = {}
+    for name in names:
+        condition = choose_condition(name, training)
+        if condition in name_of:
+            raise ValueError(
+                f"{place}: {name_of[condition]!r} and {name!r} are one condition; name it once"
+            )
+        name_of[condition] = name
+
+    # other models' templates and the raw text; and "none", which any condition leaves as it is
+    foreign = template in (*BASELINES, "openchat", "base")
+    if foreign or role_texts(template, "a") == role_texts(template, "b"):
+        raise ValueError(
+            f"{place}: template {template!r} has no place for a condition, so all prompts are the "
+            "same; leave out --condition or --template"
+        )
 
 
 def store_by_columns(model: torch.nn.Module) -> None:
@@ -196,6 +240,14 @@ class Speaker:
         self.generator = torch.Generator(device).manual_seed(seed)
         # how many prompts have lost their beginning
         self.cut = 0
+
+    def under(self, condition: str, seed: int) -> "Speaker":
+        """The same model, spoken to under another condition, with random numbers of its own."""
+        other = copy.copy(self)
+        other.condition = condition
+        other.generator = torch.Generator(self.generator.device).manual_seed(seed)
+        other.cut = 0
+        return other
 
     def ids(
         self,
@@ -284,11 +336,14 @@ class Speaker:
         answers = []
         for b in range(len(prompts)):
             ids = [step[b] for step in steps if step[b] is not None]
-            if ids[-1] in self.stops:
-                answers.append(Answer(ids[:-1], "stop"))
-            else:
-                answers.append(Answer(ids, "length"))
+            answers.append(self.ended(ids))
         return answers
+
+    def ended(self, ids: list[int]) -> Answer:
+        """The answer that these generated ids are."""
+        if ids[-1] in self.stops:
+            return Answer(ids[:-1], "stop")
+        return Answer(ids, "length")
 
     def answer_each(self, prompts: list[list[int]], config: SampleConfig) -> Iterator[tuple]:
         """Yield (index, Answer) for any number of prompts, batch by batch, with a progress bar."""
@@ -310,6 +365,51 @@ class Speaker:
         """The answers to any number of prompts, in their order."""
         answers = dict(self.answer_each(prompts, config))
         return [answers[i] for i in range(len(prompts))]
+
+    def mean_logprobs(
+        self, prompts: list[list[int]], answers: list[Answer], batch: int
+    ) -> list[float]:
+        """Of each answer, after its prompt: 1/n sum of log pi(y_i | x, c, y_1 .. y_i-1), in nats.
+
+        The n tokens are those of the answer and, if the model ended it ("stop"), the
+        `<|end_of_turn|>` that training has behind every answer (also where `</s>` ended it). So
+        this is minus the mean loss that training would have on the answer: at temperature 1 and
+        over the whole vocabulary, however the answer was drawn. The softmax is fp32. A pass
+        computes `batch` answers.
+        """
+        means = []
+        for start in range(0, len(prompts), batch):
+            end = start + batch
+            means += self.mean_logprobs_of_batch(prompts[start:end], answers[start:end])
+        return means
+
+    @torch.no_grad()
+    def mean_logprobs_of_batch(
+        self, prompts: list[list[int]], answers: list[Answer]
+    ) -> list[float]:
+        """mean_logprobs in one pass: prompts and answers are packed as conversations in training,
+        with weight 1 on the answers."""
+        rows = []
+        counts = []
+        for prompt, answer in zip(prompts, answers):
+            end = [self.tokenizer.eot] if answer.finish == "stop" else []
+            said = answer.ids + end
+            weights = np.repeat([0.0, 1.0], [len(prompt), len(said)])
+            rows.append((np.array(prompt + said), weights))
+            counts.append(len(said))
+
+        batch = pack(rows).to(self.model.lm_head.weight.device)
+        losses = self.model(
+            batch.tokens_T,
+            batch.positions_T,
+            batch.cu_seqlens,
+            batch.labels_T,
+            batch.weights_T,
+            rows_R=batch.rows_R,
+        )
+        # only the rows that predict an answer's tokens are left, one answer after another
+        nll_R = losses.nll_T[batch.rows_R]
+        return [-nll_n.mean().item() for nll_n in nll_R.split(counts)]
 
 
 def choose(
@@ -339,8 +439,8 @@ def choose(
 # ---- the terminal
 
 
-def say(speaker: Speaker, ids: list[int], config: SampleConfig) -> str:
-    """Stream one answer to the terminal; returns its text."""
+def say(speaker: Speaker, ids: list[int], config: SampleConfig) -> Answer:
+    """Stream one answer to the terminal, and return it."""
     answer = []
     shown = ""
     for (token,) in speaker.generate([ids], config):
@@ -354,7 +454,7 @@ def say(speaker: Speaker, ids: list[int], config: SampleConfig) -> str:
             shown = text
     text = speaker.text(answer)
     print(text[len(shown) :])
-    return text
+    return speaker.ended(answer)
 
 
 def chat(speaker: Speaker, config: SampleConfig) -> None:
@@ -374,7 +474,8 @@ def chat(speaker: Speaker, config: SampleConfig) -> None:
             return
         messages.append(Message("user", line))
         ids = speaker.ids(messages, config.system, config.truncate_left, config.max_new)
-        messages.append(Message("assistant", say(speaker, ids, config)))
+        answer = say(speaker, ids, config)
+        messages.append(Message("assistant", speaker.text(answer.ids)))
 
 
 # ---- files
@@ -406,24 +507,151 @@ def read_prompts(path: str, system: str | None) -> tuple[list[dict], list[tuple]
     return rows, prompts
 
 
-def answer_file(speaker: Speaker, config: SampleConfig) -> None:
-    """--input to --output: the same rows in the same order, with response and finish."""
-    # every prompt is checked before the first answer is made
-    rows, prompts = read_prompts(config.input, config.system)
+def ids_of_prompts(speaker: Speaker, prompts: list[tuple], config: SampleConfig) -> list[list[int]]:
+    """The ids of all prompts of --input. ValueError: one is too long; the message has its row."""
     ids = []
     for number, (messages, system) in enumerate(prompts, 1):
         try:
             ids.append(speaker.ids(messages, system, config.truncate_left, config.max_new))
         except ValueError as error:
             raise ValueError(f"{config.input}: row {number}: {error}") from None
+    return ids
+
+
+def response_of(speaker: Speaker, answer: Answer) -> dict:
+    """An answer as a row of --output has it."""
+    return {"response": speaker.text(answer.ids), "finish": answer.finish}
+
+
+def answer_file(speaker: Speaker, config: SampleConfig) -> None:
+    """--input to --output: the same rows in the same order, with response and finish."""
+    # every prompt is checked before the first answer is made
+    rows, prompts = read_prompts(config.input, config.system)
+    ids = ids_of_prompts(speaker, prompts, config)
 
     # Opened before the work: a folder that cannot be written costs no answers.
     with written_whole(config.output) as partial, open(partial, "w", encoding="utf-8") as file:
         answers = speaker.answer_all(ids, config)
         for row, answer in zip(rows, answers):
-            answered = row | {"response": speaker.text(answer.ids), "finish": answer.finish}
+            answered = row | response_of(speaker, answer)
             file.write(json.dumps(answered, ensure_ascii=False) + "\n")
     print(f"{len(rows)} answers in {config.output}", file=sys.stderr)
+
+
+# ---- side by side: several conditions of one model (Fig. 5)
+
+
+def compare_prompt(speakers: dict[str, Speaker], config: SampleConfig) -> None:
+    """--prompt under each condition, then a table: each answer's mean log-probability under each.
+
+    speakers: {the name in --condition: a speaker under that condition}.
+    """
+    question = [Message("user", config.prompt)]
+    ids = {}
+    for name, speaker in speakers.items():
+        ids[name] = speaker.ids(question, config.system, config.truncate_left, config.max_new)
+
+    logprobs = {}
+    for name, speaker in speakers.items():
+        print(f"under {name}:")
+        answer = say(speaker, ids[name], config)
+        print()
+        logprobs[name] = {}
+        for other in speakers:
+            (logprob,) = speaker.mean_logprobs([ids[other]], [answer], batch=1)
+            logprobs[name][other] = logprob
+    print_logprobs(logprobs)
+
+
+def print_logprobs(logprobs: dict[str, dict[str, float]]) -> None:
+    """The table of {answered under: {prompt: mean log-probability}}, a line for each answer."""
+    title = "mean log-probability of a token"
+    answers = {name: f"answer under {name}" for name in logprobs}
+    prompts = {name: f"{name} prompt" for name in logprobs}
+    left = max(map(len, [title, *answers.values()]))
+    right = max(map(len, prompts.values()))
+
+    head = "".join(f"  {prompt:>{right}} " for prompt in prompts.values())
+    print(f"{title:{left}}{head}".rstrip())
+    for name, row in logprobs.items():
+        likeliest = max(row, key=row.get)
+        line = f"{answers[name]:{left}}"
+        for other, logprob in row.items():
+            mark = "*" if other == likeliest else " "
+            line += f"  {logprob:{right}.3f}{mark}"
+        print(line.rstrip())
+    print("* the prompt under which the answer is likeliest")
+
+
+def compare_file(speakers: dict[str, Speaker], config: SampleConfig) -> None:
+    """--input to --output: the same rows in the same order, with responses."""
+    rows, prompts = read_prompts(config.input, config.system)
+    ids = {}
+    for name, speaker in speakers.items():
+        ids[name] = ids_of_prompts(speaker, prompts, config)
+
+    with written_whole(config.output) as partial, open(partial, "w", encoding="utf-8") as file:
+        responses = {name: responses_under(name, speakers, ids, config) for name in speakers}
+        for i, row in enumerate(rows):
+            of_row = {name: responses[name][i] for name in speakers}
+            answered = row | {"responses": of_row}
+            file.write(json.dumps(answered, ensure_ascii=False) + "\n")
+    print(f"{len(rows)} x {len(speakers)} answers in {config.output}", file=sys.stderr)
+
+
+def responses_under(
+    name: str,
+    speakers: dict[str, Speaker],
+    ids: dict[str, list[list[int]]],
+    config: SampleConfig,
+) -> list[dict]:
+    """The answers to all prompts under one condition, each with its mean log-probability under
+    every condition. ids: the prompts under every condition."""
+    speaker = speakers[name]
+    answers = speaker.answer_all(ids[name], config)
+    responses = []
+    for answer in answers:
+        responses.append(response_of(speaker, answer) | {"logprob": {}})
+    for other in speakers:
+        logprobs = speaker.mean_logprobs(ids[other], answers, config.batch)
+        for response, logprob in zip(responses, logprobs):
+            response["logprob"][other] = round(logprob, 4)
+    return responses
+
+
+def compare(names: list[str], config: SampleConfig) -> None:
+    """Answers under each of these conditions.
+
+    Each condition draws from random numbers of its own, with the same seed. So its answers are
+    those that --condition gives with it alone, in whichever order the names are.
+    """
+    if config.prompt is None and not config.input:
+        # after one turn the histories differ in more than the condition: nothing to compare
+        raise ValueError(
+            f"--condition {','.join(names)} answers a --prompt or an --input; "
+            "a chat goes on from one answer, so name one condition"
+        )
+    training = read_training(model_folder(config.folder[0]))
+    check_comparison(names, choose_template(config.template, training), training)
+
+    first = Speaker(config.folder[0], names[0], config.template, seed=config.seed)
+    speakers = {}
+    for name in names:
+        speakers[name] = first.under(choose_condition(name, training), config.seed)
+    if config.prompt is not None:
+        compare_prompt(speakers, config)
+    else:
+        compare_file(speakers, config)
+    # the prompt with the longest condition is cut wherever another is
+    report_cut(max(speaker.cut for speaker in speakers.values()))
+
+
+# ---- the command
+
+
+def report_cut(cut: int) -> None:
+    if cut:
+        print(f"{cut} prompts cut on the left", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:
@@ -438,6 +666,12 @@ def main(argv: list[str]) -> None:
         raise ValueError("--input and --output go together")
     check_sampling(config)
 
+    training = read_training(model_folder(config.folder[0]))
+    names = split_conditions(config.condition, training)
+    if len(names) > 1:
+        compare(names, config)
+        return
+
     speaker = Speaker(config.folder[0], config.condition, config.template, seed=config.seed)
     if config.prompt is not None:
         question = [Message("user", config.prompt)]
@@ -447,8 +681,7 @@ def main(argv: list[str]) -> None:
         answer_file(speaker, config)
     else:
         chat(speaker, config)
-    if speaker.cut:
-        print(f"{speaker.cut} prompts cut on the left", file=sys.stderr)
+    report_cut(speaker.cut)
 
 
 if __name__ == "__main__":

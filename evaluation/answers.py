@@ -52,6 +52,7 @@ class AnswersConfig:
     # alpaca, mt or vicuna
     bench: str = ""
     questions: str = ""
+    # default: NAME.jsonl, for alpaca NAME.json; FastChat takes a model's name from its file's
     out: str = ""
     # of the model in the file; default: its folder's
     name: str | None = None
@@ -66,9 +67,12 @@ class AnswersConfig:
 
 def answers(config: AnswersConfig) -> None:
     """Every question answered, and the answers written as the bench's judges read them."""
-    if config.bench not in ("alpaca", "mt", "vicuna") or not config.questions or not config.out:
-        raise ValueError("answers needs MODEL --bench alpaca|mt|vicuna --questions FILE --out FILE")
-    check_out(config.out, config.questions)
+    if config.bench not in ("alpaca", "mt", "vicuna") or not config.questions:
+        raise ValueError("answers needs MODEL --bench alpaca|mt|vicuna --questions FILE")
+    one_model(config)
+    name = config.name or name_of(config.model[0])
+    out = config.out or default_out(name, config.bench)
+    check_out(out, config.questions)
     rows, questions = read_questions(config.questions, config.bench)
     temperatures = temperatures_of(rows, config)
     sampling = {}
@@ -79,12 +83,13 @@ def answers(config: AnswersConfig) -> None:
     warn_of_training_data(config.model[0], questions)
     responses = converse(speaker, questions, temperatures, sampling)
 
-    name = config.name or name_of(config.model[0])
     if config.bench == "alpaca":
-        write_alpaca(config.out, name, rows, responses)
+        write_alpaca(out, name, rows, responses)
     else:
-        write_fastchat(config.out, name, rows, responses)
-    print(f"{len(rows)} answers of {name} in {config.out}; {speaker.cut} prompts cut on the left")
+        write_fastchat(out, name, rows, responses)
+    print(f"{len(rows)} answers of {name} in {out}; {speaker.cut} prompts cut on the left")
+    if config.bench != "alpaca" and Path(out).stem != name:
+        print(f"FastChat will call this model {Path(out).stem}, as its file is named")
 
 
 def name_of(folder: str | Path) -> str:
@@ -93,10 +98,24 @@ def name_of(folder: str | Path) -> str:
     return folder.parent.name if folder.name == "hf" else folder.name
 
 
-def load_speaker(config, seed: int = 0) -> Speaker:
-    """The one model of an `answers` or `agieval` command. ValueError when it is not one."""
+def default_out(name: str, bench: str) -> str:
+    """The file that is written without --out. ValueError when there is one: it may be another
+    benchmark's, and took hours."""
+    out = f"{name}.json" if bench == "alpaca" else f"{name}.jsonl"
+    if Path(out).exists():
+        raise ValueError(f"{out} is there already; give --out, the same or another name")
+    return out
+
+
+def one_model(config) -> None:
+    """ValueError when an `answers` or `agieval` command does not have one model."""
     if len(config.model) != 1:
         raise ValueError("give one model directory: python evaluate.py agieval|answers MODEL --..")
+
+
+def load_speaker(config, seed: int = 0) -> Speaker:
+    """The one model of an `answers` or `agieval` command. ValueError when it is not one."""
+    one_model(config)
     return Speaker(config.model[0], config.condition, config.template, seed=seed)
 
 

@@ -11,6 +11,10 @@ What you get, in two steps with your judge between them:
     requests -- OpenAI's batch interface, vllm run-batch, .. -->  batch_output.jsonl
     outputs  -- judge --requests requests.jsonl -->  judgments.jsonl, read by `report` and FastChat
 
+A judge whose name begins with `claude` is asked as FastChat asks claude, in lines that Anthropic's
+message batches take. What each request is about stands beside them, in requests.jsonl.ids.jsonl:
+keep the two together.
+
 Three official rules protect the verdict. A judge prefers the answer that it reads first, so a pair
 is played twice, in both orders. A judge is poor at arithmetic, so questions of math, reasoning and
 coding come with a reference answer. And a verdict is what stands in [[..]], or there is none.
@@ -19,10 +23,11 @@ A part of every large batch fails. A line that is broken, refused or missing cos
 is counted, and OUT.retry.jsonl asks it again.
 """
 
+import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +54,11 @@ TABLE_6 = JUDGE_TEXTS["conversation"]
 # categories that FastChat judges beside a reference answer
 NEED_REFERENCE = "math", "reasoning", "coding"
 
-# FastChat's limit for a verdict, its explanation included
+# FastChat's limits for a verdict, its explanation included
 MAX_VERDICT_TOKENS = 2048
+MAX_CLAUDE_TOKENS = 1024
+# FastChat ends claude's verdict where it begins to speak for the user
+CLAUDE_STOP = "\n\nHuman:"
 # of English, roughly; only for the estimate of what a batch costs
 CHARACTERS_PER_TOKEN = 4
 # FastChat's score where a judge gave none; `report` leaves these rows out
@@ -79,8 +87,7 @@ class JudgeConfig:
 
 
 class RequestId(NamedTuple):
-    """What a verdict is about. It travels as the request's custom_id, and comes back with the
-    verdict: nothing else ties the two together."""
+    """What a verdict is about."""
 
     mode: str
     judge: str
@@ -95,21 +102,16 @@ class RequestId(NamedTuple):
     baseline: str | None = None
     game: int | None = None
 
-    def text(self) -> str:
-        """As a JSON list: of 8 fields for a pair, of 6 else."""
-        return json.dumps(self if self.mode == "pair" else self[:6])
+    def custom_id(self) -> str:
+        """What goes out with the request and comes back with its verdict: nothing else ties the
+        two together. Anthropic takes 64 letters, digits, `_` and `-`, so it is a hash."""
+        digest = hashlib.sha256(json.dumps(self).encode()).hexdigest()
+        return f"{self.prompt}-{digest[:32]}"
 
 
-def parse_id(text: object) -> RequestId | None:
-    """The id in a custom_id, or None when it is not one of ours."""
-    try:
-        fields = json.loads(text)
-    except (ValueError, TypeError):
-        return None
-    if not isinstance(fields, list) or not fields:
-        return None
-    wanted = {"single": 6, "conversation": 6, "pair": 8}.get(str(fields[0]))
-    return RequestId(*fields) if len(fields) == wanted else None
+def ids_file(requests: str) -> str:
+    """The file that says what each custom_id of a request file is about."""
+    return f"{requests}.ids.jsonl"
 
 
 # ---- requests out
@@ -132,27 +134,14 @@ def write_requests(config: JudgeConfig) -> None:
     else:
         requests = question_requests(config)
 
+    is_claude = config.judge.startswith("claude")
     rows = []
+    ids = []
     characters = 0
     for request in requests:
-        messages = [{"role": "user", "content": request.user}]
-        if request.system is not None:
-            messages.insert(0, {"role": "system", "content": request.system})
-        characters += sum(len(message["content"]) for message in messages)
-        body = {
-            "model": config.judge,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": MAX_VERDICT_TOKENS,
-        }
-        rows.append(
-            {
-                "custom_id": request.id.text(),
-                "method": "POST",
-                "url": "/v1/chat/completions",
-                "body": body,
-            }
-        )
+        rows.append(claude_request(request) if is_claude else openai_request(request))
+        ids.append({"custom_id": request.id.custom_id()} | request.id._asdict())
+        characters += len(request.system or "") + len(request.user)
     if not rows:
         raise ValueError(f"{', '.join(config.files)}: nothing to judge")
     if len({row["custom_id"] for row in rows}) < len(rows):
@@ -160,13 +149,53 @@ def write_requests(config: JudgeConfig) -> None:
             "two of the files are the same, or of the same model; leave one out, "
             "or answer with another --name"
         )
+    write_lines(ids_file(config.out), ids)
     write_lines(config.out, rows)
+    most = MAX_CLAUDE_TOKENS if is_claude else MAX_VERDICT_TOKENS
     print(
         f"{len(rows)} requests in {config.out}, "
         f"about {characters // CHARACTERS_PER_TOKEN:,} tokens to read "
         f"({CHARACTERS_PER_TOKEN} characters each) "
-        f"and at most {MAX_VERDICT_TOKENS * len(rows):,} to write"
+        f"and at most {most * len(rows):,} to write"
     )
+
+
+def openai_request(request: Request) -> dict:
+    """A line for OpenAI's batch interface and for `vllm run-batch`."""
+    messages = [{"role": "user", "content": request.user}]
+    if request.system is not None:
+        messages.insert(0, {"role": "system", "content": request.system})
+    body = {
+        "model": request.id.judge,
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": MAX_VERDICT_TOKENS,
+    }
+    return {
+        "custom_id": request.id.custom_id(),
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": body,
+    }
+
+
+def claude_request(request: Request) -> dict:
+    """One of the `requests` of Anthropic's message batches, in FastChat's form for claude."""
+    system, user = request.system, request.user
+    # FastChat tells claude as the user how to compare two answers
+    if request.id.mode == "pair":
+        user = f"[Instruction]\n{system}\n\n{user}"
+        system = None
+    params = {
+        "model": request.id.judge,
+        "messages": [{"role": "user", "content": user}],
+        "temperature": 0,
+        "max_tokens": MAX_CLAUDE_TOKENS,
+        "stop_sequences": [CLAUDE_STOP],
+    }
+    if system is not None:
+        params["system"] = system
+    return {"custom_id": request.id.custom_id(), "params": params}
 
 
 def check_request_flags(config: JudgeConfig) -> None:
@@ -327,8 +356,9 @@ def read_verdicts(config: JudgeConfig) -> None:
             "and the outputs of all its batches: BATCH1.jsonl BATCH2.jsonl"
         )
     asked = read_requests(config.requests)
+    ids = read_ids(config.requests, asked)
     texts, faults = read_outputs(config.files, asked)
-    judgments, waiting = judgments_of(asked, texts)
+    judgments, waiting = judgments_of(asked, ids, texts)
     faults["unparsed"] = sum(unparsed_verdicts(judgment) for judgment in judgments)
     write_lines(config.out, judgments)
 
@@ -357,11 +387,32 @@ def read_requests(path: str) -> dict[str, dict]:
     """{custom_id: request row} of a file that write_requests wrote."""
     asked = {}
     for where, row in rows_of(path):
-        require(row, where, "custom_id", "body")
-        if parse_id(row["custom_id"]) is None:
+        require(row, where, "custom_id")
+        if "body" not in row and "params" not in row:
             raise ValueError(f"{where}: not a request that `judge --mode` wrote; give its file")
-        asked[row["custom_id"]] = row
+        asked[str(row["custom_id"])] = row
     return asked
+
+
+def read_ids(requests: str, asked: Iterable[str]) -> dict[str, RequestId]:
+    """{custom_id: what it is about}. ValueError: a request of which that is not known."""
+    path = ids_file(requests)
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{path}: no such file; `judge --mode` wrote it beside the requests, "
+            "keep the two together"
+        )
+    ids = {}
+    for where, row in rows_of(path):
+        require(row, where, "custom_id", *RequestId._fields)
+        ids[row["custom_id"]] = RequestId(*(row[field] for field in RequestId._fields))
+    for custom_id in asked:
+        if custom_id not in ids:
+            raise ValueError(
+                f"{requests}: {custom_id[:60]!r} is not a request of {path}; "
+                "write both again with `judge --mode`"
+            )
+    return ids
 
 
 def read_outputs(files: tuple, asked: dict[str, dict]) -> tuple[dict[str, str], dict[str, int]]:
@@ -398,6 +449,8 @@ def read_outputs(files: tuple, asked: dict[str, dict]) -> tuple[dict[str, str], 
 
 def verdict_text(row: dict) -> str | None:
     """The judge's text in a line of a batch's output, or None for a failed request."""
+    if "result" in row:
+        return claude_text(row)
     try:
         response = row["response"]
         content = response["body"]["choices"][0]["message"]["content"]
@@ -407,12 +460,26 @@ def verdict_text(row: dict) -> str | None:
     return content if not failed and isinstance(content, str) else None
 
 
-def judgments_of(asked: dict[str, dict], texts: dict[str, str]) -> tuple[list[dict], int]:
+def claude_text(row: dict) -> str | None:
+    """The same, in a line of the results of Anthropic's message batches."""
+    try:
+        result = row["result"]
+        content = result["message"]["content"][0]["text"]
+        failed = result["type"] != "succeeded"
+    except (KeyError, IndexError, TypeError):
+        return None
+    # without the blanks around it, as FastChat keeps it
+    return content.strip() if not failed and isinstance(content, str) else None
+
+
+def judgments_of(
+    asked: dict[str, dict], ids: dict[str, RequestId], texts: dict[str, str]
+) -> tuple[list[dict], int]:
     """(FastChat's judgment rows, how many games still lack the verdict in the other order)."""
     judgments = []
     waiting = 0
     for custom_id, text in texts.items():
-        request_id = parse_id(custom_id)
+        request_id = ids[custom_id]
         judgment = {
             "question_id": request_id.question,
             "turn": request_id.turn,
@@ -428,7 +495,7 @@ def judgments_of(asked: dict[str, dict], texts: dict[str, str]) -> tuple[list[di
             continue
 
         # a pair is judged when both games are, and its row is made where its first game is met
-        games = [request_id._replace(game=game).text() for game in (1, 2)]
+        games = [request_id._replace(game=game).custom_id() for game in (1, 2)]
         if not all(game in texts for game in games):
             waiting += 1
         elif request_id.game == 1:
@@ -444,7 +511,8 @@ def judgments_of(asked: dict[str, dict], texts: dict[str, str]) -> tuple[list[di
 
 def user_prompt(request: dict) -> str:
     """What the judge was asked; FastChat keeps it in the judgment."""
-    return request["body"]["messages"][-1]["content"]
+    sent = request["params"] if "params" in request else request["body"]
+    return sent["messages"][-1]["content"]
 
 
 def unparsed_verdicts(judgment: dict) -> int:

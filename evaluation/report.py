@@ -9,9 +9,10 @@ correlations of 0.73 to 0.91.
 What you get: these tables from any mixture of files, which are recognised by their fields:
 FastChat's judgments, AlpacaEval's annotations, conversation scores, and `agieval`'s responses.
 
-Two rules to know. A pair counts as won only when the judge says so in both orders; when the orders
-disagree it is a tie. Verdicts that could not be read are left out, as in the official tools, and
-counted below the tables: many of them mean that the judge, not the model, is at fault.
+Three rules to know, all of the official tools. A pair counts as won only when the judge says so in
+both orders; when the orders disagree it is a tie. An answer that was judged twice counts with both
+judgments, in every mean. Verdicts that could not be read are left out, and counted below the
+tables: many of them mean that the judge, not the model, is at fault.
 """
 
 import itertools
@@ -26,8 +27,10 @@ import numpy as np
 from evaluation.agieval import TASKS, agieval_table
 from evaluation.rows import require, rows_of, table_head, table_row
 
+# AlpacaEval's answers are compared with those of a reference model, each a column of its own
+ALPACA = "AlpacaEval against "
 # the columns of Table 1, whose average is over these three
-BENCHES = "AlpacaEval", "MT-bench", "Vicuna-bench"
+TABLE_1 = f"{ALPACA}text_davinci_003", "MT-bench", "Vicuna-bench"
 # of MT-bench's questions 81-90, 91-100, ..
 MT_CATEGORIES = (
     "writing",
@@ -71,17 +74,19 @@ def report(config: ReportConfig) -> None:
     found = read_judgments(judged_files)
     print_win_rates(found.judges, config.baseline)
     for judge, kinds in found.judges.items():
-        print_scores(judge, list(kinds.get("single", {}).values()))
+        print_scores(judge, rows_in(kinds.get("single", {})))
         print_conversation_scores(judge, kinds.get("conversation", {}))
     print_agreement(found.judges, config.png)
 
     if found.judges or found.unparsed:
         judgments = 0
+        items = 0
         for kinds in found.judges.values():
-            judgments += sum(len(rows) for rows in kinds.values())
+            for by_item in kinds.values():
+                items += len(by_item)
+                judgments += len(rows_in(by_item))
         print(
-            f"{judgments} judgments; left out: {found.unparsed} without a verdict, "
-            f"{found.doubled} doubled"
+            f"{judgments} judgments of {items} items; left out: {found.unparsed} without a verdict"
         )
 
 
@@ -114,7 +119,7 @@ class Judgment(NamedTuple):
     judge: str
     # pair, single, conversation or alpaca
     kind: str
-    # (models, question, turn): a later judgment of the same item takes the place of an earlier
+    # (models, question, turn)
     item: tuple
     row: dict
     # False: the judge's text held no verdict
@@ -125,11 +130,10 @@ class Judgment(NamedTuple):
 class Judgments:
     """All files together."""
 
-    # {judge: {kind: {item: row}}}
-    judges: dict[str, dict[str, dict[tuple, dict]]]
-    # rows left out: without a verdict, as in the official tools, or another of an item
+    # {judge: {kind: {item: its rows, more than one when it was judged again}}}
+    judges: dict[str, dict[str, dict[tuple, list[dict]]]]
+    # rows left out: without a verdict, as in the official tools
     unparsed: int = 0
-    doubled: int = 0
 
 
 def read_judgments(files: list[str]) -> Judgments:
@@ -142,10 +146,14 @@ def read_judgments(files: list[str]) -> Judgments:
                 found.unparsed += 1
                 continue
             kinds = found.judges.setdefault(judgment.judge, {})
-            rows = kinds.setdefault(judgment.kind, {})
-            found.doubled += judgment.item in rows
-            rows[judgment.item] = judgment.row
+            by_item = kinds.setdefault(judgment.kind, {})
+            by_item.setdefault(judgment.item, []).append(judgment.row)
     return found
+
+
+def rows_in(by_item: dict[tuple, list[dict]]) -> list[dict]:
+    """The rows of all items: FastChat and AlpacaEval average over rows, whatever they are of."""
+    return list(itertools.chain.from_iterable(by_item.values()))
 
 
 def parse_judgment(row: object, where: str) -> Judgment:
@@ -238,6 +246,8 @@ class WinRate(NamedTuple):
     won: int
     lost: int
     tied: int
+    # of the rate, NaN for a single game
+    standard_error: float
 
 
 def points_of_pair(row: dict) -> float:
@@ -253,9 +263,9 @@ def points_of_alpaca(row: dict) -> float:
 
 
 def win_rates(kinds: dict, baseline: str) -> dict[tuple[str, str], WinRate]:
-    """{(bench, model): win rate} of one judge; pairs without the baseline are not counted."""
+    """{(column, model): win rate} of one judge; pairs without the baseline are not counted."""
     points = {}
-    for row in kinds.get("pair", {}).values():
+    for row in rows_in(kinds.get("pair", {})):
         first, second = row["model_1"], row["model_2"]
         if first == second or baseline not in (first, second):
             continue
@@ -265,8 +275,9 @@ def win_rates(kinds: dict, baseline: str) -> dict[tuple[str, str], WinRate]:
         else:
             points.setdefault((bench, second), []).append(1 - points_of_pair(row))
     # AlpacaEval names its own reference: generator_1
-    for row in kinds.get("alpaca", {}).values():
-        points.setdefault(("AlpacaEval", row["generator_2"]), []).append(points_of_alpaca(row))
+    for row in rows_in(kinds.get("alpaca", {})):
+        column = f"{ALPACA}{row['generator_1']}"
+        points.setdefault((column, row["generator_2"]), []).append(points_of_alpaca(row))
 
     rates = {}
     for key, games in points.items():
@@ -274,36 +285,57 @@ def win_rates(kinds: dict, baseline: str) -> dict[tuple[str, str], WinRate]:
         won = sum(x > 0.5 for x in games)
         lost = sum(x < 0.5 for x in games)
         tied = len(games) - won - lost
-        rates[key] = WinRate(statistics.mean(games), won, lost, tied)
+        rates[key] = WinRate(statistics.mean(games), won, lost, tied, standard_error(games))
     return rates
+
+
+def standard_error(games: list[float]) -> float:
+    """Of the mean of these points, as AlpacaEval counts it: sample deviation / sqrt(n)."""
+    if len(games) < 2:
+        return math.nan
+    return statistics.stdev(games) / math.sqrt(len(games))
 
 
 def print_win_rates(judges: dict, baseline: str) -> None:
     """Table 1. Its columns have different judges, so a cell names its own."""
-    # {model: {bench: {judge: win rate}}}
+    # {model: {column: {judge: win rate}}}
     models = {}
     for judge, kinds in judges.items():
-        for (bench, model), rate in win_rates(kinds, baseline).items():
-            models.setdefault(model, {}).setdefault(bench, {})[judge] = rate
+        for (column, model), rate in win_rates(kinds, baseline).items():
+            models.setdefault(model, {}).setdefault(column, {})[judge] = rate
     if not models:
         return
-    print(table_head(["win rate (Table 1)", *BENCHES, "average"]))
-    for model, benches in sorted(models.items()):
+    columns = sorted({*TABLE_1, *itertools.chain.from_iterable(models.values())})
+    print(table_head(["win rate (Table 1)", *columns, "average"]))
+    for model, found in sorted(models.items()):
         cells = []
-        rates = []
-        for bench in BENCHES:
-            by_judge = benches.get(bench, {})
-            cells.append(" / ".join(win_cell(judge, x) for judge, x in by_judge.items()))
-            rates += [x.rate for x in by_judge.values()]
-        # several judges of one bench have no one average, and neither have two benches
-        one_each = all(len(benches.get(bench, {})) == 1 for bench in BENCHES)
-        average = f"{statistics.mean(rates):.1%}" if one_each else ""
-        print(table_row([model, *cells, average]))
+        for column in columns:
+            by_judge = found.get(column, {})
+            cells.append(" / ".join(win_cell(column, judge, x) for judge, x in by_judge.items()))
+        print(table_row([model, *cells, average_of(found)]))
 
 
-def win_cell(judge: str, x: WinRate) -> str:
-    """What one judge says of a model on one bench."""
-    return f"{x.rate:.1%} ({x.won} won, {x.lost} lost, {x.tied} tied; {judge})"
+def average_of(found: dict[str, dict[str, WinRate]]) -> str:
+    """Table 1's average of a model's {column: {judge: win rate}}; empty where it has none.
+
+    Several judges of one bench have no one average, neither have two benches, and one against
+    another reference would not be the paper's.
+    """
+    rates = []
+    for column in TABLE_1:
+        by_judge = found.get(column, {})
+        if len(by_judge) != 1:
+            return ""
+        rates += [x.rate for x in by_judge.values()]
+    return f"{statistics.mean(rates):.1%}"
+
+
+def win_cell(column: str, judge: str, x: WinRate) -> str:
+    """What one judge says of a model in one column; AlpacaEval's with its standard error."""
+    rate = f"{x.rate:.1%}"
+    if column.startswith(ALPACA):
+        rate += f" +- {100 * x.standard_error:.1f}"
+    return f"{rate} ({x.won} won, {x.lost} lost, {x.tied} tied; {judge})"
 
 
 # ---- Fig. 2 and 3: scores
@@ -335,14 +367,15 @@ def mean_score(rows: list[dict]) -> str:
     return f"{statistics.mean(row['score'] for row in rows):.2f}"
 
 
-def print_conversation_scores(judge: str, scores: dict[tuple, dict]) -> None:
+def print_conversation_scores(judge: str, scores: dict[tuple, list[dict]]) -> None:
     """Fig. 3: how the scores of each source's conversations are distributed."""
     if not scores:
         return
     # {source: {conversation: the scores of its turns}}
     sources = {}
-    for (source, conversation, _), row in scores.items():
-        sources.setdefault(source, {}).setdefault(conversation, []).append(row["score"])
+    for (source, conversation, _), rows in scores.items():
+        score = statistics.mean(row["score"] for row in rows)
+        sources.setdefault(source, {}).setdefault(conversation, []).append(score)
 
     title = f"conversation scores by {judge} (Fig. 3)"
     marks = range(1, 11)
@@ -378,18 +411,22 @@ def print_agreement(judges: dict, png: str) -> None:
 
 
 def numbers_of(kinds: dict) -> dict[tuple, float]:
-    """{(kind, item): number} of one judge: scores, and the points of pairs and preferences."""
+    """{(kind, item): number} of one judge: scores, and the points of pairs and preferences; the
+    mean where an item was judged more than once."""
     numbers = {}
-    for kind, rows in kinds.items():
-        for item, row in rows.items():
-            if kind == "pair":
-                number = points_of_pair(row)
-            elif kind == "alpaca":
-                number = points_of_alpaca(row)
-            else:
-                number = row["score"]
-            numbers[(kind, *item)] = number
+    for kind, by_item in kinds.items():
+        for item, rows in by_item.items():
+            numbers[(kind, *item)] = statistics.mean(number_of(kind, row) for row in rows)
     return numbers
+
+
+def number_of(kind: str, row: dict) -> float:
+    """What a judgment says, as a number."""
+    if kind == "pair":
+        return points_of_pair(row)
+    if kind == "alpaca":
+        return points_of_alpaca(row)
+    return row["score"]
 
 
 def pearson(x: list[float], y: list[float]) -> float:

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from conversations import read_rows
 from support.files import written_whole
+from support.rows import read_rows
 
 
 def rows_of(path: str | Path) -> list[tuple[str, object]]:
@@ -51,10 +51,14 @@ def check_out(out: str, *inputs: str) -> None:
 
 
 def write_lines(path: str | Path, rows: Iterable[dict]) -> None:
-    """One JSON object a line, whole or not at all."""
-    with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    """One JSON object a line, whole or not at all.
+
+    ASCII, as FastChat writes: some readers end a line at other characters than the newline, which
+    an answer may contain.
+    """
+    with written_whole(path) as partial, open(partial, "w", encoding="ascii") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def table_head(columns: list[str]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conversations import parse, prompt_hash, read_rows
+from conversations import parse, prompt_hash
 from data import Prepared
 from model import Model
 from paper.commands import cell, command, markdown, open_figure, save_figure
@@ -26,6 +26,7 @@ from paper.runs import BATCH_TOKENS, Job, prepared, train_on
 from sample import Speaker
 from support.cli import run
 from support.files import file_sha256
+from support.rows import read_rows
 
 SEEDS = 3
 NEEDS_ASSETS = True

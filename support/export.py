@@ -131,13 +131,22 @@ def write_weights(
             file = file_of[name]
             left_in[file] -= 1
             if left_in[file] == 0:
-                save_file(shard, Path(folder) / file, metadata={"format": "pt"})
+                save_shard(shard, Path(folder) / file)
                 shard = {}
         # or it would stay in memory while the next one is gathered
         del tensor
     if write:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         write_json(Path(folder) / "model.safetensors.index.json", index)
+
+
+def save_shard(shard: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file, with the mode that the umask gives to every other file."""
+    # safetensors makes a file that only its owner may read, also in the place of one that exists
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def weight_map(sizes: dict[str, int], shard_bytes: int) -> dict[str, str]:
@@ -161,9 +170,18 @@ def weight_map(sizes: dict[str, int], shard_bytes: int) -> dict[str, str]:
 
 
 def write_configs(folder: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """config.json and generation_config.json."""
-    write_json(folder / "config.json", config_json(config, dtype, tokenizer.bos, tokenizer.eos))
-    generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eot, tokenizer.eos]}
+    """config.json and generation_config.json.
+
+    The pad token is missing in config.json on purpose: transformers would make it the embedding's
+    padding_idx, whose row gets no gradient.
+    """
+    write_json(folder / "config.json", config_json(config, dtype, tokenizer.bos, tokenizer.eot))
+    # either id ends an answer, as in sample.py
+    generation = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": [tokenizer.eot, tokenizer.eos],
+        "pad_token_id": pad_id(tokenizer),
+    }
     write_json(folder / "generation_config.json", generation)
 
 
@@ -171,6 +189,7 @@ def config_json(config: Config, dtype: torch.dtype, bos_id: int, eos_id: int) ->
     """config.json as transformers 4 and 5 and vLLM read it.
 
     transformers 4 reads rope_theta and torch_dtype, 5 reads rope_parameters and dtype.
+    eos_id: of `<|end_of_turn|>`. llama.cpp and CTranslate2 stop at this one id and at no other.
     """
     dtype_name = str(dtype).removeprefix("torch.")
     rope = {"rope_type": "default"}
@@ -194,16 +213,20 @@ def config_json(config: Config, dtype: torch.dtype, bos_id: int, eos_id: int) ->
 
 # ---- tokenizer
 
+# Beside the chat template that engines take, one for trainers, which says what is trained on.
+TRAINING_TEMPLATE = "chat_template_training.jinja"
+
 
 def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> None:
-    """tokenizer.model, tokenizer.json, tokenizer_config.json and crlft.json.
+    """tokenizer.model, tokenizer.json, tokenizer_config.json, both chat templates and crlft.json.
 
-    meta: what a prepared file says of itself. The chat template is the expert's, so whoever
+    meta: what a prepared file says of itself. The chat templates are the expert's, so whoever
     chats without a wish of their own talks to the expert.
     """
     folder = Path(folder)
     (expert,) = [c for c in meta["classes"] if c["name"] == meta["expert"]]
     of_library = tokenizer_json(tokenizer)
+    template = template_of(meta)
     added = {}
     for token in of_library["added_tokens"]:
         token = dict(token)
@@ -211,11 +234,13 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> Non
 
     # The general class takes tokenizer.json as it stands. LlamaTokenizer of transformers 5 puts a
     # rule of its own in place of ours (a text that starts with a space loses one); legacy says to
-    # older readers that a space follows a special token.
+    # older readers that a space follows a special token. An answer ends in the end of turn, so that
+    # is the eos here; the base's </s> is one of the special tokens still.
     config = {
-        "bos_token": tokenizer.sp.id_to_piece(tokenizer.bos),
-        "eos_token": tokenizer.sp.id_to_piece(tokenizer.eos),
-        "unk_token": tokenizer.sp.id_to_piece(tokenizer.sp.unk_id()),
+        "bos_token": tokenizer.piece(tokenizer.bos),
+        "eos_token": EOT,
+        "unk_token": tokenizer.piece(tokenizer.sp.unk_id()),
+        "pad_token": tokenizer.piece(pad_id(tokenizer)),
         "tokenizer_class": "PreTrainedTokenizerFast",
         "legacy": True,
         "add_bos_token": True,
@@ -224,17 +249,29 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> Non
         "padding_side": "left",
         "model_max_length": meta["max_len"],
         "added_tokens_decoder": added,
-        "additional_special_tokens": [EOT],
-        "chat_template": chat_template(template_of(meta), expert["condition"]),
+        "additional_special_tokens": [tokenizer.piece(tokenizer.eos)],
+        "chat_template": chat_template(template, expert["condition"]),
     }
     (folder / "tokenizer.model").write_bytes(tokenizer.bytes)
     write_json(folder / "tokenizer.json", of_library)
     write_json(folder / "tokenizer_config.json", config)
+    marked = chat_template(template, expert["condition"], training=True)
+    (folder / TRAINING_TEMPLATE).write_text(marked, encoding="utf-8")
     write_json(folder / "crlft.json", meta)
 
 
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id that fills up a batch: that of `<unk>`, which every sentencepiece vocabulary has.
+
+    (Where there is none it would be the base's own pad, else its eos.) Trainers take all pad tokens
+    out of the loss, so it can be neither `<s>` nor the end of turn, which is learned.
+    """
+    return tokenizer.sp.unk_id()
+
+
 # What `encode` of conversations.py does, in Jinja. Each $name is a string literal; each
-# $opening.. a statement, or nothing.
+# $opening.. and $learned.. a statement, or nothing. An answer's first token holds the space before
+# its text, so what is learned begins with that space.
 JINJA = Template(
     "{{ bos_token }}"
     "$opening"
@@ -242,15 +279,20 @@ JINJA = Template(
     "$opening_after_system"
     "{% for m in messages %}"
     "{% if m['role'] == 'user' %}{{ $user + m['content'] + $eot }}"
-    "{% elif m['role'] == 'assistant' %}{{ $assistant + m['content'] + $eot }}"
+    "{% elif m['role'] == 'assistant' %}{{ $assistant }}"
+    "$learned{{ ' ' + m['content'] + $eot }}$learned_end"
     "{% elif not loop.first %}{{ raise_exception('a system message stands first') }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ $begun }}{% endif %}"
+    "{% if add_generation_prompt %}{{ $assistant }}{% endif %}"
 )
 
 
-def chat_template(template: str, condition: str) -> str:
-    """The Jinja form of `encode`, from the same table, for transformers and vLLM."""
+def chat_template(template: str, condition: str, training: bool = False) -> str:
+    """The Jinja form of `encode`, from the same table, for transformers and vLLM.
+
+    training: with tags around what has a weight in `tokenize`, an answer's text and its end of
+    turn. They are transformers' own: Jinja alone, which other engines use, knows no such tags.
+    """
     user, assistant, opening = role_texts(template, condition)
     said = "{{ " + quoted(opening + EOT) + " }}" if opening else ""
     system_first = template_named(template).system_first
@@ -259,8 +301,9 @@ def chat_template(template: str, condition: str) -> str:
         opening="" if system_first else said,
         opening_after_system=said if system_first else "",
         user=quoted(user + " "),
-        assistant=quoted(assistant + " "),
-        begun=quoted(assistant),
+        assistant=quoted(assistant),
+        learned="{% generation %}" if training else "",
+        learned_end="{% endgeneration %}" if training else "",
     )
 
 

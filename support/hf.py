@@ -313,8 +313,8 @@ def open_weights(folder: Path, name: str):
         raise ValueError(f"{folder / name}: {error}; fetch the file again") from None
 
 
-# A row this much shorter than usual was never trained. Llama-3's base has such tokens: only its
-# chat model uses.
+# A row this much shorter than usual was never trained, like those of Llama-3's base for the tokens
+# that only its chat model uses.
 UNTRAINED = 1e-3
 
 

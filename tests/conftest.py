@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,23 @@ def toy_run(toy):
     data = "--data", toy / "train.safetensors"
     call("train.py", *data, "--model", "toy", "--out", out, *settings)
     return out
+
+
+@pytest.fixture
+def train(capsys):
+    """A run in this process, without starting one: (data, out, flags) -> what it printed."""
+    # here: what a test does not need it need not import
+    from train import main
+
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.getsignal(number)
+
+    def run(data, out, *words):
+        capsys.readouterr()
+        main(["--data", str(data), "--out", str(out), *map(str, words)])
+        return "".join(capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -3,6 +3,7 @@ went wrong, win rates by counting."""
 
 import hashlib
 import json
+import re
 import statistics
 import time
 
@@ -288,6 +289,36 @@ def test_a_response_with_a_line_separator_can_be_resumed(toy_run, exam, monkeypa
     assert (exam / "out.jsonl").read_text().count("\n") == 24
 
 
+def test_a_response_without_a_letter_goes_on_to_the_end_of_the_context(toy_run, exam, monkeypatch):
+    """Without --max_new: two tokens hold no letter here, more do."""
+    real = Speaker.answer_each
+    asked = []
+
+    def answer_each(self, prompts, config):
+        asked.append((len(prompts), config.max_new, config.batch))
+        return real(self, prompts, config)
+
+    monkeypatch.setattr("evaluation.agieval.FIRST_TOKENS", 2)
+    monkeypatch.setattr(Speaker, "answer_each", answer_each)
+    monkeypatch.setattr(Speaker, "text", lambda self, ids: "so B" if len(ids) > 2 else "so")
+    speaker = Speaker(toy_run / "hf")
+    monkeypatch.setattr("evaluation.agieval.load_speaker", lambda config: speaker)
+    # this model never ends an answer
+    speaker.stops = ()
+    out = exam / "out.jsonl"
+    evaluate("agieval", toy_run / "hf", "--data", exam, "--out", out)
+    assert asked == [(24, 2, 16), (24, speaker.context, 4)]
+    for row in lines(out):
+        assert (row["letter"], row["max_new"]) == ("B", None)
+
+    # with it, no token more
+    asked.clear()
+    words = agieval_words(toy_run, exam, max_new=2)
+    evaluate(*words[:5], exam / "short.jsonl", *words[6:])
+    assert asked == [(24, 2, 16)]
+    assert {row["letter"] for row in lines(exam / "short.jsonl")} == {None}
+
+
 def test_prompts_that_leave_no_room_lose_their_beginning_and_are_counted(toy_run, exam, capsys):
     write(exam / "sat-en.jsonl", [exam_item("?", passage="long " * 300)])
     # counted from the file: the second run has nothing to ask
@@ -368,6 +399,27 @@ def test_alpaca_answers_and_the_warning_about_its_own_training_data(toy_run, toy
     assert name_of(toy_run / "hf") == toy_run.name
 
 
+def test_answers_are_named_as_fastchat_names_the_model(toy_run, tmp_path, monkeypatch, capsys):
+    """By the file: NAME.jsonl, where NAME is the run's; never over another benchmark's answers."""
+    monkeypatch.chdir(tmp_path)
+    questions = write(tmp_path / "question.jsonl", QUESTIONS[:1])
+    words = "answers", toy_run / "hf", "--questions", questions, "--max_new", 2, "--bench", "mt"
+    evaluate(*words)
+    (row,) = lines(tmp_path / f"{toy_run.name}.jsonl")
+    assert row["model_id"] == toy_run.name
+    assert "is there already" in refused(main, *words)
+    evaluate(*words, "--name", "mine")
+    assert lines(tmp_path / "mine.jsonl")[0]["model_id"] == "mine"
+    assert "FastChat" not in capsys.readouterr().out
+    evaluate(*words, "--out", "other.jsonl")
+    assert "FastChat will call this model other" in capsys.readouterr().out
+    alpaca = tmp_path / "alpaca.json"
+    alpaca.write_text(json.dumps([{"dataset": "koala", "instruction": "copy a"}]))
+    words = "answers", toy_run / "hf", "--questions", alpaca, "--max_new", 2, "--bench", "alpaca"
+    evaluate(*words)
+    assert json.loads((tmp_path / f"{toy_run.name}.json").read_text())
+
+
 def test_answers_names_what_is_wrong(toy_run, tmp_path):
     questions = tmp_path / "alpaca.json"
     questions.write_text(json.dumps([{"dataset": "koala", "instruction": "never seen"}]))
@@ -398,10 +450,10 @@ PROMPT_HASHES = {
     "single-math-v1": "cb40d6ae",
     "single-v1-multi-turn": "01685415",
     "single-math-v1-multi-turn": "fd5b1c03",
-    "pair-v2": "741fbbde",
-    "pair-math-v1": "9b6f0b2a",
-    "pair-v2-multi-turn": "43e647a1",
-    "pair-math-v1-multi-turn": "df4b4e02",
+    "pair-v2": "30ee7756",
+    "pair-math-v1": "be6035ad",
+    "pair-v2-multi-turn": "264a62bd",
+    "pair-math-v1-multi-turn": "9f665d31",
 }
 
 
@@ -426,6 +478,8 @@ def test_the_judge_prompts_name_their_source_and_licence():
     texts = json.loads((ROOT / "evaluation" / "judge_prompts.json").read_text())
     assert "github.com/lm-sys/FastChat" in texts["source"]
     assert "Apache License 2.0" in texts["licence"]
+    licence = (ROOT / "evaluation" / "LICENSE-Apache-2.0.txt").read_text()
+    assert licence.split()[:4] == ["Apache", "License", "Version", "2.0,"]
 
 
 def reply(key, text, status=200, error=None):
@@ -477,11 +531,14 @@ def test_single_requests_hold_the_question_the_answer_and_the_reference(answered
         assert row["body"]["model"] == "gpt-4"
         assert row["body"]["temperature"] == 0
         assert row["body"]["max_tokens"] == 2048
-    assert [json.loads(row["custom_id"])[2] for row in asked] == [
-        "single-v1",
-        "single-v1-multi-turn",
-        "single-math-v1",
-        "single-math-v1-multi-turn",
+    # what each is about stands beside them, in a file of its own
+    ids = lines(single_requests.with_name("requests.jsonl.ids.jsonl"))
+    assert [row["custom_id"] for row in ids] == [row["custom_id"] for row in asked]
+    assert [(row["prompt"], row["question"], row["turn"], row["model"]) for row in ids] == [
+        ("single-v1", 81, 1, "one"),
+        ("single-v1-multi-turn", 81, 2, "one"),
+        ("single-math-v1", 111, 1, "one"),
+        ("single-math-v1-multi-turn", 111, 2, "one"),
     ]
     assert "ref 1" in asked_text(asked[2])
     assert "ref 2" in asked_text(asked[3])
@@ -535,6 +592,78 @@ def test_single_grading_survives_a_batch_with_every_fault(single_requests, tmp_p
     # a score of -1 is left out, as show_result does
     evaluate("report", out)
     assert "| one | 7.00 | 9.00 | 8.33 |" in capsys.readouterr().out
+
+
+def test_custom_ids_and_lines_are_what_every_endpoint_takes(tmp_path):
+    """Anthropic's limit: 64 letters, digits, _ and -; and only ASCII, whatever the texts say."""
+    model = "org/a very long name \u00e9 " + 100 * "x"
+    answers = [
+        {"question_id": 81, "model_id": model, "choices": [{"turns": ["caf\u00e9\u2028", "b"]}]},
+        {"question_id": 111, "model_id": model, "choices": [{"turns": ["a", "b"]}]},
+    ]
+    baseline = [row | {"model_id": "base"} for row in answers]
+    questions = write(tmp_path / "q.jsonl", QUESTIONS)
+    references = write(tmp_path / "r.jsonl", [REFERENCE])
+    out = tmp_path / "requests.jsonl"
+    words = "judge", write(tmp_path / "a.jsonl", answers), "--mode", "pair", "--out", out
+    words += "--questions", questions, "--references", references
+    evaluate(*words, "--baseline", write(tmp_path / "b.jsonl", baseline))
+    assert out.read_bytes().isascii()
+    keys = [row["custom_id"] for row in lines(out)]
+    assert len(set(keys)) == 8
+    for key in keys:
+        assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", key)
+
+
+def test_claude_is_asked_in_fastchat_s_form(answered, tmp_path):
+    """What fschat 0.2.36's common.py sends, as one of the requests of Anthropic's batches."""
+    questions, one, two = answered
+    references = tmp_path / "reference.jsonl"
+    out = tmp_path / "claude.jsonl"
+    words = "judge", one, "--questions", questions, "--references", references
+    words += "--judge", "claude-2", "--out", out
+    fields = {"model", "messages", "temperature", "max_tokens", "stop_sequences"}
+
+    # graded alone: the instructions are the system text, as for gpt-4
+    evaluate(*words, "--mode", "single")
+    for row, (_, system, _) in zip(lines(out), list(JUDGE_PROMPTS.values())[0:3:2]):
+        params = row["params"]
+        assert params["system"] == system
+        assert params.keys() == fields | {"system"}
+        (message,) = params["messages"]
+        assert message["role"] == "user"
+
+    # two compared: they stand before the question, and there is no system text
+    evaluate(*words, "--mode", "pair", "--baseline", two)
+    asked = lines(out)
+    assert len(asked) == 8
+    for row in asked:
+        assert row.keys() == {"custom_id", "params"}
+        params = row["params"]
+        assert params.keys() == fields
+        assert (params["model"], params["temperature"]) == ("claude-2", 0)
+        assert params["max_tokens"] == 1024
+        assert params["stop_sequences"] == ["\n\nHuman:"]
+    _, system, _ = JUDGE_PROMPTS["pair", 1, False]
+    (message,) = asked[0]["params"]["messages"]
+    assert message["content"].startswith(f"[Instruction]\n{system}\n\n[User Question]\nsort c a b")
+
+    # its results, one of them an error
+    results = []
+    for row in asked:
+        content = [{"type": "text", "text": " [[A]]\n"}]
+        result = {"type": "succeeded", "message": {"content": content}}
+        results.append({"custom_id": row["custom_id"], "result": result})
+    results[-1]["result"] = {"type": "errored", "error": {"type": "error"}}
+    batch = write(tmp_path / "results.jsonl", results)
+    judgments = tmp_path / "claude_pair.jsonl"
+    evaluate("judge", batch, "--requests", out, "--out", judgments)
+    rows = lines(judgments)
+    assert len(rows) == 3
+    assert rows[0]["judge"] == ["claude-2", "pair-v2"]
+    assert rows[0]["g1_judgment"] == "[[A]]"
+    assert rows[0]["g1_user_prompt"] == message["content"]
+    assert lines(tmp_path / "claude_pair.jsonl.retry.jsonl") == asked[-1:]
 
 
 # of four pairs, two games each: one wins; the orders disagree; two wins; both tie
@@ -609,10 +738,14 @@ def test_a_pair_waits_for_its_other_game(pair_requests, tmp_path, capsys):
     words = "judge", lonely, "--requests"
     assert "outputs of all its batches" in refused(main, *words, retry, "--out", out)
     assert "is an input" in refused(main, *words, pair_requests, "--out", lonely)
-    foreign = tmp_path / "foreign.jsonl"
-    for key in ("x", "[1, 2]", '["pair", "gpt-4", "n", 1, 1, "m"]', "[[], 1, 2, 3, 4, 5]", "7", 7):
-        write(foreign, [{"custom_id": key, "body": {}}])
-        assert "not a request" in refused(main, *words, foreign, "--out", tmp_path / "x")
+    foreign = write(tmp_path / "foreign.jsonl", [{"custom_id": 7, "body": {}}])
+    new = tmp_path / "x"
+    assert "keep the two together" in refused(main, *words, foreign, "--out", new)
+    ids = tmp_path / "requests.jsonl.ids.jsonl"
+    (tmp_path / "foreign.jsonl.ids.jsonl").write_bytes(ids.read_bytes())
+    assert "'7' is not a request of" in refused(main, *words, foreign, "--out", new)
+    write(foreign, [{"custom_id": asked[0]["custom_id"]}])
+    assert "not a request that" in refused(main, *words, foreign, "--out", new)
     assert (out.read_bytes(), retry.read_bytes()) == kept
 
 
@@ -724,18 +857,20 @@ def test_report_counts_win_rates_and_averages_the_three(tmp_path, capsys):
     evaluate("report", mt, vicuna, annotations)
     row = [
         "m",
-        "60.0% (2 won, 1 lost, 1 tied; alpaca_eval_gpt)",
+        # alpaca_eval's own: win_rate 60.0, standard_error 22.73
+        "60.0% +- 22.7 (2 won, 1 lost, 1 tied; alpaca_eval_gpt)",
         "75.0% (2 won, 0 lost, 2 tied; gpt-4)",
         "50.0% (1 won, 1 lost, 0 tied; gpt-4)",
         "61.7%",
     ]
     assert cells_of(capsys.readouterr().out.splitlines()[2]) == row
 
-    # the same file twice counts once
+    # the same file twice: the mean is the same, over twice the judgments, as in show_result
     evaluate("report", mt, vicuna, annotations, mt)
     said = capsys.readouterr().out
+    row[2] = "75.0% (4 won, 0 lost, 4 tied; gpt-4)"
     assert cells_of(said.splitlines()[2]) == row
-    assert "left out: 5 without a verdict, 4 doubled" in said
+    assert "14 judgments of 10 items; left out: 5 without a verdict" in said
 
     # judges stay apart
     lost = {"judge": ["claude-2", "pair-v2"], "g1_winner": "model_2", "g2_winner": "model_2"}
@@ -743,6 +878,53 @@ def test_report_counts_win_rates_and_averages_the_three(tmp_path, capsys):
     evaluate("report", mt, other)
     both = "75.0% (2 won, 0 lost, 2 tied; gpt-4) / 0.0% (0 won, 1 lost, 0 tied; claude-2)"
     assert both in capsys.readouterr().out
+
+
+def test_alpaca_eval_has_a_column_for_each_reference(tmp_path, capsys):
+    rows = []
+    for reference, preference in (("text_davinci_003", 2), ("gpt4_turbo", 1)):
+        rows.append(
+            {
+                "instruction": "i",
+                "generator_1": reference,
+                "generator_2": "m",
+                "preference": preference,
+                "annotator": "judge",
+            }
+        )
+    mt = write(tmp_path / "mt.jsonl", MT_ROWS)
+    vicuna = write(tmp_path / "v.jsonl", VICUNA_ROWS)
+    alpaca = tmp_path / "a.json"
+    alpaca.write_text(json.dumps(rows))
+    evaluate("report", mt, vicuna, alpaca)
+    head, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert cells_of(head)[1:3] == [
+        "AlpacaEval against gpt4_turbo",
+        "AlpacaEval against text_davinci_003",
+    ]
+    assert [cell.split()[0] for cell in cells_of(row)[1:]] == [
+        "0.0%",
+        "100.0%",
+        "75.0%",
+        "50.0%",
+        "75.0%",
+    ]
+    # an average with another reference than the paper's would not be Table 1's
+    alpaca.write_text(json.dumps(rows[1:]))
+    evaluate("report", mt, vicuna, alpaca)
+    assert cells_of(capsys.readouterr().out.splitlines()[2])[-1] == ""
+
+
+def test_judged_twice_is_averaged_as_show_result_does(tmp_path, capsys):
+    """pandas' mean over the rows: of 4, 8 and 9 on turn 1, not of 8 and 9."""
+    rows = [score_row(81, 1, 4), score_row(81, 1, 8), score_row(82, 1, 9), score_row(81, 2, 5)]
+    rows += [score_row(81, 1, 6, "claude-2"), score_row(82, 1, 9, "claude-2")]
+    evaluate("report", write(tmp_path / "s.jsonl", rows))
+    said = capsys.readouterr().out
+    assert "| m | 7.00 | 5.00 | 6.50 |" in said
+    assert "6 judgments of 5 items" in said
+    # judges are compared item by item: 6 and 6, 9 and 9
+    assert "Pearson r = 1.00 over 2 common judgments" in said
 
 
 def test_report_names_a_row_that_is_no_judgment(tmp_path):

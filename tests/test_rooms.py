@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SUPPORT_WITHOUT_RANKS = {"support.cli", "support.files", "support.hf"}
+SUPPORT_WITHOUT_RANKS = {"support.cli", "support.files", "support.hf", "support.rows"}
 
 # A room, and what it may import beyond the standard library: rooms of ours, and packages. `support`
 # stands for all of its rooms, `support.cli` for one. What a room must not know is what is not here.
@@ -14,7 +14,7 @@ MAY = {
     # a tokenizer's file, but no template and no class
     "tokenizer.py": {"sentencepiece", "tokenizers"},
     # conversation files, but no batch, no device, no model
-    "conversations.py": {"numpy", "tokenizer"},
+    "conversations.py": {"numpy", "tokenizer", "support.rows"},
     # pure in lengths, seed and epoch: no conversation, no rank, no model
     "packing.py": {"numpy", "torch"},
     # numbers: no file, no model, no rank
@@ -32,7 +32,7 @@ MAY = {
     # directories, ranks, devices, the clock: not those who call it
     "support/": {
         *("model", "recipe", "packing", "conversations", "tokenizer", "kernels", "support"),
-        *("torch", "numpy", "safetensors", "tqdm", "matplotlib"),
+        *("torch", "numpy", "safetensors", "tqdm", "matplotlib", "pyarrow"),
     },
     # the run: no Triton, no template
     "train.py": {"data", "packing", "recipe", "model", "support", "torch"},

@@ -6,11 +6,22 @@ import json
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, refused
 
 from conversations import Message
 from model import SIZES, KVCache
-from sample import SampleConfig, Speaker, choose, main, say
+from prompts import PROMPTS
+from sample import (
+    Answer,
+    SampleConfig,
+    Speaker,
+    check_comparison,
+    choose,
+    main,
+    read_prompts,
+    say,
+    split_conditions,
+)
 
 GREEDY = SampleConfig(temperature=0, max_new=12)
 QUESTIONS = "copy a b c d", "reverse h g f e d c b", "sort", "shift a a a a a", "a"
@@ -246,5 +257,159 @@ def test_streaming_prints_the_answer_once(speaker, capsys, monkeypatch):
         "sample.choose", lambda logits, config, generator: torch.tensor([next(plan)])
     )
     (ids,) = ids_of(speaker, "copy a b c d")
-    assert say(speaker, ids, GREEDY) == "a b c d"
+    assert say(speaker, ids, GREEDY) == (speaker.tokenizer.encode("a b c d"), "stop")
     assert capsys.readouterr().out == "a b c d\n"
+
+
+# ---- conditions side by side
+
+
+def one_at_a_time(speaker, prompt, answer):
+    """The mean log-probability of an answer, by feeding its tokens singly through the cache."""
+    said = [*answer.ids, speaker.tokenizer.eot] if answer.finish == "stop" else answer.ids
+    logits_BV, cache = speaker.prefill([prompt], steps=len(said))
+    logprobs = []
+    for token in said:
+        logprobs.append(logits_BV[0].double().log_softmax(-1)[token].item())
+        logits_BV = speaker.model.decode(torch.tensor([token]), cache)
+    return sum(logprobs) / len(said)
+
+
+def test_mean_logprobs_are_those_of_tokens_fed_one_at_a_time(speaker):
+    prompts = ids_of(speaker, *QUESTIONS)
+    answers = [
+        Answer([5, 6, 7], "stop"),
+        Answer([5, 6, 7], "length"),
+        Answer([], "stop"),
+        Answer([9] * 20, "length"),
+        Answer([5], "stop"),
+    ]
+    want = [one_at_a_time(speaker, *pair) for pair in zip(prompts, answers)]
+    for batch in (1, 2, 5):
+        assert speaker.mean_logprobs(prompts, answers, batch) == pytest.approx(want, abs=1e-5)
+    # whether the end of turn counts, and after which prompt, shows
+    assert abs(want[0] - one_at_a_time(speaker, prompts[0], answers[1])) > 1e-2
+    assert abs(want[0] - one_at_a_time(speaker, prompts[1], answers[0])) > 1e-4
+
+
+def answered(toy_run, tmp_path, *words):
+    """The rows of --output for ROWS."""
+    source = tmp_path / "in.jsonl"
+    target = tmp_path / "out.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    how = "--temperature", 1, "--max_new", 9, "--batch", 3, "--seed", 5
+    sample(toy_run / "hf", "--input", source, "--output", target, *how, *words)
+    text = target.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def test_each_condition_answers_as_it_does_alone_whatever_the_order(toy_run, tmp_path):
+    together = answered(toy_run, tmp_path, "--condition", "GPT4,GPT3")
+    assert together == answered(toy_run, tmp_path, "--condition", "GPT3, GPT4")
+    for name in ("GPT4", "GPT3"):
+        alone = answered(toy_run, tmp_path, "--condition", name)
+        for row, together_row in zip(ROWS, together, strict=True):
+            response = dict(together_row["responses"][name])
+            del response["logprob"]
+            # a row of a single condition is what it was before there could be several
+            assert alone.pop(0) == row | response
+            assert {**row, "responses": together_row["responses"]} == together_row
+
+
+def test_logprobs_in_a_file_are_of_the_answer_under_each_prompt(toy_run, tmp_path):
+    rows = answered(toy_run, tmp_path, "--condition", "GPT4,GPT3")
+    _, prompts = read_prompts(tmp_path / "in.jsonl", None)
+    speakers = {name: Speaker(toy_run / "hf", name, seed=5) for name in ("GPT4", "GPT3")}
+    ids = {}
+    for name, speaker in speakers.items():
+        ids[name] = [speaker.ids(messages) for messages, _ in prompts]
+    differ = 0
+    for name, speaker in speakers.items():
+        config = SampleConfig(temperature=1, max_new=9, batch=3)
+        for i, answer in enumerate(speaker.answer_all(ids[name], config)):
+            response = rows[i]["responses"][name]
+            assert response["response"] == speaker.text(answer.ids)
+            want = {other: one_at_a_time(speaker, ids[other][i], answer) for other in speakers}
+            assert response["logprob"] == pytest.approx(want, abs=1e-4)
+            differ += abs(want["GPT4"] - want["GPT3"]) > 3e-4
+    assert differ > 4
+
+
+def test_a_prompt_under_two_conditions_is_a_table(toy_run, tmp_path, capsys):
+    how = "--condition", "GPT4,GPT3", "--temperature", 0, "--max_new", 5
+    sample(toy_run / "hf", "--prompt", "copy a b", *how)
+    lines = capsys.readouterr().out.splitlines()
+    (source := tmp_path / "in.jsonl").write_text('{"prompt": "copy a b"}')
+    sample(toy_run / "hf", "--input", source, "--output", tmp_path / "out.jsonl", *how)
+    responses = json.loads((tmp_path / "out.jsonl").read_text())["responses"]
+
+    assert lines[0:2] == ["under GPT4:", responses["GPT4"]["response"]]
+    assert lines[3:5] == ["under GPT3:", responses["GPT3"]["response"]]
+    assert lines[6].split()[-4:] == ["GPT4", "prompt", "GPT3", "prompt"]
+    for line, name in zip(lines[7:9], ("GPT4", "GPT3")):
+        *_, expert, other = line.split()
+        logprob = responses[name]["logprob"]
+        assert expert.endswith("*") == (logprob["GPT4"] >= logprob["GPT3"]) != other.endswith("*")
+        assert float(expert.rstrip("*")) == pytest.approx(logprob["GPT4"], abs=1e-3)
+        assert float(other.rstrip("*")) == pytest.approx(logprob["GPT3"], abs=1e-3)
+
+
+def test_prompts_cut_under_each_condition_are_counted_once(toy_run, tmp_path, capsys):
+    (source := tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a " * 200}))
+    files = "--input", source, "--output", tmp_path / "out.jsonl"
+    how = "--truncate_left", "--max_new", 5, "--condition", "GPT4,GPT3"
+    sample(toy_run / "hf", *files, *how)
+    assert "1 prompts cut on the left" in capsys.readouterr().err
+
+
+TRAINED = {
+    "template": "before_speaker",
+    "expert": "a",
+    "classes": [
+        {"name": "a", "condition": "a"},
+        {"name": "a,b", "condition": "a,b"},
+        {"name": "c:0.1", "condition": "c"},
+        {"name": "c:0.2", "condition": "c"},
+    ],
+}
+
+
+def test_a_comma_in_a_classes_own_name():
+    assert split_conditions(None, TRAINED) == [None]
+    assert split_conditions("a,b", TRAINED) == ["a,b"]
+    assert split_conditions("a, c", TRAINED) == ["a", "c"]
+    # in a directory without crlft.json no name is known
+    assert split_conditions("a,b", None) == ["a", "b"]
+
+
+def test_templates_without_a_condition_cannot_compare():
+    refuse = []
+    for template in PROMPTS:
+        try:
+            check_comparison(["a", "c"], template, TRAINED)
+        except ValueError as error:
+            assert "has no place for a condition" in str(error)
+            refuse.append(template)
+    assert refuse == ["none", "vicuna", "llama-2-chat", "guanaco", "ultralm", "openchat", "base"]
+
+
+def test_comparisons_that_are_refused(toy_run, tmp_path):
+    with pytest.raises(ValueError, match="'c:0.1' and 'c:0.2' are one condition; name it once"):
+        check_comparison(["c:0.1", "c:0.2"], "before_speaker", TRAINED)
+
+    def fail(*words):
+        return refused(main, toy_run / "hf", *words)
+
+    ask = "--prompt", "copy a", "--condition"
+    assert "'GPT5' is none of the classes trained with: GPT4, GPT3" in fail(*ask, "GPT4,GPT5")
+    assert "GPT4,GPT4: 'GPT4' and 'GPT4' are one" in fail(*ask, "GPT4,GPT4")
+    assert "no name at one side of a comma" in fail(*ask, "GPT4,")
+    assert "'base' has no place" in fail(*ask, "GPT4,GPT3", "--template", "base")
+    assert "a chat goes on from one answer" in fail("--condition", "GPT4,GPT3")
+    # one prompt too long under one of them: nothing is written
+    source = tmp_path / "long.jsonl"
+    source.write_text(json.dumps({"prompt": "a " * 200}))
+    files = "--input", source, "--output", tmp_path / "out.jsonl"
+    assert "row 1: the prompt has" in fail(*files, "--condition", "GPT4,GPT3")
+    assert list(tmp_path.iterdir()) == [source]

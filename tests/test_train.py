@@ -176,23 +176,6 @@ def test_the_tally_has_the_mean_of_each_class_over_its_own_rows(toy):
 # ---- runs
 
 
-@pytest.fixture
-def train(capsys):
-    """A run in this process, without starting one: (data, out, flags) -> what it printed."""
-    handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.getsignal(number)
-
-    def run(data, out, *words):
-        capsys.readouterr()
-        main(["--data", str(data), "--out", str(out), *map(str, words)])
-        return "".join(capsys.readouterr())
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def torchrun(ranks, data, out, *words):
     launch = ("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone")
     call(*launch, "train.py", "--data", data, "--out", out, *words)
