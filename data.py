@@ -452,7 +452,7 @@ def account_lines(meta: dict) -> list[str]:
         )
     for name, rows in meta.get("unread", {}).items():
         lines.append(
-            f"not used: {name}, in {rows:,} rows; if it says who wrote an answer or how much it "
+            f"not used: {name} (rows: {rows:,}); if it says who wrote an answer or how much it "
             "counts, see docs/data.md"
         )
     return lines

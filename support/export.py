@@ -247,6 +247,8 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> Non
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        # or transformers 4 adds token_type_ids, which its generate refuses
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": meta["max_len"],
         "added_tokens_decoder": added,
         "additional_special_tokens": [tokenizer.piece(tokenizer.eos)],

@@ -5,7 +5,6 @@ The golden token lists are those of the public trainer.
 
 import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
@@ -16,23 +15,16 @@ from safetensors.numpy import save_file
 
 from conversations import (
     BEGINNING_1,
-    FORMAT,
-    FORMER_TEMPLATES,
     TEMPLATES,
-    Classes,
     Conversation,
     Message,
     cut_to_length,
-    glob_match,
-    parse_classes,
     read,
-    role_texts,
     template_of,
     tokenize,
 )
 from data import PrepareConfig, Prepared, prepare
 from prompts import tokenize_prompt
-from support.export import chat_template, write_tokenizer
 from tokenizer import EOT, Tokenizer
 
 TABLE = "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
@@ -129,162 +121,7 @@ def test_special_tokens_in_text_stay_text(llama_tokenizer):
         assert llama_tokenizer.decode(ids) == text
 
 
-# ---- reading
-
-
-TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-SHAREGPT = {"model": "Model: GPT-4", "conversations": TURNS}
-OPENCHAT_2023 = {"id": "x", "model": "Model: GPT-4", "items": TURNS}
-OPENAI = {
-    "messages": [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "a"},
-    ]
-}
-OPENCHAT = {
-    "items": [
-        {"role": "user", "content": "q", "weight": 0.0},
-        {"role": "assistant", "content": "a", "weight": 0.3},
-    ],
-    "condition": "GPT3",
-    "system": "",
-}
-
-
-@pytest.mark.parametrize("as_array", [False, True])
-def test_formats_are_recognized_by_content_and_may_be_mixed(tmp_path, as_array):
-    rows = [SHAREGPT, OPENCHAT_2023, OPENAI, OPENCHAT]
-    text = "\r\n".join(map(json.dumps, rows)) + "\n\n"
-    if as_array:
-        text = json.dumps(rows, indent=1)
-    path = tmp_path / "any.name"
-    path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows editors save it
-
-    got = read(path)
-    assert len(got) == 4
-    for conversation in got:
-        said = [(message.role, message.text) for message in conversation.messages]
-        assert said == [("user", "q"), ("assistant", "a")]
-    assert [c.label for c in got] == ["Model: GPT-4", "Model: GPT-4", "", ""]
-    assert [c.system for c in got] == [None, None, "s", None]  # OpenChat's "system": "" is none
-    assert got[3].condition == "GPT3"
-    assert got[3].messages[1].weight == 0.3
-
-
-@pytest.mark.parametrize(
-    "line, problem",
-    [
-        ('{"conversations": [', "not JSON"),
-        ("[1, 2", "not JSON"),
-        ("7", "where a conversation object belongs"),
-        ('{"id": 1}', "no messages"),
-        ('{"messages": []}', "no messages"),
-        ('{"messages": ["hi"]}', "not an object"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool' is not one of"),
-        ('{"messages": [{"role": "user"}]}', "no text"),
-        ('{"messages": [{"role": "system", "content": "x"}]}', "only a system"),
-        (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}',
-            "does not stand first",
-        ),
-        ('{"messages": [{"role": "assistant", "content": "x", "weight": -1}]}', "weight -1"),
-        ('{"messages": [{"role": "assistant", "content": "x", "weight": NaN}]}', "weight nan"),
-        (
-            '{"messages": [{"role": "assistant", "content": "x", "weight": 1' + "0" * 400 + "}]}",
-            "message weight 1000",
-        ),
-        ('{"messages": [{"role": "user", "content": "x", "weight": 1}]}', "only assistant text"),
-        ('{"messages": [{"role": "system", "content": "x", "weight": 1}]}', "only assistant text"),
-        ("[" * 100_000, "not JSON"),
-        ('{"messages": [{"role": ["user"], "content": "x"}]}', "role .'user'. is not one of"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
-        ('{"system": 5, "messages": [{"role": "user", "content": "x"}]}', "system 5 is not a text"),
-        ('{"model": 4, "messages": [{"role": "user", "content": "x"}]}', "model 4"),
-    ],
-)
-def test_a_bad_line_is_named_with_its_place(tmp_path, line, problem):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps(SHAREGPT) + "\n" + line)
-    with pytest.raises(ValueError, match=f"bad.jsonl:2: .*{problem}"):
-        read(path)
-
-
 # ---- classes
-
-
-def test_the_first_glob_wins_and_only_star_and_question_mark_are_special():
-    classes = Classes(parse_classes("Model: GPT-4=GPT4:1.0,[ab]=odd:2,gpt?=near:0.5,*=GPT3:0.1"))
-    expected = {
-        "Model: GPT-4": "GPT4",
-        "model: gpt-4": "GPT3",
-        "a": "GPT3",
-        "[ab]": "odd",
-        "gptX": "near",
-        "gptXY": "GPT3",
-        "": "GPT3",
-    }
-    for label, name in expected.items():
-        conversation = classes.assign(Conversation((user("q"),), label))
-        assert classes.all[conversation.class_id].name == name, label
-    assert glob_match("a*", "a\nb")
-    assert not glob_match("a.b", "axb")
-
-
-def test_split_at_the_last_equals_and_the_last_colon():
-    ((glob, c),) = parse_classes("a=b: c=Who: Me:0.5")
-    assert (glob, c.condition, c.weight) == ("a=b: c", "Who: Me", 0.5)
-
-
-def test_beta_turns_rewards_into_weights():
-    """Eq. 6: exp((r_c - 1) / beta), 1 for the expert; alpha 0, beta 1 / ln 10: the paper's 0.1."""
-    weights = [c.weight for _, c in parse_classes("a=A:1,*=B:0", beta=1 / math.log(10))]
-    assert weights == [1.0, pytest.approx(0.1)]
-
-
-@pytest.mark.parametrize(
-    "text", ["GPT4", "a=b:1e39", "a=b", "a=:1", "a=b:x", "a=b:-1", "a=b:nan", "a=b:1,"]
-)
-def test_a_malformed_table_stops(text):
-    with pytest.raises(ValueError, match="--classes"):
-        parse_classes(text)
-
-
-def test_a_label_without_class_and_an_answer_without_weight_stop():
-    unknown = Conversation((user("q"),), "x", where="f:3")
-    with pytest.raises(ValueError, match="f:3: label 'x' matches no class"):
-        Classes(parse_classes("a=A:1")).assign(unknown)
-    messages = (user("q"), Message("assistant", "a"))
-    unweighted = Conversation(messages, condition="C", where="f:3")
-    with pytest.raises(ValueError, match="f:3: an answer without weight"):
-        Classes().assign(unweighted)
-
-
-def test_a_reward_beyond_all_weights_stops():
-    with pytest.raises(ValueError, match="'.=A:2' gives the weight"):
-        parse_classes("*=A:2", beta=0.001)
-
-
-def test_openchats_empty_condition_is_no_class_of_the_rows_own():
-    row = Conversation((user("q"), Message("assistant", "a", 0.3)), condition="")
-    classes = Classes()
-    assert classes.assign(row).condition == ""
-    assert classes.all[0].name == "none"
-    assert role_texts("before_speaker", "")[:2] == ("User:", "Assistant:")
-    assert Classes(parse_classes(TABLE)).assign(row).condition == "GPT3"
-    classes.assign(dataclasses.replace(row, condition="none"))
-    assert [c.name for c in classes.all] == ["none", "none_"]  # the ledger is kept by name
-
-
-def test_a_message_weight_overrides_its_class_and_rows_may_bring_their_condition():
-    classes = Classes(parse_classes(TABLE))
-    own = Message("assistant", "a", 0.7)
-    messages = (user("q"), own, user("q"), Message("assistant", "b"))
-    row = Conversation(messages, "Model: GPT-4")
-    assert [m.weight for m in classes.assign(row).messages] == [0.0, 0.7, 0.0, 1.0]
-    other = classes.assign(dataclasses.replace(row, condition="GPT3"))
-    assert other.condition == "GPT3"
-    assert [m.weight for m in other.messages] == [0.0, 0.7, 0.0, 0.1]
 
 
 def test_every_arm_of_table_2_is_a_table(toy, tmp_path):
@@ -348,8 +185,8 @@ def test_the_ledger_balances_to_the_token(toy_tokenizer, conversation, how, max_
         assert weights[-1] > 0
         assert weights[0] == 0
 
-    answers = [m.text for m in conversation.messages if m.role == "assistant"]
-    if any(not text.strip() for text in answers):
+    answers = [m for m in conversation.messages if m.role == "assistant"]
+    if any(m.weight and not m.text.strip() for m in answers):
         assert not kept
     if how == "drop" and ledger["tokens_read"] > max_len:
         assert not kept
@@ -510,85 +347,3 @@ def test_a_prepared_file_is_mapped_not_loaded(tmp_path):
 
     out, _ = call("-c", OPENING, path)
     assert int(out) < 64, out  # MB, of 256
-
-
-# ---- the tokenizer of an export, with transformers as the judge
-
-
-@pytest.fixture(scope="session")
-def hf_tokenizer(llama_tokenizer, tmp_path_factory):
-    """template -> AutoTokenizer of a folder that write_tokenizer filled."""
-
-    def load(template):
-        from transformers import AutoTokenizer
-
-        folder = tmp_path_factory.mktemp("tokenizer")
-        meta = {
-            "format": FORMAT,
-            "template": template,
-            "max_len": 4096,
-            "expert": "GPT4",
-            "classes": [{"name": "GPT4", "condition": "GPT4", "weight": 1.0}],
-        }
-        write_tokenizer(folder, llama_tokenizer, meta)
-        return AutoTokenizer.from_pretrained(folder)
-
-    return load
-
-
-def as_chat(conversation):
-    chat = [{"role": m.role, "content": m.text} for m in conversation.messages]
-    if conversation.system is not None:
-        chat.insert(0, {"role": "system", "content": conversation.system})
-    return chat
-
-
-def is_plain(conversation):
-    """No text is empty, and none holds the name of a special token."""
-    special = ("<s>", "</s>", "<unk>", EOT)
-    for message in conversation.messages:
-        if not message.text or any(name in message.text for name in special):
-            return False
-    return True
-
-
-@pytest.mark.parametrize("template", sorted(TEMPLATES | FORMER_TEMPLATES))
-def test_chat_template_gives_our_ids(llama_tokenizer, hf_tokenizer, assets, template):
-    theirs = hf_tokenizer(template)
-    plain = []
-    for path in real_files(assets):
-        plain += [conversation for conversation in read(path) if is_plain(conversation)]
-    assert len(plain) > 6100
-    if template != "before_speaker":
-        plain = plain[::40]
-    plain += [dataclasses.replace(c, system=" Answer in  one word.\n") for c in plain[-50:]]
-
-    for conversation in plain:
-        messages = tuple(dataclasses.replace(m, weight=0.0) for m in conversation.messages)
-        conversation = dataclasses.replace(conversation, condition="GPT4", messages=messages)
-        ours, _ = tokenize(conversation, llama_tokenizer, template)
-        ids = theirs.apply_chat_template(as_chat(conversation), return_dict=False)
-        assert ids == ours.tolist(), conversation.where
-
-    prompt = [{"role": "user", "content": "Hello"}]
-    ours = tokenize_prompt([user("Hello")], llama_tokenizer, template, "GPT4")
-    assert theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) == ours
-    assert theirs.decode(HI, skip_special_tokens=True) == "Hi"
-
-
-def test_a_condition_with_quotes_survives_the_chat_template(llama_tokenizer):
-    import jinja2
-
-    condition = 'it\'s \\ "{{x}}" \u4f60'
-    rendered = jinja2.Template(chat_template("beginning", condition)).render(
-        bos_token="<s>", messages=[{"role": "user", "content": "q"}]
-    )
-    assert rendered == f"<s>Assistant is {condition}{EOT}User: q{EOT}"
-
-
-def test_spaces_and_bytes_tokenize_alike(llama_tokenizer, hf_tokenizer):
-    theirs = hf_tokenizer("before_speaker")
-    spaced = [" " * n + "x" + " " * n for n in range(40)]
-    others = ["\n\n  a\t b", "na\u00efve \U0001f600\u4f60\u597d", "a\u00a0b", "\u2581x"]
-    for text in spaced + others:
-        assert theirs(text)["input_ids"] == [1, *llama_tokenizer.encode(text)], repr(text)

@@ -197,16 +197,35 @@ def test_the_end_of_turn_is_the_eos_and_unk_the_pad(toy_run):
     assert tokens["additional_special_tokens"] == ["</s>"]
 
 
+def test_transformers_generates_from_a_padded_batch(toy, toy_run):
+    """What it is given is the tokenizer's output as it is, filled up on the left."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(toy_run / "hf").eval()
+    tokenizer = auto_tokenizer(toy_run / "hf")
+    prompts = questions(toy)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    how = {"return_dict": True, "return_tensors": "pt", "padding": True}
+    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **how)
+    assert batch["input_ids"].eq(0).any()
+    longest = batch["input_ids"].shape[1]
+
+    out = model.generate(**batch, do_sample=False, max_new_tokens=GREEDY.max_new)
+    texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    ours = our_answers(toy_run / "hf", prompts)
+    assert texts == [tokenizer.decode(answer.ids) for answer in ours]
+    # the end of turn stands behind every answer, then pads
+    ends = [out[b, longest + len(answer.ids)] for b, answer in enumerate(ours)]
+    assert ends == [tokenizer.eos_token_id] * len(ours)
+
+
 def test_the_pad_row_can_be_trained_in_transformers(toy_run):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(toy_run / "hf")
-    assert model.get_input_embeddings().padding_idx is None
-    assert model.generation_config.pad_token_id == 0
-    tokenizer = auto_tokenizer(toy_run / "hf")
-    padded = tokenizer(["a b c d", "a"], padding=True)["input_ids"]
-    assert padded[1][:3] == [0, 0, 0]
-    assert padded[1][3] == tokenizer.bos_token_id
+    ids = torch.tensor([[1, 0, 5]])
+    model(ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad[0].abs().sum() > 0
 
 
 def as_exported_before(hf, out):
