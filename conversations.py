@@ -668,13 +668,18 @@ def template_named(name: str) -> Template:
     return (TEMPLATES | FORMER_TEMPLATES)[name]
 
 
-def tokenizer_for(template: str, file: str | Path | bytes, **ids: int) -> Tokenizer:
+def tokenizer_for(template: str, file: str | Path | bytes, meta: dict | None = None) -> Tokenizer:
     """The tokenizer, with the end of turn and the space that belong to the template.
 
-    ids: bos and eos, where they are known.
+    meta: the metadata of a prepared file or an export, which know ids that the file does not say.
     """
     chosen = template_named(template)
-    return Tokenizer(file, chosen.end_of_turn, chosen.space, **ids)
+    return Tokenizer(file, chosen.end_of_turn, chosen.space, known_ids(meta))
+
+
+def known_ids(meta: dict | None) -> dict[str, int]:
+    """The ids of special tokens in some metadata; files of before have none."""
+    return {name: meta[name] for name in ("bos", "eos", "pad") if meta and name in meta}
 
 
 # A special token in a template's text.
@@ -694,6 +699,13 @@ def pieces_of(text: str, condition: str | None) -> list[str]:
         if piece:
             pieces.append(piece)
     return pieces
+
+
+def tokens_of(template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The ids of the special tokens that a template names."""
+    texts = f"{template.user}{template.assistant}{template.system}{template.end_of_turn}"
+    names = dict.fromkeys(SPECIAL_TOKEN.findall(texts))
+    return [tokenizer.id_of(name) for name in names]
 
 
 def role_texts(template: str, condition: str | None) -> tuple[str, str, str | None]:

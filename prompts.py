@@ -11,6 +11,7 @@ from conversations import (
     Conversation,
     Message,
     encode,
+    known_ids,
     tokenizer_for,
 )
 from tokenizer import EOT, Tokenizer
@@ -96,17 +97,17 @@ PROMPTS = (*TEMPLATES, *BASELINES, "openchat", "base")
 assert len(set(PROMPTS)) == len(PROMPTS), "a template of ours has the name of another model's"
 
 
-def prompt_tokenizer(template: str, file: str | Path | bytes, **ids: int) -> Tokenizer:
+def prompt_tokenizer(template: str, file: Path, meta: dict | None) -> Tokenizer:
     """The tokenizer, with the end of turn and the space that belong to one of PROMPTS.
 
-    ids: bos and eos, where they are known.
+    meta: an export's crlft.json, if there is one.
     """
     if template in BASELINES:
         style = BASELINES[template]
-        return Tokenizer(file, style.end_of_turn, style.space, **ids)
+        return Tokenizer(file, style.end_of_turn, style.space, known_ids(meta))
     if template in ("openchat", "base"):
-        return Tokenizer(file, **ids)
-    return tokenizer_for(template, file, **ids)
+        return Tokenizer(file, ids=known_ids(meta))
+    return tokenizer_for(template, file, meta)
 
 
 def tokenize_prompt(

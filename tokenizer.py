@@ -20,6 +20,10 @@ import tokenizers
 # ends every utterance, unless the template names another token
 EOT = "<|end_of_turn|>"
 
+# What a Hugging Face directory calls the file, in the order in which to look for it. The first is
+# the base's own in an export whose tokenizer.json has one token more (support/export.py).
+TOKENIZER_FILES = ("tokenizer.base.json", "tokenizer.model", "tokenizer.json")
+
 
 class Tokenizer:
     """A tokenizer file and the token that ends a turn.
@@ -28,6 +32,7 @@ class Tokenizer:
     that it is. Special tokens are only ever put in by their ids.
 
         bos, eos     begin and end a text, as the base was pre-trained
+        pad          fills up a batch in other engines; nothing here is padded
         eot          ends a turn: an id of the file's, or the first that it does not have
         file_size    ids of the file: 32000 for Llama-2
         vocab_size   ids in all: one more where the end of turn is added
@@ -39,13 +44,12 @@ class Tokenizer:
         file: str | Path | bytes,
         end_of_turn: str = EOT,
         space: bool = True,
-        bos: int | None = None,
-        eos: int | None = None,
+        ids: dict[str, int] | None = None,
     ):
         """file: the path of a tokenizer.model or tokenizer.json, or its bytes.
 
         space: whether every text begins with one. (To sentencepiece's kind, all do.)
-        bos, eos: their ids, where they are known; else the files beside it say them.
+        ids: {"bos", "eos", "pad"}, where they are known; else the files beside it say them.
         ValueError: a tokenizer of another kind, or without one of the tokens.
         """
         names = {}
@@ -65,8 +69,9 @@ class Tokenizer:
         self.library = ByteLevel(file) if is_json else SentencePiece(file)
         self.space = space
         self.file_size = self.library.size
-        self.bos = self.find("bos", bos, names)
-        self.eos = self.find("eos", eos, names)
+        known = ids or {}
+        self.bos = known["bos"] if "bos" in known else self.find("bos", names)
+        self.eos = known["eos"] if "eos" in known else self.find("eos", names)
 
         # a base may have the token already: it is left alone
         self.end_of_turn = end_of_turn
@@ -80,6 +85,8 @@ class Tokenizer:
             self.eot = self.file_size
         self.vocab_size = max(self.file_size, self.eot + 1)
 
+        self.pad = known["pad"] if "pad" in known else self.find_pad(names)
+
         special = self.library.specials
         if self.eot < self.file_size:
             special = special | {end_of_turn: self.eot}
@@ -90,10 +97,18 @@ class Tokenizer:
                     "use the base model's own file"
                 )
 
-    def find(self, kind: str, known: int | None, names: dict[str, str]) -> int:
+    @property
+    def ids(self) -> dict[str, int]:
+        """The ids that a file's metadata keep, since the file's bytes alone do not say them."""
+        return {"bos": self.bos, "eos": self.eos, "pad": self.pad}
+
+    @property
+    def first_special(self) -> int:
+        """How many ids come before the file's special tokens; all, where these come first."""
+        return min(self.library.specials.values()) or self.file_size
+
+    def find(self, kind: str, names: dict[str, str]) -> int:
         """The id of the token that begins (bos) or ends (eos) a text."""
-        if known is not None:
-            return known
         candidates = [names[kind]] if kind in names else KNOWN_NAMES[kind]
         for name in candidates:
             id_ = self.library.id_of(name)
@@ -104,9 +119,22 @@ class Tokenizer:
             "put the base's tokenizer_config.json beside it"
         )
 
+    def find_pad(self, names: dict[str, str]) -> int:
+        """`<unk>`, else the base's own pad, else its eos, else any special token.
+
+        Trainers take all pad tokens out of the loss. So it can be neither what begins a text nor
+        the end of turn, which is learned.
+        """
+        candidates = [self.library.unk, self.library.id_of(names.get("pad", "")), self.eos]
+        candidates += sorted(self.library.specials.values(), reverse=True)
+        for id_ in candidates:
+            if id_ not in (None, self.bos, self.eot):
+                return id_
+        raise ValueError("the tokenizer has no special token beside bos and the end of turn")
+
     def __reduce__(self):
         # to another process only the bytes are sent, not the library's object
-        return Tokenizer, (self.bytes, self.end_of_turn, self.space, self.bos, self.eos)
+        return Tokenizer, (self.bytes, self.end_of_turn, self.space, self.ids)
 
     def encode(self, text: str, space: bool | None = None) -> list[int]:
         """Ids of a text, without a special token. space: another than the tokenizer's own."""
@@ -142,14 +170,14 @@ KNOWN_NAMES = {
 
 
 def special_names_beside(path: Path) -> dict[str, str]:
-    """{"bos": name, "eos": name}, as far as the tokenizer_config.json beside the file says them."""
+    """{"bos", "eos", "pad": name}, as far as a tokenizer_config.json beside the file says them."""
     config = path.with_name("tokenizer_config.json")
     if path.suffix != ".json" or not config.is_file():
         return {}
     try:
         fields = json.loads(config.read_bytes())
         names = {}
-        for kind in ("bos", "eos"):
+        for kind in ("bos", "eos", "pad"):
             token = fields.get(f"{kind}_token")
             # a name, or an object that has it
             if isinstance(token, dict):
@@ -177,6 +205,7 @@ class SentencePiece:
         self.size = self.sp.get_piece_size()
         ids = range(self.size)
         is_special = [i for i in ids if self.sp.is_control(i)]
+        self.unk = self.sp.unk_id()
         # {name: id} of all that stand for no text
         self.specials = {self.sp.id_to_piece(i): i for i in is_special}
         if self.sp.bos_id() < 0 or self.sp.eos_id() < 0:
@@ -237,6 +266,8 @@ class ByteLevel:
         self.library.no_truncation()
         self.library.no_padding()
         self.size = 1 + max(self.library.get_vocab().values())
+        # bytes spell every text, so none is unknown
+        self.unk = None
 
     def encode(self, text: str, space: bool) -> list[int]:
         """Ids of a text, after a space or not. An empty text has none."""

@@ -71,7 +71,14 @@ from support.checkpoint import Checkpoints
 from support.cli import one_line, parse_args, run
 from support.export import export
 from support.files import file_sha256
-from support.hf import RandomWeights, SafetensorsWeights, check_manifest, load_weights, read_config
+from support.hf import (
+    RandomWeights,
+    SafetensorsWeights,
+    check_manifest,
+    check_tokenizer,
+    load_weights,
+    read_config,
+)
 from support.metrics import Log, ledger, log, log_line, plot
 from support.ranks import Signals, local_rows, on_first_rank, rank_and_world, start_group, together
 
@@ -509,8 +516,8 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def vocab_of(data: Prepared | None) -> int:
-    """How many tokens the data's tokenizer has. <|end_of_turn|> (`eot`) is the last."""
-    return data.tokenizer.eot + 1 if data else LLAMA_VOCAB
+    """How many tokens the data's tokenizer has, <|end_of_turn|> included."""
+    return data.vocab_size if data else LLAMA_VOCAB
 
 
 def preset_config(name: str, data: Prepared | None) -> Config:
@@ -531,13 +538,10 @@ def base_config(config: TrainConfig, data: Prepared | None) -> Config:
     if base.vocab_size < vocab - 1:
         raise ValueError(
             f"{config.model}: vocab_size {base.vocab_size} is below the {vocab - 1} tokens of the "
-            "data's tokenizer; prepare the data with this model's tokenizer.model"
+            "data's tokenizer; prepare the data with this model's tokenizer"
         )
-    tokenizer = Path(config.model) / "tokenizer.model"
-    if data and tokenizer.is_file() and file_sha256(tokenizer) != data.meta["tokenizer_sha256"]:
-        raise ValueError(
-            f"{tokenizer} is not the tokenizer of {config.data}; prepare the data with it"
-        )
+    if data:
+        check_tokenizer(config.model, data.meta["tokenizer_sha256"], config.data)
     return dataclasses.replace(base, vocab_size=max(vocab, base.vocab_size))
 
 
@@ -659,6 +663,17 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
         val_steps=val_steps,
         why_lr=why_lr,
     )
+
+
+def base_weights(setup: Setup) -> SafetensorsWeights:
+    """The base's weights, with rows for the template's tokens that the base was not trained on."""
+    data = setup.data
+    tokens, ordinary = data.template_tokens()
+    weights = SafetensorsWeights(setup.config.model, setup.model_config, tokens, ordinary)
+    if weights.untrained:
+        names = " ".join(data.tokenizer.piece(i) for i in weights.untrained)
+        log(f"{setup.config.model} was not trained on {names}: their rows start as the mean")
+    return weights
 
 
 def steps_sha256(steps: list) -> str:
@@ -784,7 +799,7 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
     if setup.config.model in SIZES:
         initial = RandomWeights(setup.model_config, setup.config.seed)
     else:
-        initial = SafetensorsWeights(setup.config.model, setup.model_config)
+        initial = base_weights(setup)
     write_settings(setup, settings)
     if path:
         checkpoints.load(path, built.model, built.optimizer)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import Config, Model, RopeScaling
 from support.files import file_sha256, read_json
+from tokenizer import TOKENIZER_FILES
 
 # Fields of config.json, and the values under which model.py computes the same thing. Another value
 # would be trained as if it were the first.
@@ -153,6 +154,22 @@ def rope_scaling(rope: dict, place: str, path: Path) -> RopeScaling | None:
             f"high_freq_factor = {scaling.high_freq_factor}; fetch the file again"
         )
     return scaling
+
+
+# ---- tokenizer
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The tokenizer files of a directory, in the order in which to take them."""
+    paths = [Path(folder) / name for name in TOKENIZER_FILES]
+    return [path for path in paths if path.is_file()]
+
+
+def check_tokenizer(folder: str | Path, sha256: str, data: str) -> None:
+    """ValueError: the base has a tokenizer, but not the one of this sha256, which the data have."""
+    files = tokenizer_files(folder)
+    if files and sha256 not in [file_sha256(path) for path in files]:
+        raise ValueError(f"{files[0]} is not the tokenizer of {data}; prepare the data with it")
 
 
 # ---- names and shapes of the parameters
