@@ -49,7 +49,7 @@ class Tokenizer:
         """file: the path of a tokenizer.model or tokenizer.json, or its bytes.
 
         space: whether every text begins with one. (To sentencepiece's kind, all do.)
-        ids: {"bos", "eos", "pad"}, where they are known; else the files beside it say them.
+        ids: {"bos", "eos", "pad"}, where the file is bytes; else the files beside it say them.
         ValueError: a tokenizer of another kind, or without one of the tokens.
         """
         names = {}
@@ -60,6 +60,7 @@ class Tokenizer:
                     f"{path}: no such tokenizer; give the path of a sentencepiece tokenizer.model "
                     "or a byte-level tokenizer.json"
                 )
+            ids = ids_beside(path)
             names = special_names_beside(path)
             file = path.read_bytes()
 
@@ -167,6 +168,19 @@ KNOWN_NAMES = {
     "bos": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
 }
+
+
+def ids_beside(path: Path) -> dict[str, int]:
+    """{"bos", "eos", "pad": id} of an export, whose tokenizer_config.json names the end of turn as
+    its eos; {} beside any other file."""
+    crlft = path.with_name("crlft.json")
+    if not crlft.is_file():
+        return {}
+    try:
+        fields = json.loads(crlft.read_bytes())
+        return {kind: int(fields[kind]) for kind in ("bos", "eos", "pad") if kind in fields}
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{crlft}: not an export's crlft.json; export it again") from None
 
 
 def special_names_beside(path: Path) -> dict[str, str]:

@@ -208,6 +208,9 @@ def linear_cross_entropy_op(
     fit = CHUNK_BYTES[hidden.device.type] // (S * hidden.element_size())
     chunk_rows = min(max(fit // 128 * 128, 128), len(rows))
     z_chunk = hidden.new_empty(chunk_rows, S)
+    # No column from W on is written. oneDNN's bf16 matmul reads them all the same, and multiplies
+    # them by 0: a NaN that the memory happens to hold would get into the gradient.
+    z_chunk[:, W:] = 0
 
     for rows_r in rows.split(max(chunk_rows, 1)):
         h_rD = hidden[rows_r]

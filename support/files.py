@@ -41,7 +41,11 @@ def written_whole(path: str | Path):
     # programs that write the same file do not write into each other's.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        # the mode that the umask gives: safetensors makes files that only their owner may read
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

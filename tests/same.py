@@ -435,9 +435,9 @@ def tokens(c: Comparison) -> None:
     llama = []
     if c.assets:
         llama = [c.assets / "llama2" / "tokenizer.model"]
-        for source in real_sources(c.assets):
-            for template in TEMPLATES:
-                ways.append((source.stem, [source], llama[0], ("--template", template)))
+        # together: one of them alone has no conversation of the expert, and is refused
+        for template in TEMPLATES:
+            ways.append(("real", real_sources(c.assets), llama[0], ("--template", template)))
         flags = ("--max_len", 512, "--too_long", "split")
         ways.append(("real-split", real_sources(c.assets), llama[0], flags))
 

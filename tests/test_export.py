@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from conftest import metrics
+from safetensors.torch import save_file
 
 from conversations import (
     FORMAT,
@@ -26,7 +27,7 @@ from prompts import tokenize_prompt
 from sample import SampleConfig, Speaker
 from support.export import write_manifest, write_weights
 from support.export_tokenizer import TRAINING_TEMPLATE, chat_template, write_tokenizer
-from support.files import read_json
+from support.files import read_json, written_whole
 from tokenizer import EOT
 
 # "Hi" and its end, by the Llama-2 tokenizer
@@ -313,6 +314,8 @@ def test_files_have_the_mode_that_the_umask_gives(toy_run, tmp_path):
     try:
         model = Model(SIZES["toy"])
         write_weights(tmp_path, model.config, model.named_parameters(), torch.float32)
+        with written_whole(tmp_path / "x.safetensors") as partial:
+            save_file({"x": torch.zeros(1)}, partial)
     finally:
         os.umask(umask)
     assert modes == {0o666 & ~umask}

@@ -180,6 +180,23 @@ def test_extreme_logits_and_weights_stay_finite():
     assert hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("V", [95, 96, 97])
+def test_memory_that_nobody_wrote_gets_into_no_gradient(monkeypatch, V):
+    """oneDNN's bf16 matmul reads beside a view; what it finds there may be NaN."""
+
+    def poisoned(self, *size, new_empty=torch.Tensor.new_empty, **how):
+        fresh = new_empty(self, *size, **how)
+        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    hidden = torch.randn(300, 64).bfloat16().requires_grad_()
+    matrix = torch.randn(V, 64).bfloat16().requires_grad_()
+    loss, *_ = linear_cross_entropy(hidden, matrix, torch.randint(0, V, (300,)), torch.ones(300))
+    loss.backward()
+    assert hidden.grad.isfinite().all()
+    assert matrix.grad.isfinite().all()
+
+
 def test_logits_exist_a_chunk_at_a_time(monkeypatch):
     """The softmax sees 128 rows at a time, whatever T, and all the rows with a weight."""
     seen = []
