@@ -24,6 +24,7 @@ import torch
 from conftest import ROOT, call, metrics, refused
 from faults import check_starts, history, job, weights
 from kernel_checks import kernels_on
+from test_tokenizer import prepared, tied_base
 
 import model as model_module
 import train as train_module
@@ -350,6 +351,14 @@ def test_a_chain_of_kills_on_2_1_4_and_3_ranks_ends_with_the_same_bits(toy, base
 @pytest.mark.long
 def test_the_chain_in_bf16(toy, base, tmp_path):
     ours, one = chain(toy, base, tmp_path, "--dtype", "bfloat16")
+    assert ours == one
+
+
+@pytest.mark.long
+def test_the_chain_with_a_tied_head_and_a_byte_level_tokenizer(toy, byte_level_file, tmp_path):
+    base = tied_base(tmp_path / "base", byte_level_file)
+    prepared(tmp_path, toy, base / "tokenizer.json")
+    ours, one = chain(tmp_path, base, tmp_path)
     assert ours == one
 
 
