@@ -106,12 +106,16 @@ def plan(
     )
     problem.check()
 
-    # As many steps as it takes if all of them are full, and then a few more.
+    # As many steps as it takes if all of them are full, and then a few more. Where it is certain
+    # that so few have no room for all, they are not tried.
     full_steps = problem.lengths.sum() / (problem.M * problem.capacity)
     counts = step_counts(full_steps)
+    fewest = fewest_steps(problem)
 
     # The usual case: classes are dealt to single steps, which is as even as it gets.
     for steps in counts:
+        if steps < fewest:
+            continue
         found = plan_steps(problem, steps)
         if found is not None:
             return found
@@ -120,6 +124,8 @@ def plan(
     # single step do not fill its micro-batches well. The more steps share their conversations, the
     # better the micro-batches fill.
     for groups, steps_per_group in groupings(full_steps, counts):
+        if groups * steps_per_group < fewest:
+            continue
         found = plan_groups(problem, groups, steps_per_group)
         if found is not None:
             return found
@@ -168,6 +174,20 @@ def step_counts(full_steps: float) -> list[int]:
     """The numbers of steps that `plan` tries, fewest first."""
     fills = FILLS[1:] if full_steps > MANY_STEPS else FILLS
     return sorted({math.ceil(full_steps / fill) for fill in fills})
+
+
+def fewest_steps(problem: Problem) -> int:
+    """A number of steps that no plan can have fewer of: long conversations leave gaps.
+
+    A micro-batch has room for k conversations longer than capacity / (k + 1), and not for one more.
+    So those conversations take at least their number / k micro-batches. That holds for every k.
+    """
+    lengths = np.sort(problem.lengths)
+    # beyond the last k no conversation is any shorter
+    k = np.arange(1, problem.capacity // max(lengths[0], 1) + 1)
+    longer = len(lengths) - np.searchsorted(lengths, problem.capacity // (k + 1), "right")
+    micro_batches = np.ceil(longer / k).max()
+    return math.ceil(micro_batches / problem.M)
 
 
 def groupings(full_steps: float, counts: list[int]) -> Iterator[tuple[int, int]]:
@@ -316,7 +336,11 @@ def plan_groups(problem: Problem, groups: int, steps_per_group: int) -> Steps | 
     bin_of = best_fit(problem, group_of, groups, bins)
     if bin_of is None:
         return None
-    step_of, micro_of = spread(problem, group_of, bin_of, groups, steps_per_group)
+    share_GBC = class_shares(problem, group_of, bin_of, groups, bins)
+    way = spread if bins <= MANY_BINS else spread_in_rounds
+    step_GB, micro_GB = way(share_GBC, problem.M)
+    step_of = group_of * steps_per_group + step_GB[group_of, bin_of]
+    micro_of = micro_GB[group_of, bin_of]
     return finish(problem, step_of, micro_of, groups * steps_per_group)
 
 
@@ -327,41 +351,58 @@ def best_fit(problem: Problem, group_of: np.ndarray, groups: int, bins: int) -> 
     lengths = problem.lengths
     bin_of = np.empty(len(lengths), np.int64)
     for members in members_of(lengths, group_of, groups).tolist():
-        # (room, bin) of all bins, kept in order: least room first
-        rooms = [(problem.capacity, b) for b in range(bins)]
+        # {room: the bins with so much room, the smallest number first}, and those rooms, rising.
+        # Many bins have the same room, so the search is among few.
+        bins_with = {problem.capacity: list(range(bins))}
+        rooms = [problem.capacity]
         for i in members:
             if i == EMPTY:
                 break
-            # the first entry with enough room: the fullest bin that this conversation fits into
-            at = bisect.bisect_left(rooms, (lengths[i], -1))
+            # the first entry with enough room: the fullest bins that this conversation fits into
+            at = bisect.bisect_left(rooms, lengths[i])
             if at == len(rooms):
                 return None
-            room, b = rooms.pop(at)
+            room = rooms[at]
+            b = heapq.heappop(bins_with[room])
             bin_of[i] = b
-            bisect.insort(rooms, (room - lengths[i], b))
+
+            # The bin has less room now. A room that no bin has any more is no entry.
+            if not bins_with[room]:
+                del bins_with[room], rooms[at]
+            left = room - int(lengths[i])
+            if left not in bins_with:
+                bins_with[left] = []
+                bisect.insort(rooms, left)
+            heapq.heappush(bins_with[left], b)
     return bin_of
 
 
-def spread(
-    problem: Problem,
-    group_of: np.ndarray,
-    bin_of: np.ndarray,
-    groups: int,
-    steps_per_group: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(step_of, micro_of), int64 [N]: each group's bins are given to its steps, M bins to a step,
-    so that each step has the classes nearly in proportion.
+def class_shares(
+    problem: Problem, group_of: np.ndarray, bin_of: np.ndarray, groups: int, bins: int
+) -> np.ndarray:
+    """fp64 [G, B, C]: of each class, the share of the group's weight that lies in a bin. Shares, so
+    that a rare class counts as much as a common one.
     """
-    all_groups = np.arange(groups)
-    bins = steps_per_group * problem.M
     classes = problem.class_ids.max() + 1
-
-    # Of each class, the share of the group's weight that lies in a bin. Shares, so that a rare
-    # class counts as much as a common one. In a group without the class all shares are 0: 1e-30
-    # avoids 0 / 0.
     share_GBC = np.zeros((groups, bins, classes))
     np.add.at(share_GBC, (group_of, bin_of, problem.class_ids), problem.weight_sums)
+    # In a group without the class all shares are 0: 1e-30 avoids 0 / 0.
     share_GBC /= np.maximum(share_GBC.sum(1, keepdims=True), 1e-30)
+    return share_GBC
+
+
+# In a group of more bins than this, they are given to its steps by `spread_in_rounds`: the time of
+# `spread` grows with the square of the bins.
+MANY_BINS = 10_000
+
+
+def spread(share_GBC: np.ndarray, M: int) -> tuple[np.ndarray, np.ndarray]:
+    """(step, micro-batch), int64 [G, B]: each group's bins are given to its steps, M bins to a
+    step, so that each step has the classes nearly in proportion.
+    """
+    groups, bins, classes = share_GBC.shape
+    steps_per_group = bins // M
+    all_groups = np.arange(groups)
 
     # The bins with the largest share of some class go first. Those with small shares come later,
     # when they can make up for differences.
@@ -377,16 +418,38 @@ def spread(
         share_GC = share_GBC[all_groups, bin_G]
         load_after_GPC = load_GPC + share_GC[:, None]
         growth_GP = (load_after_GPC**2 - load_GPC**2).sum(2)
-        step_G = np.where(filled_GP < problem.M, growth_GP, np.inf).argmin(1)
+        step_G = np.where(filled_GP < M, growth_GP, np.inf).argmin(1)
 
         step_GB[all_groups, bin_G] = step_G
         micro_GB[all_groups, bin_G] = filled_GP[all_groups, step_G]
         load_GPC[all_groups, step_G] += share_GC
         filled_GP[all_groups, step_G] += 1
+    return step_GB, micro_GB
 
-    step_of = group_of * steps_per_group + step_GB[group_of, bin_of]
-    micro_of = micro_GB[group_of, bin_of]
-    return step_of, micro_of
+
+def spread_in_rounds(share_GBC: np.ndarray, M: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same as `spread`, for many bins: M rounds, in each of which every step gets one bin."""
+    groups, bins, classes = share_GBC.shape
+    steps_per_group = bins // M
+    step_GB = np.empty((groups, bins), np.int64)
+    micro_GB = np.empty((groups, bins), np.int64)
+    for g, share_BC in enumerate(share_GBC):
+        # The bins that matter most to the same class come one after another, the largest share
+        # first. Then the bins of a round are much alike, and can make up for what came before.
+        # Bins without a conversation come last.
+        largest_B = share_BC.max(1)
+        matters_to_B = np.where(largest_B > 0, share_BC.argmax(1), classes - 1)
+        order_B = np.lexsort((-largest_B, matters_to_B))
+        load_PC = np.zeros((steps_per_group, classes))
+        for m, bin_P in enumerate(order_B.reshape(M, steps_per_group)):
+            # the largest share goes to the step that has least of this class
+            c = matters_to_B[bin_P[0]]
+            bin_P = bin_P[np.argsort(-share_BC[bin_P, c], kind="stable")]
+            step_P = np.argsort(load_PC[:, c], kind="stable")
+            step_GB[g, bin_P] = step_P
+            micro_GB[g, bin_P] = m
+            load_PC[step_P] += share_BC[bin_P]
+    return step_GB, micro_GB
 
 
 # ---- the end of plan_steps and of plan_groups: even micro-batches, as lists
@@ -448,6 +511,9 @@ MOST_ROUNDS = 400
 # take 8 times as long, and come out as even.
 MOST_SLOTS = 48
 
+# A round tries so many slots of a micro-batch: the fewest of these that reach its conversations.
+REACHES = (4, 8, 16, 32, MOST_SLOTS + 1)
+
 
 def balance(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: int) -> np.ndarray:
     """int64 [N], the micro-batch of each conversation, after swaps within each step that bring its
@@ -467,38 +533,79 @@ def balance(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: 
 
     rounds = ROUNDS + ROUNDS_PER_MICRO_BATCH * problem.M
     for r in range(min(rounds, MOST_ROUNDS)):
-        badness_SM = layout.badness(layout.tokens_SM, layout.square_SM)
-        one, other = pick_two(r, badness_SM, layout)
+        one, other = pick_two(r, layout)
         tried = slots_to_try(r, layout.slots)
 
-        # What `one` would lose to `other` by each swap. The first Q are the tried slots of `one`,
-        # the second Q those of `other`.
-        length_SQ1 = layout.length_SMQ[all_steps, one][:, tried, None]
-        length_S1Q = layout.length_SMQ[all_steps, other][:, None, tried]
+        # the best swap of each step, and the steps in which it is better than no swap: `helps`
+        after, at_one, at_other = best_swaps(layout, one, other, tried)
+        before = layout.badness_SM[all_steps, one] + layout.badness_SM[all_steps, other]
+        helps = np.flatnonzero(after < before - LEAST_GAIN)
+        slot_of_one = tried[at_one[helps]]
+        slot_of_other = tried[at_other[helps]]
+        layout.swap(helps, one[helps], slot_of_one, other[helps], slot_of_other)
+    return layout.micro_of()
+
+
+def best_swaps(
+    layout: "Layout", one: np.ndarray, other: np.ndarray, tried: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(badness, at_one, at_other), each [S]: of each step the best swap of a tried slot of `one`
+    with a tried slot of `other`, and how bad the two would be after it, together.
+
+    at_one, at_other: which of the tried slots they are. The first of several that are as good.
+    """
+    steps = len(one)
+    length_one_SQ = layout.length_SMQ[np.arange(steps), one][:, tried]
+    length_other_SQ = layout.length_SMQ[np.arange(steps), other][:, tried]
+    after = np.empty(steps)
+    at_one = np.empty(steps, np.int64)
+    at_other = np.empty(steps, np.int64)
+
+    # One EMPTY slot is as good as another, so it is enough to look at the slots before the last
+    # conversation, and at one more. A micro-batch of short conversations has many times as many
+    # slots as one of long ones. So steps with about equally many are worked on together.
+    reach_one = reach(length_one_SQ)
+    reach_other = reach(length_other_SQ)
+    for most_one, most_other in set(zip(reach_one.tolist(), reach_other.tolist())):
+        alike = np.flatnonzero((reach_one == most_one) & (reach_other == most_other))
+        length_SQ1 = length_one_SQ[alike, :most_one, None]
+        length_S1Q = length_other_SQ[alike, None, :most_other]
+
+        # What `one` would lose to `other` by each swap. The first Q are the slots of `one`, the
+        # second Q those of `other`.
         lost_tokens_SQQ = length_SQ1 - length_S1Q
         lost_square_SQQ = length_SQ1**2 - length_S1Q**2
 
         # how bad the two would be after each swap
         badness_one_SQQ = layout.badness(
-            layout.tokens_SM[all_steps, one][:, None, None] - lost_tokens_SQQ,
-            layout.square_SM[all_steps, one][:, None, None] - lost_square_SQQ,
+            alike,
+            layout.tokens_SM[alike, one[alike]][:, None, None] - lost_tokens_SQQ,
+            layout.square_SM[alike, one[alike]][:, None, None] - lost_square_SQQ,
         )
         badness_other_SQQ = layout.badness(
-            layout.tokens_SM[all_steps, other][:, None, None] + lost_tokens_SQQ,
-            layout.square_SM[all_steps, other][:, None, None] + lost_square_SQQ,
+            alike,
+            layout.tokens_SM[alike, other[alike]][:, None, None] + lost_tokens_SQQ,
+            layout.square_SM[alike, other[alike]][:, None, None] + lost_square_SQQ,
         )
 
-        # the best swap of each step, and the steps in which it is better than no swap: `helps`
-        after = (badness_one_SQQ + badness_other_SQQ).reshape(steps, -1)
-        before = badness_SM[all_steps, one] + badness_SM[all_steps, other]
-        best = after.argmin(1)
-        helps = np.flatnonzero(after[all_steps, best] < before - LEAST_GAIN)
+        # pair number a * most_other + b is slot a of `one` and slot b of `other`
+        pairs = (badness_one_SQQ + badness_other_SQQ).reshape(len(alike), -1)
+        best = pairs.argmin(1)
+        after[alike] = pairs[np.arange(len(alike)), best]
+        at_one[alike] = best // most_other
+        at_other[alike] = best % most_other
+    return after, at_one, at_other
 
-        # pair number a * len(tried) + b is slot tried[a] of `one` and slot tried[b] of `other`
-        slot_of_one = tried[best[helps] // len(tried)]
-        slot_of_other = tried[best[helps] % len(tried)]
-        layout.swap(helps, one[helps], slot_of_one, other[helps], slot_of_other)
-    return layout.micro_of()
+
+def reach(length_SQ: np.ndarray) -> np.ndarray:
+    """int64 [S]: how many slots of each row `best_swaps` looks at: up to its last conversation, and
+    one more. Rounded up to one of REACHES, so that few of them differ; at most Q.
+    """
+    slots = length_SQ.shape[1]
+    last = ((length_SQ > 0) * np.arange(1, slots + 1)).max(1)
+    needed = np.minimum(last + 1, slots)
+    rounded = np.array(REACHES)[np.searchsorted(REACHES, needed)]
+    return np.minimum(rounded, slots)
 
 
 class Layout:
@@ -507,6 +614,7 @@ class Layout:
     i_SMQ int64: the conversation in each slot, or EMPTY
     length_SMQ fp64: its length, or 0
     tokens_SM, square_SM fp64: the sum of the lengths in each micro-batch, and of length^2
+    badness_SM fp64: how far each micro-batch is from what it should be
     mean_tokens, mean_square, mean_cost fp64 [S]: what each micro-batch of a step should have
     """
 
@@ -533,17 +641,19 @@ class Layout:
         self.mean_square = np.maximum(self.square_SM.mean(1), 1)
         linear, quadratic = self.cost
         self.mean_cost = linear * self.mean_tokens + quadratic * self.mean_square
+        self.badness_SM = self.badness(np.arange(steps), self.tokens_SM, self.square_SM)
 
-    def badness(self, tokens: np.ndarray, square: np.ndarray) -> np.ndarray:
-        """How far micro-batches are from what they should be: fp64 [S, ..], 0 at best.
+    def badness(self, steps: np.ndarray, tokens: np.ndarray, square: np.ndarray) -> np.ndarray:
+        """How far micro-batches of these steps are from what they should be: fp64 [len(steps), ..],
+        0 at best.
 
-        tokens and square [S, ..]: the sum of the lengths in each of them, and of length^2.
+        tokens and square [len(steps), ..]: the sum of the lengths in each of them, and of length^2.
         """
         # the first axis is the step; over all others the step's means are broadcast
         shape = [-1] + [1] * (tokens.ndim - 1)
         linear, quadratic = self.cost
-        mean_cost = self.mean_cost.reshape(shape)
-        mean_square = self.mean_square.reshape(shape)
+        mean_cost = self.mean_cost[steps].reshape(shape)
+        mean_square = self.mean_square[steps].reshape(shape)
         overfull = np.maximum(tokens / self.capacity - 1, 0)
         off_cost = (linear * tokens + quadratic * square) / mean_cost - 1
         off_square = square / mean_square - 1
@@ -567,6 +677,9 @@ class Layout:
         self.tokens_SM[step, other] += length_one - length_other
         self.square_SM[step, one] -= length_one**2 - length_other**2
         self.square_SM[step, other] += length_one**2 - length_other**2
+        for micro in (one, other):
+            tokens = self.tokens_SM[step, micro]
+            self.badness_SM[step, micro] = self.badness(step, tokens, self.square_SM[step, micro])
 
         self.length_SMQ[step, one, slot_of_one] = length_other
         self.length_SMQ[step, other, slot_of_other] = length_one
@@ -583,9 +696,9 @@ class Layout:
         return micro_of
 
 
-def pick_two(r: int, badness_SM: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+def pick_two(r: int, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """(one, other), int64 [S]: the two micro-batches of each step that round r looks at."""
-    steps, M = badness_SM.shape
+    steps, M = layout.badness_SM.shape
     all_steps = np.arange(steps)
     tokens_off_SM = layout.tokens_SM / layout.mean_tokens[:, None] - 1
     square_off_SM = layout.square_SM / layout.mean_square[:, None] - 1
@@ -595,7 +708,7 @@ def pick_two(r: int, badness_SM: np.ndarray, layout: Layout) -> tuple[np.ndarray
     if r % 3 == 0:
         one = np.abs(tokens_off_SM).argmax(1)
     else:
-        one = badness_SM.argmax(1)
+        one = layout.badness_SM.argmax(1)
 
     # In odd rounds `other` is the one that is most off in the opposite direction: it can take what
     # `one` has too much of. (Tokens stand for the cost here: the two are nearly proportional.) In

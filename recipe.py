@@ -206,7 +206,7 @@ def all_steps(
     """(the steps of the whole run, [the number of steps up to the end of each epoch]).
 
     They follow from data and config alone. So a resumed run makes them again, and goes on in them
-    where it stopped.
+    where it stopped. ValueError: they are too many to plan.
     """
     steps = []
     epoch_ends = []
@@ -214,8 +214,35 @@ def all_steps(
         epoch = len(epoch_ends)
         steps += epoch_steps(data, conversations, config, epoch, cost)
         epoch_ends.append(len(steps))
+        if epoch == 0:
+            check_epochs(len(conversations), len(steps), config)
     # config.steps may end within an epoch; None cuts nothing
     return steps[: config.steps], epoch_ends
+
+
+# All steps of a run are planned before its first. So many conversations, over all its epochs, take
+# about five minutes and 2 GB, on each rank. An epoch by itself takes as long as so many more.
+MOST_PLANNED = 100_000_000
+EPOCH_COUNTS_AS = 3000
+# never refused, however large the data are
+FEW_EPOCHS = 10
+
+
+def check_epochs(conversations: int, steps_of_one: int, config: TrainConfig) -> None:
+    """ValueError: a run of so many epochs that planning it would take hours, or all memory.
+
+    conversations, steps_of_one: of one epoch.
+    """
+    epochs, flag = config.epochs, f"--epochs {config.epochs:,}"
+    if config.steps:
+        epochs = math.ceil(config.steps / steps_of_one)
+        flag = f"--steps {config.steps:,}, which is {epochs:,} epochs,"
+    most = max(FEW_EPOCHS, MOST_PLANNED // (conversations + EPOCH_COUNTS_AS))
+    if epochs > most:
+        raise ValueError(
+            f"{flag} of {conversations:,} conversations is too much to plan; at most --epochs "
+            f"{most} or --steps {most * steps_of_one}"
+        )
 
 
 def is_whole(steps: Steps, epoch_ends: list[int], config: TrainConfig) -> bool:

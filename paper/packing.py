@@ -1,5 +1,6 @@
 """Ways to form batches: our step plan beside padding, padding by length, and the public trainer's
-kind of multipack.
+multipack. That one is plain Python here: it forms the public steps, but takes longer than the
+original, which numba compiles.
 
     python -m paper.packing                             70,000 ShareGPT-like lengths
     python -m paper.packing --data train.safetensors    and the lengths of a prepared file
@@ -12,13 +13,16 @@ A step is `ranks` x 16,384 tokens, with 8 ranks and with 64. What is compared:
     FLOPs     the busiest rank's / the mean rank's: mean over the steps, and the worst step
     share     the expert's part of a step's loss weight, lowest and highest
 
-Last comes what dividing a step's loss by the step's own weights does to small steps.
+Then comes what dividing a step's loss by the step's own weights does to small steps, and how long
+`plan` takes on lengths of other kinds.
 """
 
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +35,9 @@ from support.cli import parse_args, run
 
 # tokens of a micro-batch
 CAPACITY = 16_384
+
+# how often each way is timed
+RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,27 @@ def sharegpt_like(
     lengths = cut_lengths(mu).astype(np.int64)
 
     is_other = np.random.default_rng(seed + 9).random(n) >= 6 / 70
+    token_weight = np.where(is_other, 0.1, 1.0)
+    return Corpus(lengths, is_other.astype(np.int64), token_weight * lengths)
+
+
+# of `lengths_of`, beside the log-normal lengths of `sharegpt_like`
+KINDS = "log-normal", "bimodal", "bimodal, with gaps", "constant"
+
+
+def lengths_of(kind: str, n: int) -> Corpus:
+    """n conversations whose lengths are of one of KINDS, 6 in 70 of them the expert's."""
+    if kind == "log-normal":
+        return sharegpt_like(n, 0)
+    rng = np.random.default_rng(0)
+    if kind == "bimodal":
+        lengths = np.where(rng.random(n) < 0.5, rng.normal(4000, 60, n), rng.normal(100, 20, n))
+        lengths = np.clip(lengths, 16, 4096).astype(np.int64)
+    elif kind == "bimodal, with gaps":
+        lengths = np.where(rng.random(n) < 0.5, 3900, 100)
+    else:
+        lengths = np.full(n, 2500)
+    is_other = rng.random(n) >= 6 / 70
     token_weight = np.where(is_other, 0.1, 1.0)
     return Corpus(lengths, is_other.astype(np.int64), token_weight * lengths)
 
@@ -142,15 +170,16 @@ def sorted_in_windows(order: np.ndarray, lengths: np.ndarray, window: int) -> np
 
 
 def multipack(lengths: np.ndarray, ranks: int) -> Steps:
-    """[step][rank], as the public trainer does it. A step takes as many conversations of the
-    shuffled row as first-fit decreasing gets into its micro-batches. The last step, which is
-    incomplete, is dropped.
+    """[step][rank], as the public trainer's sampler does it (ochat/training_deepspeed/
+    multipack_sampler.py). A step takes as many conversations of the shuffled row as first-fit
+    decreasing gets into its micro-batches. The first step that leaves a micro-batch empty ends the
+    epoch: that is the last one, where the rest is too little for all of them.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     total = np.cumsum(lengths[order])
     steps = []
     start = 0
-    while True:
+    while start < len(order):
         done = total[start - 1] if start else 0
         # the most conversations that first-fit takes, by bisection between 1 and what has no gaps
         low = 1
@@ -161,10 +190,13 @@ def multipack(lengths: np.ndarray, ranks: int) -> Steps:
                 low = middle
             else:
                 high = middle - 1
-        if start + low >= len(order):
-            return steps
-        steps.append(first_fit(lengths, order[start : start + low], ranks))
+        step = first_fit(lengths, order[start : start + low], ranks)
+        # None: a conversation is longer than a micro-batch. That ends the epoch, too.
+        if step is None or not all(map(len, step)):
+            break
+        steps.append(step)
         start += low
+    return steps
 
 
 def first_fit(lengths: np.ndarray, window: np.ndarray, ranks: int) -> list[np.ndarray] | None:
@@ -187,10 +219,23 @@ def first_fit(lengths: np.ndarray, window: np.ndarray, ranks: int) -> list[np.nd
 # ---- what they come to
 
 
-def measure(
-    steps: Steps, corpus: Corpus, ranks: int, is_padded: bool, seconds: float
-) -> dict[str, float]:
-    """One row of the table; seconds: what it took to form the steps."""
+def timed(form: Callable[[], Steps]) -> tuple[Steps, float, float]:
+    """(what form returns, the seconds that it took, the seconds of CPU), the least of RUNS times
+    each: other programs of the machine only make it longer.
+    """
+    seconds = []
+    cpu_seconds = []
+    for _ in range(RUNS):
+        began = time.perf_counter()
+        cpu_began = time.process_time()
+        steps = form()
+        cpu_seconds.append(time.process_time() - cpu_began)
+        seconds.append(time.perf_counter() - began)
+    return steps, min(seconds), min(cpu_seconds)
+
+
+def measure(steps: Steps, corpus: Corpus, ranks: int, is_padded: bool) -> dict[str, float]:
+    """One row of the table, without the time."""
     linear, quadratic = COST_7B
     flops_SR = np.zeros((len(steps), ranks))
     computed = 0
@@ -221,7 +266,6 @@ def measure(
         "flops_worst": uneven.max(),
         "share_low": min(shares),
         "share_high": max(shares),
-        "seconds": seconds,
     }
     return {key: float(value) for key, value in row.items()}
 
@@ -238,23 +282,22 @@ def compare(name: str, corpus: Corpus, ranks: int) -> dict[str, dict[str, float]
     print(f"\n{name}, {ranks} ranks")
     print(
         f"{'':34}{'steps':>6} {'fill':>7} {'dropped':>8} {'FLOPs':>7} {'worst':>7} "
-        f"{'share':>14} {'seconds':>8}"
+        f"{'share':>14} {'seconds':>8} {'of CPU':>7}"
     )
     rows = {}
     for way in WAYS:
-        began = time.perf_counter()
-        steps = form(way, corpus, ranks)
-        seconds = time.perf_counter() - began
-        # multipack drops the last step, which may be the only one
+        steps, seconds, cpu_seconds = timed(partial(form, way, corpus, ranks))
+        # multipack may drop the last step, which may be the only one
         if not steps:
             print(f"{way:34}     0")
             continue
-        row = measure(steps, corpus, ranks, way.startswith("padded"), seconds)
+        row = measure(steps, corpus, ranks, way.startswith("padded"))
+        row |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
         rows[way] = row
         used = f"{row['steps']:6.0f} {row['fill']:7.4f} {row['dropped']:8.0f}"
         flops = f"{row['flops_mean']:7.4f} {row['flops_worst']:7.4f}"
         share = f"{row['share_low']:6.3f} {row['share_high']:6.3f}"
-        print(f"{way:34}{used} {flops} {share} {seconds:8.2f}", flush=True)
+        print(f"{way:34}{used} {flops} {share} {seconds:8.2f} {cpu_seconds:7.2f}", flush=True)
     return rows
 
 
@@ -283,6 +326,24 @@ def small_steps(corpus: Corpus, draws: int = 2000) -> dict[str, float]:
     return shares
 
 
+def plan_times(conversations: int) -> list[dict]:
+    """How long `plan` takes on each of KINDS, for steps of 131,072 tokens in micro-batches of
+    16,384 and in those as long as the longest conversation."""
+    print(f"\n{'plan':28}{'steps':>6} {'fill':>7} {'seconds':>8} {'of CPU':>7}")
+    rows = []
+    for kind in KINDS:
+        corpus = lengths_of(kind, conversations)
+        for micro_tokens in (CAPACITY, 4096):
+            of = partial(plan, *corpus, 0, 0, 8 * CAPACITY, micro_tokens)
+            steps, seconds, cpu_seconds = timed(of)
+            fill = float(corpus.lengths.sum() / (len(steps) * 8 * CAPACITY))
+            name = f"{kind}, {micro_tokens:,}"
+            print(f"{name:28}{len(steps):6} {fill:7.4f} {seconds:8.2f} {cpu_seconds:7.2f}")
+            row = {"kind": kind, "micro_tokens": micro_tokens, "steps": len(steps), "fill": fill}
+            rows.append(row | {"seconds": seconds, "cpu_seconds": cpu_seconds})
+    return rows
+
+
 def main(argv: list[str]) -> None:
     config = parse_args(PackingConfig, argv)
     data = Prepared(config.data) if config.data else None
@@ -304,6 +365,7 @@ def main(argv: list[str]) -> None:
         "numpy": np.__version__,
         "plans": plans,
         "expert_share_of_steps": shares,
+        "plan_times": plan_times(config.conversations),
     }
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
