@@ -536,30 +536,37 @@ def balance(problem: Problem, step_of: np.ndarray, micro_of: np.ndarray, steps: 
         one, other = pick_two(r, layout)
         tried = slots_to_try(r, layout.slots)
 
-        # the best swap of each step, and the steps in which it is better than no swap: `helps`
-        after, at_one, at_other = best_swaps(layout, one, other, tried)
-        before = layout.badness_SM[all_steps, one] + layout.badness_SM[all_steps, other]
-        helps = np.flatnonzero(after < before - LEAST_GAIN)
+        # A pair is not tried again while neither of the two has changed. (With more slots than
+        # MOST_SLOTS each round tries others.)
+        open_steps = np.flatnonzero(~layout.no_use_SMM[all_steps, one, other])
+        one, other = one[open_steps], other[open_steps]
+        after, at_one, at_other = best_swaps(layout, open_steps, one, other, tried)
+
+        # the open steps in which the best swap is better than no swap
+        before = layout.badness_SM[open_steps, one] + layout.badness_SM[open_steps, other]
+        helps = after < before - LEAST_GAIN
+        if layout.slots <= MOST_SLOTS:
+            layout.no_use_SMM[open_steps[~helps], one[~helps], other[~helps]] = True
+            layout.no_use_SMM[open_steps[~helps], other[~helps], one[~helps]] = True
         slot_of_one = tried[at_one[helps]]
         slot_of_other = tried[at_other[helps]]
-        layout.swap(helps, one[helps], slot_of_one, other[helps], slot_of_other)
+        layout.swap(open_steps[helps], one[helps], slot_of_one, other[helps], slot_of_other)
     return layout.micro_of()
 
 
 def best_swaps(
-    layout: "Layout", one: np.ndarray, other: np.ndarray, tried: np.ndarray
+    layout: "Layout", steps: np.ndarray, one: np.ndarray, other: np.ndarray, tried: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(badness, at_one, at_other), each [S]: of each step the best swap of a tried slot of `one`
+    """(badness, at_one, at_other): of each of these steps the best swap of a tried slot of `one`
     with a tried slot of `other`, and how bad the two would be after it, together.
 
     at_one, at_other: which of the tried slots they are. The first of several that are as good.
     """
-    steps = len(one)
-    length_one_SQ = layout.length_SMQ[np.arange(steps), one][:, tried]
-    length_other_SQ = layout.length_SMQ[np.arange(steps), other][:, tried]
-    after = np.empty(steps)
-    at_one = np.empty(steps, np.int64)
-    at_other = np.empty(steps, np.int64)
+    length_one_SQ = layout.length_SMQ[steps, one][:, tried]
+    length_other_SQ = layout.length_SMQ[steps, other][:, tried]
+    after = np.empty(len(steps))
+    at_one = np.empty(len(steps), np.int64)
+    at_other = np.empty(len(steps), np.int64)
 
     # One EMPTY slot is as good as another, so it is enough to look at the slots before the last
     # conversation, and at one more. A micro-batch of short conversations has many times as many
@@ -577,15 +584,16 @@ def best_swaps(
         lost_square_SQQ = length_SQ1**2 - length_S1Q**2
 
         # how bad the two would be after each swap
+        of = steps[alike]
         badness_one_SQQ = layout.badness(
-            alike,
-            layout.tokens_SM[alike, one[alike]][:, None, None] - lost_tokens_SQQ,
-            layout.square_SM[alike, one[alike]][:, None, None] - lost_square_SQQ,
+            of,
+            layout.tokens_SM[of, one[alike]][:, None, None] - lost_tokens_SQQ,
+            layout.square_SM[of, one[alike]][:, None, None] - lost_square_SQQ,
         )
         badness_other_SQQ = layout.badness(
-            alike,
-            layout.tokens_SM[alike, other[alike]][:, None, None] + lost_tokens_SQQ,
-            layout.square_SM[alike, other[alike]][:, None, None] + lost_square_SQQ,
+            of,
+            layout.tokens_SM[of, other[alike]][:, None, None] + lost_tokens_SQQ,
+            layout.square_SM[of, other[alike]][:, None, None] + lost_square_SQQ,
         )
 
         # pair number a * most_other + b is slot a of `one` and slot b of `other`
@@ -615,6 +623,7 @@ class Layout:
     length_SMQ fp64: its length, or 0
     tokens_SM, square_SM fp64: the sum of the lengths in each micro-batch, and of length^2
     badness_SM fp64: how far each micro-batch is from what it should be
+    no_use_SMM bool: no swap of these two micro-batches helps, as they are now
     mean_tokens, mean_square, mean_cost fp64 [S]: what each micro-batch of a step should have
     """
 
@@ -642,6 +651,7 @@ class Layout:
         linear, quadratic = self.cost
         self.mean_cost = linear * self.mean_tokens + quadratic * self.mean_square
         self.badness_SM = self.badness(np.arange(steps), self.tokens_SM, self.square_SM)
+        self.no_use_SMM = np.zeros((steps, M, M), bool)
 
     def badness(self, steps: np.ndarray, tokens: np.ndarray, square: np.ndarray) -> np.ndarray:
         """How far micro-batches of these steps are from what they should be: fp64 [len(steps), ..],
@@ -680,6 +690,8 @@ class Layout:
         for micro in (one, other):
             tokens = self.tokens_SM[step, micro]
             self.badness_SM[step, micro] = self.badness(step, tokens, self.square_SM[step, micro])
+            self.no_use_SMM[step, micro] = False
+            self.no_use_SMM[step, :, micro] = False
 
         self.length_SMQ[step, one, slot_of_one] = length_other
         self.length_SMQ[step, other, slot_of_other] = length_one
