@@ -152,11 +152,81 @@ def table2_short() -> str:
     return markdown(titles, [[row[i] for i in keep] for row in rows])
 
 
+# ---- paper.packing and paper.cancel
+
+
+def packing() -> str:
+    """docs/data.md: the ways to form batches, for 8 ranks."""
+    results = read("packing.json")
+    rows = []
+    for name, by_ranks in results["plans"].items():
+        # the first name stands in the head of the table, another in a row of its own
+        if rows:
+            rows.append([f"**{name}**", *[""] * 5])
+        for way, row in by_ranks["8"].items():
+            rows.append(
+                [
+                    way,
+                    f"{row['steps']:.0f}; {row['fill']:.1%}",
+                    f"{row['dropped']:.0f}",
+                    f"{row['flops_mean']:.4f}, {row['flops_worst']:.4f}",
+                    f"{row['share_low']:.3f}, {row['share_high']:.3f}",
+                    f"{row['cpu_seconds']:.2f}",
+                ]
+            )
+    first, *_ = results["plans"]
+    head = [first, "steps; fill", "dropped", "FLOPs: mean, worst", "share: lowest, highest"]
+    return markdown([*head, "seconds of CPU"], rows)
+
+
+def plan_times() -> str:
+    """docs/data.md: how long `plan` takes, seconds of CPU and of the clock."""
+    rows = []
+    for row in read("packing.json")["plan_times"]:
+        rows.append(
+            [
+                row["kind"],
+                f"{row['micro_tokens']:,}",
+                f"{row['steps']:,}; {row['fill']:.1%}",
+                f"{row['cpu_seconds']:.2f}; {row['seconds']:.2f}",
+            ]
+        )
+    return markdown(["lengths", "micro-batch", "steps; fill", "seconds: CPU; clock"], rows)
+
+
+# what the ways of paper.cancel are called in the page
+DIVIDED_BY = {
+    "step": "the step's sum of weights (ours)",
+    "micro-batch, by tokens": "each micro-batch's sum of weights, then by tokens (LLaMA-Factory v1)",
+    "micro-batch": "each micro-batch's sum of weights, then the mean",
+    "conversation": "each conversation's tokens, then the step's sum of weights",
+    "tokens": "the step's tokens, without weights (SFT)",
+}
+
+
+def cancel() -> str:
+    """docs/method.md: the expert's share, and what a weight of 0.1 counts as."""
+    by_corpus = read("cancel.json")["rows"]
+    rows = []
+    for several in zip(*by_corpus.values()):
+        way, size = several[0]["way"], several[0]["size"]
+        cells = [DIVIDED_BY[way], "packed" if size is None else str(size)]
+        for row in several:
+            cells.append(f"{row['share']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
+            cells.append(f"{row['counts_as']:.2f}")
+        rows.append(cells)
+    head = ["the weighted loss is divided by", "conversations of a micro-batch"]
+    for name in by_corpus:
+        head += [f"expert's share, {name}", "0.1 counts as"]
+    return markdown(head, rows)
+
+
 PAGES = {
     "README.md": [gpu],
+    "docs/data.md": [packing, plan_times],
     "docs/kernels.md": [bench],
     "docs/training.md": [step_gpu],
-    "docs/method.md": [table2_short],
+    "docs/method.md": [table2_short, cancel],
 }
 
 

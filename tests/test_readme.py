@@ -49,6 +49,7 @@ ELSEWHERE = {
 LESS = {
     "train.py --data": {"--steps": 2, "--batch_tokens": 8192},
     "-m paper.packing": {"--conversations": 2000},
+    "-m paper.cancel": {"--conversations": 2000},
     "agieval": {"--max_new": 2},
     "answers": {"--max_new": 4},
     "-m paper": {"--steps": 2, "--seeds": 1},
@@ -98,7 +99,7 @@ def shorter(command):
     if "--dry_run" in command:
         return words
     for sign, flags in LESS.items():
-        quick = sign == "-m paper" and re.search(r"paper\.(packing|example|toy)", command)
+        quick = sign == "-m paper" and re.search(r"paper\.(packing|cancel|example|toy)", command)
         if sign not in command or quick:
             continue
         for flag, value in flags.items():
