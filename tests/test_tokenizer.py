@@ -1,5 +1,6 @@
 """Both kinds of tokenizer: the official trainer's ids, text that stays text, exports, bases."""
 
+import functools
 import json
 import random
 import shutil
@@ -31,6 +32,10 @@ OFFICIAL = {
 }
 
 
+# to build Llama-3's takes a second or two
+opened = functools.cache(tokenizer_for)
+
+
 @pytest.fixture(scope="module")
 def official_file(assets, llama3_file):
     return {
@@ -49,7 +54,7 @@ def test_the_official_golden_conversations(official_file, kind):
     tokens.
     """
     template, condition = OFFICIAL[kind]
-    tokenizer = tokenizer_for(template, official_file[kind])
+    tokenizer = opened(template, official_file[kind])
     golden = json.loads((ROOT / "tests" / "golden_openchat.json").read_text())[kind]
     assert len(golden["conversations"]) == 4
     for expected in golden["conversations"]:
@@ -103,7 +108,7 @@ def system_and_texts(expected, tokenizer, template):
 def tokenizers_of(byte_level_file, official_file):
     yield Tokenizer(byte_level_file)
     for kind, (template, _) in OFFICIAL.items():
-        yield tokenizer_for(template, official_file[kind])
+        yield opened(template, official_file[kind])
 
 
 def test_no_text_becomes_a_special_token(byte_level_file, official_file):
@@ -134,7 +139,7 @@ def test_special_tokens_say_nothing_and_have_names(byte_level_file):
 
 
 def test_the_template_says_what_ends_a_turn(llama3_file):
-    theirs = tokenizer_for("llama-3", llama3_file)
+    theirs = opened("llama-3", llama3_file)
     assert (theirs.bos, theirs.eos, theirs.eot) == (128000, 128001, 128009)
     assert theirs.vocab_size == theirs.file_size == 128256
     assert theirs.first_special == 128000
@@ -292,38 +297,59 @@ def test_a_byte_level_base_trains_exports_and_is_a_base_again(
     assert read_config(tmp_path / "again" / "run" / "hf") == read_config(hf)
 
 
-def test_llama_3_trains_with_its_own_tokens(toy, llama3_file, tmp_path, train):
-    """Template llama-3 adds no token; rows that the base never trained start as the mean."""
+LLAMA3_NAMES = (
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
+
+
+def small_llama3(folder, file):
+    """A tokenizer.json of Llama-3's form: its special tokens, behind the merges."""
+    content = json.loads(file.read_text())
+    size = Tokenizer(file).file_size
+    like = content["added_tokens"][0]
+    content["added_tokens"] = []
+    for i, name in enumerate(LLAMA3_NAMES):
+        content["added_tokens"].append(like | {"id": size + i, "content": name})
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    return path, size
+
+
+def test_template_llama_3_trains_the_bases_own_tokens(toy, byte_level_file, tmp_path, train):
+    """It adds no token; rows that the base never trained start as the mean."""
     from transformers import AutoTokenizer
 
-    config = Config(8, 16, 1, 1, 1, vocab_size=128256, max_position_embeddings=256)
+    tokenizer_file, size = small_llama3(tmp_path, byte_level_file)
+    bos, eos, header, header_end, eot = range(size, size + 5)
+    config = Config(8, 16, 1, 1, 1, vocab_size=size + 5, max_position_embeddings=256)
     model = random_model(config)
-    never_trained = 128006, 128007
+    never_trained = header, header_end
     with torch.no_grad():
         for row in never_trained:
             model.model.embed_tokens.weight[row] = 1e-20
     base = save(model, tmp_path / "base")
-    shutil.copy(llama3_file, base / "tokenizer.json")
+    shutil.copy(tokenizer_file, base / "tokenizer.json")
 
     path = prepared(tmp_path, toy, base / "tokenizer.json", "llama-3")
     meta = Prepared(path).meta
-    assert (meta["bos"], meta["eos"], meta["eot"]) == (128000, 128001, 128009)
+    assert (meta["bos"], meta["eos"], meta["eot"]) == (bos, eos, eot)
     words = "--steps 1 --lr 1e-30 --batch_tokens 512 --micro_tokens 256".split()
     printed = train(path, tmp_path / "run", "--model", base, *words)
     assert "was not trained on <|start_header_id|> <|end_header_id|>:" in printed
 
     hf = tmp_path / "run" / "hf"
-    assert (hf / "tokenizer.json").read_bytes() == llama3_file.read_bytes()
+    assert (hf / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
     weights = load_model(hf).model.embed_tokens.weight
-    ordinary = model.model.embed_tokens.weight[:128000].mean(0)
+    ordinary = model.model.embed_tokens.weight[:size].mean(0)
     for row in never_trained:
         assert torch.allclose(weights[row], ordinary, atol=1e-6)
     # a trained one stays
-    assert torch.allclose(weights[128009], model.model.embed_tokens.weight[128009], atol=1e-6)
+    assert torch.allclose(weights[eot], model.model.embed_tokens.weight[eot], atol=1e-6)
 
     # its chat template trims, as OpenChat's does; nothing else differs
     theirs = AutoTokenizer.from_pretrained(hf)
-    tokenizer = tokenizer_for("llama-3", llama3_file)
+    tokenizer = tokenizer_for("llama-3", tokenizer_file)
     for said in (("S", "q  <b>", "a\n\nb"), ("Be brief.", "1234", "x", "y", "z")):
         tokens, _ = tokenize(as_conversation(said), tokenizer, "llama-3")
         assert theirs.apply_chat_template(as_chat(said), return_dict=False) == tokens.tolist()
@@ -334,14 +360,16 @@ def test_llama_3_trains_with_its_own_tokens(toy, llama3_file, tmp_path, train):
     ]
     assert ids[0] == ids[1]
     stops = json.loads((hf / "generation_config.json").read_text())["eos_token_id"]
-    assert stops == [128009, 128001]
+    assert stops == [eot, eos]
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama-3-chat"])
-def test_other_models_prompts_are_their_chat_templates(llama3_file, byte_level_file, template):
+def test_other_models_prompts_are_their_chat_templates(byte_level_file, tmp_path, template):
     """The ids by hand: each special token, and the text between two of them."""
     messages = [Message("user", " Hi <|im_end|>"), Message("assistant", "Ho"), Message("user", "x")]
-    file = {"chatml": byte_level_file, "llama-3-chat": llama3_file}[template]
+    file = byte_level_file
+    if template == "llama-3-chat":
+        file, _ = small_llama3(tmp_path, byte_level_file)
     tokenizer = prompt_tokenizer(template, file, None)
     expected = {
         "chatml": (
