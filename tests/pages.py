@@ -197,7 +197,9 @@ def plan_times() -> str:
 # what the ways of paper.cancel are called in the page
 DIVIDED_BY = {
     "step": "the step's sum of weights (ours)",
-    "micro-batch, by tokens": "each micro-batch's sum of weights, then by tokens (LLaMA-Factory v1)",
+    "micro-batch, by tokens": (
+        "each micro-batch's sum of weights, then by tokens (LLaMA-Factory v1)"
+    ),
     "micro-batch": "each micro-batch's sum of weights, then the mean",
     "conversation": "each conversation's tokens, then the step's sum of weights",
     "tokens": "the step's tokens, without weights (SFT)",
