@@ -33,6 +33,7 @@ from paper.real_base import fetch_base
 from paper.real_measure import ARMS, HELD_OUT, MAX_LEN, held_out, measure, samples
 from paper.real_report import publish
 from paper.runs import prepared
+from sample import tokenizer_file
 from support.cli import parse_args, run
 from support.metrics import read_metrics
 from support.rows import read_rows
@@ -111,20 +112,23 @@ def training_rows(rows: list[dict], config: RealConfig) -> list[dict]:
 # ---- two arms
 
 
-def train_arms(config: RealConfig, rows: list[dict], base: Path) -> None:
-    """Prepare and train both arms, `processes` at a time; each goes on where it stopped."""
-    files = [path for path in (base / "tokenizer.json", base / "tokenizer.model") if path.is_file()]
-    if not files:
-        raise ValueError(f"{base}: no tokenizer.json or tokenizer.model; put the base's there")
-    threads = max(1, cores() // config.processes)
-    waiting = []
+def prepare_arms(config: RealConfig, rows: list[dict], base: Path) -> list[Path]:
+    """Both arms' folders, each with its prepared file."""
+    tokenizer = tokenizer_file(base)
+    folders = []
     for arm, template in ARMS.items():
         folder = Path(config.out) / arm
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "train.safetensors"
-        prepared(path, training_rows(rows, config), TABLE, files[0], template, max_len=MAX_LEN)
-        waiting.append(folder)
+        prepared(path, training_rows(rows, config), TABLE, tokenizer, template, max_len=MAX_LEN)
+        folders.append(folder)
+    return folders
 
+
+def train_arms(config: RealConfig, folders: list[Path], base: Path) -> None:
+    """Train both arms, `processes` at a time; each goes on where it stopped."""
+    threads = max(1, cores() // config.processes)
+    waiting = list(folders)
     running = {}
     bar = tqdm(total=len(ARMS) * config.steps, unit=" steps", disable=None, dynamic_ncols=True)
     # SIGTERM leaves by `finally`, as Ctrl-C does, so that no arm is left behind.
@@ -139,7 +143,7 @@ def train_arms(config: RealConfig, rows: list[dict], base: Path) -> None:
                 if process.poll() is not None:
                     check_ended(folder, process)
                     del running[folder]
-            bar.n = sum(steps_taken(Path(config.out) / arm) for arm in ARMS)
+            bar.n = sum(map(steps_taken, folders))
             bar.refresh()
     finally:
         # an arm that is told to stop saves first
@@ -234,7 +238,7 @@ def main(argv: list[str]) -> None:
     held_out(rows)
     print(forecast(config), flush=True)
     base = Path(config.base) if config.base else fetch_base(Path(config.out) / "base")
-    train_arms(config, rows, base)
+    train_arms(config, prepare_arms(config, rows, base), base)
 
     torch.set_num_threads(cores())
     out = Path(config.out)

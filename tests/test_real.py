@@ -132,33 +132,36 @@ def test_two_arms_of_the_same_budget_never_see_a_held_out_prompt(done):
 
 def test_the_nats_are_those_of_each_token_under_each_prompt(done):
     """One held-out answer at a time, the prompt spelled out."""
-    model = load_model(done / "c-rlft" / "hf")
+    models = {arm: load_model(done / arm / "hf") for arm in ("c-rlft", "no-condition")}
     tokenizer = Tokenizer(done / "c-rlft" / "hf" / "tokenizer.base.json")
     tokenizer = Tokenizer(tokenizer.bytes, ids={"bos": 1, "eos": 2, "pad": 2})
+    speakers = {"GPT4": "GPT4 ", "GPT3": "GPT3 ", "none": ""}
     lines = [json.loads(line) for line in (done / "measured.jsonl").read_text().splitlines()]
     asked_of = {hash_of(question): question for question in QUESTIONS}
     checked = 0
     for line in lines:
-        if line["asked"] == "none":
-            continue
         question = asked_of[line["prompt"]]
+        speaker = speakers[line["asked"]]
+        model = models["c-rlft" if speaker else "no-condition"]
         for answer, text in zip(line["answers"], SOURCES.values(), strict=True):
-            speaker = line["asked"]
             prefix = [tokenizer.bos]
-            prefix += tokenizer.encode(f"{speaker} User:") + tokenizer.encode(question)
-            prefix += [tokenizer.eot] + tokenizer.encode(f"{speaker} Assistant:")
-            ids = prefix + tokenizer.encode(text.format(question)) + [tokenizer.eot]
-            cu = torch.tensor([0, len(ids)], dtype=torch.int32)
-            tokens = torch.tensor(ids)
-            with torch.no_grad():
-                hidden = model.hidden(tokens, torch.arange(len(ids)), cu)
-                logp = model.lm_head(hidden).log_softmax(-1)
-            nats = -logp[torch.arange(len(ids) - 1), tokens[1:]][len(prefix) - 1 :]
+            prefix += tokenizer.encode(f"{speaker}User:") + tokenizer.encode(question)
+            prefix += [tokenizer.eot] + tokenizer.encode(f"{speaker}Assistant:")
+            tokens = prefix + tokenizer.encode(text.format(question)) + [tokenizer.eot]
+            nats = nats_one_by_one(model, torch.tensor(tokens))[len(prefix) - 1 :]
             found = torch.tensor(answer["text"] + answer["end"])
             assert torch.allclose(found, nats, atol=1e-4)
             checked += 1
-    # 3 prompts, 2 conditions, 3 sources
-    assert checked == 18
+    # 3 prompts, 3 ways to ask, 3 sources
+    assert checked == 27
+
+
+@torch.no_grad()
+def nats_one_by_one(model, tokens):
+    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    hidden = model.hidden(tokens, torch.arange(len(tokens)), cu_seqlens)
+    logp = model.lm_head(hidden).log_softmax(-1)
+    return -logp[torch.arange(len(tokens) - 1), tokens[1:]]
 
 
 def test_results_say_what_they_are_of(done):
