@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long lint paper paper_base gpu gpu_check gpu_bench gpu_tune gpu_step
+.PHONY: demo test test_long lint paper paper_base real gpu gpu_check gpu_bench gpu_tune gpu_step
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -22,6 +22,13 @@ paper: $(if $(VENV),$(VENV)/ready)
 # three times the steps.
 paper_base: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper.base
+
+# Real answers on a real base: an hour on two cores. DATA="FILE.." names the conversations, FLAGS
+# what else paper/real.py knows, as FLAGS="--steps 20".
+DATA ?= $(if $(CRLFT_ASSETS),$(CRLFT_ASSETS)/conversations/mixed_quality.jsonl)
+
+real: $(if $(VENV),$(VENV)/dev)
+	$(RUN) -m paper.real $(DATA) $(FLAGS)
 
 test: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m pytest -q -rs -m "not long" tests

@@ -32,6 +32,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import re
 import sys
@@ -42,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from support.rows import read_rows
-from tokenizer import Tokenizer
+from tokenizer import EOT, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -609,7 +610,11 @@ def glob_match(glob: str, label: str) -> bool:
 
 @dataclass(frozen=True)
 class Template:
-    """What stands before a message of either role; {c} is the condition."""
+    """What stands before a message of either role; {c} is the condition.
+
+    `<|names|>` of special tokens become those tokens here, and nowhere else: in a condition or in a
+    message they stay text.
+    """
 
     user: str
     assistant: str
@@ -617,6 +622,12 @@ class Template:
     opening: str | None = None
     # whether the system text stands before the opening instead
     system_first: bool = False
+    # what stands before a system text
+    system: str = ""
+    # the token after each text
+    end_of_turn: str = EOT
+    # whether a text begins with a space
+    space: bool = True
 
 
 # Where the condition can stand: Table 3. "none" is ours: the paper has runs without a condition,
@@ -626,6 +637,14 @@ TEMPLATES = {
     "before_assistant": Template("User:", "{c} Assistant:"),
     "beginning": Template("User:", "Assistant:", opening="Assistant is {c}"),
     "none": Template("User:", "Assistant:"),
+    # OpenChat 3.6's, on Llama-3, with the base's own tokens; the condition there is GPT4 Correct
+    "llama-3": Template(
+        "<|start_header_id|>{c} User<|end_header_id|>\n\n",
+        "<|start_header_id|>{c} Assistant<|end_header_id|>\n\n",
+        system="<|start_header_id|>System<|end_header_id|>\n\n",
+        end_of_turn="<|eot_id|>",
+        space=False,
+    ),
 }
 
 # What prepared files and exports were made with before FORMAT was 2. Nothing new is made with it.
@@ -649,6 +668,46 @@ def template_named(name: str) -> Template:
     return (TEMPLATES | FORMER_TEMPLATES)[name]
 
 
+def tokenizer_for(template: str, file: str | Path | bytes, meta: dict | None = None) -> Tokenizer:
+    """The tokenizer, with the end of turn and the space that belong to the template.
+
+    meta: the metadata of a prepared file or an export, which know ids that the file does not say.
+    """
+    chosen = template_named(template)
+    return Tokenizer(file, chosen.end_of_turn, chosen.space, known_ids(meta))
+
+
+def known_ids(meta: dict | None) -> dict[str, int]:
+    """The ids of special tokens in some metadata; files of before have none."""
+    return {name: meta[name] for name in ("bos", "eos", "pad") if meta and name in meta}
+
+
+# A special token in a template's text.
+SPECIAL_TOKEN = re.compile(r"(<\|\w+\|>)")
+
+
+def pieces_of(text: str, condition: str | None) -> list[str]:
+    """A template's text, cut at special tokens, each a piece, with the condition in its place.
+
+    The cut comes first: a condition that holds the name of a special token does not make one.
+    """
+    pieces = []
+    for piece in SPECIAL_TOKEN.split(text):
+        if "{c}" in piece:
+            # stripped: an empty condition leaves `User:`, not ` User:`
+            piece = piece.format(c=condition).strip()
+        if piece:
+            pieces.append(piece)
+    return pieces
+
+
+def tokens_of(template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The ids of the special tokens that a template names."""
+    texts = f"{template.user}{template.assistant}{template.system}{template.end_of_turn}"
+    names = dict.fromkeys(SPECIAL_TOKEN.findall(texts))
+    return [tokenizer.id_of(name) for name in names]
+
+
 def role_texts(template: str, condition: str | None) -> tuple[str, str, str | None]:
     """(user's prefix, assistant's prefix, opening or None) of a template for a condition.
 
@@ -656,12 +715,11 @@ def role_texts(template: str, condition: str | None) -> tuple[str, str, str | No
     `Classes.assign` comes first: it gives each conversation a condition.
     """
     chosen = template_named(template)
-    # stripped: an empty condition leaves `User:`, not ` User:`
-    user = chosen.user.format(c=condition).strip()
-    assistant = chosen.assistant.format(c=condition).strip()
-    opening = chosen.opening
-    if opening is not None:
-        opening = opening.format(c=condition).strip()
+    user = "".join(pieces_of(chosen.user, condition))
+    assistant = "".join(pieces_of(chosen.assistant, condition))
+    opening = None
+    if chosen.opening is not None:
+        opening = "".join(pieces_of(chosen.opening, condition))
     return user, assistant, opening
 
 
@@ -675,25 +733,44 @@ def encode(
 
         <s> [opening EOT] [system EOT]  prefix text EOT  prefix text EOT ..
 
-    EOT is <|end_of_turn|>, the one token that C-RLFT adds to a tokenizer (tokenizer.py). The ids of
-    a text end in it. Each prefix and each text is tokenized by itself, as in the public trainer:
-    `GPT4 User:` is the same ids whatever follows.
+    EOT is the tokenizer's end of turn: <|end_of_turn|>, the one token that C-RLFT adds to a
+    tokenizer, or what the template names. The ids of a text end in it. Each prefix and each text is
+    tokenized by itself, as in the public trainer: `GPT4 User:` is the same ids whatever follows.
     """
-    user, assistant, opening = role_texts(template, conversation.condition)
-    before_turns = [opening, conversation.system]
-    if template_named(template).system_first:
+    chosen = template_named(template)
+    condition = conversation.condition
+    before_turns = []
+    if chosen.opening is not None:
+        opening = template_ids(chosen.opening, condition, tokenizer)
+        before_turns.append([*opening, tokenizer.eot])
+    if conversation.system is not None:
+        prefix = template_ids(chosen.system, None, tokenizer)
+        text_ids = tokenizer.encode(conversation.system)
+        before_turns.append([*prefix, *text_ids, tokenizer.eot])
+    if chosen.system_first:
         before_turns.reverse()
-    preamble = [tokenizer.bos]
-    for text in before_turns:
-        if text is not None:
-            preamble += [*tokenizer.encode(text), tokenizer.eot]
+    preamble = [tokenizer.bos, *itertools.chain.from_iterable(before_turns)]
 
-    prefix_of = {"user": tokenizer.encode(user), "assistant": tokenizer.encode(assistant)}
+    prefix_of = {
+        "user": template_ids(chosen.user, condition, tokenizer),
+        "assistant": template_ids(chosen.assistant, condition, tokenizer),
+    }
     turns = []
     for message in conversation.messages:
         text_ids = [*tokenizer.encode(message.text), tokenizer.eot]
         turns.append((prefix_of[message.role], text_ids))
     return preamble, turns
+
+
+def template_ids(text: str, condition: str | None, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a template's text; the names of special tokens in it become those tokens."""
+    ids = []
+    for piece in pieces_of(text, condition):
+        if SPECIAL_TOKEN.fullmatch(piece):
+            ids.append(tokenizer.id_of(piece))
+        else:
+            ids += tokenizer.encode(piece)
+    return ids
 
 
 def tokenize(

@@ -13,8 +13,9 @@ file holds the conversations one behind the other (N conversations, S tokens in 
     offsets     int64 [N + 1]  conversation i is tokens[offsets[i] : offsets[i + 1]]
     class_ids   int16 [N]
     group       int64 [N]      hash of the prompt; the validation split goes by it
-    tokenizer   uint8          the bytes of tokenizer.model
-    and as metadata `crlft`, JSON: format, template, max_len, classes, expert, counts per class
+    tokenizer   uint8          the bytes of tokenizer.model or tokenizer.json
+    and as metadata `crlft`, JSON: format, template, max_len, the ids of bos, eos and the end of
+    turn, classes, expert, counts per class
 """
 
 import collections
@@ -46,13 +47,17 @@ from conversations import (
     parse_classes,
     prompt_hash,
     read,
+    template_named,
+    template_of,
     tokenize,
+    tokenizer_for,
+    tokens_of,
 )
 from packing import COST_7B, Batch, Steps, flat, pack, plan
 from recipe import finetune_lr
 from support.cli import parse_args, run
 from support.files import written_whole
-from tokenizer import Tokenizer
+from tokenizer import EOT, Tokenizer
 
 # the whole way from a file to a batch can be imported from here
 __all__ = ["read", "Classes", "tokenize", "plan", "pack", "prepare", "Prepared", "show", "stats"]
@@ -156,7 +161,7 @@ CONVERSATIONS_AT_ONCE = 256
 def prepare(config: PrepareConfig) -> dict:
     """Tokenize conversation files into one safetensors file; returns its metadata."""
     if not config.files or not config.tokenizer or not config.out:
-        raise ValueError("prepare needs FILE.. --tokenizer tokenizer.model --out FILE.safetensors")
+        raise ValueError("prepare needs FILE.. --tokenizer PATH --out FILE.safetensors")
     check_conversation_flags(config)
     if not config.out.endswith(".safetensors"):
         raise ValueError(
@@ -165,7 +170,7 @@ def prepare(config: PrepareConfig) -> dict:
     check_no_input(config)
 
     # every line is read and checked before any work is done
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = tokenizer_for(config.template, config.tokenizer)
     conversations, classes = read_all(config)
     expert = expert_of(conversations, classes, config.expert)
 
@@ -310,32 +315,41 @@ def cut_all(
     chunks = []
     for start in range(0, len(conversations), CONVERSATIONS_AT_ONCE):
         chunks.append(conversations[start : start + CONVERSATIONS_AT_ONCE])
-    cut = functools.partial(
-        cut_chunk,
-        tokenizer=tokenizer,
-        template=config.template,
-        max_len=config.max_len,
-        too_long=config.too_long,
-    )
 
     # starting a process costs as much as some thousand conversations: four chunks for each
     processes = min(config.processes, len(chunks) // 4)
     if processes > 1:
-        with multiprocessing.Pool(processes) as pool:
-            yield from itertools.chain.from_iterable(pool.imap(cut, chunks))
+        # a process is given the tokenizer once: to build Llama-3's takes a second
+        with multiprocessing.Pool(processes, worker_starts, (tokenizer, config)) as pool:
+            yield from itertools.chain.from_iterable(pool.imap(worker_cuts, chunks))
     else:
-        yield from itertools.chain.from_iterable(map(cut, chunks))
+        for chunk in chunks:
+            yield from cut_chunk(chunk, tokenizer, config)
 
 
 def cut_chunk(
-    conversations: list[Conversation],
-    tokenizer: Tokenizer,
-    template: str,
-    max_len: int,
-    too_long: str,
+    conversations: list[Conversation], tokenizer: Tokenizer, config: PrepareConfig
 ) -> list[tuple[list, collections.Counter]]:
-    """`cut_to_length` of some conversations, in a process of its own perhaps."""
-    return [cut_to_length(c, tokenizer, template, max_len, too_long) for c in conversations]
+    """`cut_to_length` of some conversations."""
+    found = []
+    for conversation in conversations:
+        found.append(
+            cut_to_length(conversation, tokenizer, config.template, config.max_len, config.too_long)
+        )
+    return found
+
+
+# In a worker process: what all its chunks need.
+of_this_worker = {}
+
+
+def worker_starts(tokenizer: Tokenizer, config: PrepareConfig) -> None:
+    of_this_worker.update(tokenizer=tokenizer, config=config)
+
+
+def worker_cuts(conversations: list[Conversation]) -> list[tuple[list, collections.Counter]]:
+    """`cut_chunk`, in a worker process."""
+    return cut_chunk(conversations, **of_this_worker)
 
 
 def with_weights(classes: list[Class], conversations: list[Conversation]) -> list[Class]:
@@ -376,6 +390,9 @@ def metadata(
     return {
         "format": FORMAT,
         "tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(),
+        **tokenizer.ids,
+        "eot": tokenizer.eot,
+        "vocab_size": tokenizer.vocab_size,
         "template": config.template,
         "max_len": config.max_len,
         "classes": shown,
@@ -476,7 +493,8 @@ class Prepared:
         weight_sums  fp64 [N]   sum of its weights
         supervised   int64 [N]  tokens of it that have a weight
         classes      [Class], by class id
-        tokenizer    Tokenizer
+        tokenizer    Tokenizer, built when it is asked for: Llama-3's takes a second and 0.3 GB
+        vocab_size   ids of the tokenizer, the end of turn included
         meta         the metadata
     """
 
@@ -489,7 +507,7 @@ class Prepared:
         self.offsets = arrays["offsets"]
         self.class_ids = arrays["class_ids"]
         self.group = arrays["group"]
-        self.tokenizer = Tokenizer(arrays["tokenizer"].tobytes())
+        self.tokenizer_bytes = arrays["tokenizer"]
         self.classes = [Class(**fields) for fields in self.meta["classes"]]
 
         # what plan needs of each conversation, known before any of it is trained on
@@ -498,6 +516,22 @@ class Prepared:
         self.supervised = np.zeros(len(self), np.int64)
         self.sum_weights()
         self.check_counts()
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer_for(template_of(self.meta), self.tokenizer_bytes.tobytes(), self.meta)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.meta.get("vocab_size") or self.tokenizer.vocab_size
+
+    def template_tokens(self) -> tuple[list[int], int | None]:
+        """(ids of special tokens that the template takes from the base, how many ids come before
+        the base's special tokens); ([], None) where it takes none."""
+        template = template_named(template_of(self.meta))
+        if template.end_of_turn == EOT:
+            return [], None
+        return tokens_of(template, self.tokenizer), self.tokenizer.first_special
 
     def sum_weights(self) -> None:
         """Fill weight_sums and supervised."""
@@ -630,7 +664,7 @@ def shown_of_conversations(config: ShowConfig) -> Shown:
     check_conversation_flags(config)
     if not config.tokenizer:
         raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = tokenizer_for(config.template, config.tokenizer)
     conversations, classes = read_all(config)
     for line in account_lines(account(conversations, classes)):
         print(line)

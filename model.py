@@ -1,4 +1,6 @@
-"""LLaMA-2, and nothing else: the model, and its cache for generation.
+"""LLaMA, and nothing else: the model, and its cache for generation.
+
+Its descendants are the same model with a field or two more: Mistral, Llama-3, SmolLM2 (Config).
 
 Training runs on packed conversations: one flat row of T tokens without padding, in which
 cu_seqlens says where each conversation starts. The head ends in C-RLFT's loss (Eq. 6), a weighted
@@ -17,6 +19,7 @@ heads, G key-value heads, E head size, C = E / 2 rotation pairs, U ffn width, V 
 width of any matrix; in generation B prompts, S cache slots, L layers.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -41,6 +44,16 @@ from kernels.swiglu import swiglu
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How Llama-3.1 and 3.2 stretch RoPE to contexts longer than pre-training's: `stretched`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
 class Config:
     """The fields of a LLaMA config.json that the computation needs. Names are as in that file."""
 
@@ -53,10 +66,16 @@ class Config:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    # None: hidden_size / num_attention_heads
+    head_dim: int | None = None
+    # whether the head's matrix is the embedding's: one tensor, its gradient the sum of both uses
+    tie_word_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def head_size(self) -> int:
+        """E, the width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 # The presets of --model. The first two are ours, for a laptop; the others are Meta's.
@@ -111,7 +130,7 @@ class Attention(nn.Module):
         D = config.hidden_size
         self.H = config.num_attention_heads
         self.G = config.num_key_value_heads
-        self.E = config.head_dim
+        self.E = config.head_size
         # With G < H (grouped queries) H / G query heads share a pair of key and value heads.
         self.q_proj = Linear(D, self.H * self.E)
         self.k_proj = Linear(D, self.G * self.E)
@@ -261,9 +280,11 @@ class Decoder(nn.Module):
     ) -> Tensor:
         # RoPE: rotation pair c turns by the angle position * theta^(-2c / E). The angles are fp32,
         # also in a bf16 model: in bf16 the positions 256 and 257 are the same number.
-        E = self.config.head_dim
+        E = self.config.head_size
         exponent_C = torch.arange(0, E, 2, device=tokens_T.device).float()
         frequency_C = 1.0 / self.config.rope_theta ** (exponent_C / E)
+        if self.config.rope_scaling is not None:
+            frequency_C = stretched(frequency_C, self.config.rope_scaling)
         angle_TC = positions_T[:, None].float() * frequency_C
         cos_TC = angle_TC.cos()
         sin_TC = angle_TC.sin()
@@ -274,6 +295,20 @@ class Decoder(nn.Module):
             layer_cache = None if cache_pass is None else cache_pass.layer(i)
             x_TD = block(x_TD, cos_TC, sin_TC, cu_seqlens, layer_cache)
         return self.norm(x_TD)
+
+
+def stretched(frequency_C: Tensor, scaling: RopeScaling) -> Tensor:
+    """The frequencies of Llama-3.1 (rope_type llama3).
+
+    A pair that turns many times within the original context tells near positions apart, and stays
+    as it is. A pair that turns less than once there is slowed down by `factor`: in a context that
+    much longer it turns as far as before. Between the two, a mixture.
+    """
+    turns_C = scaling.original_max_position_embeddings * frequency_C / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # the share that stays: 0 below `low` turns, 1 above `high`
+    share_C = ((turns_C - low) / (high - low)).clamp(0, 1)
+    return share_C * frequency_C + (1 - share_C) * frequency_C / scaling.factor
 
 
 class Losses(NamedTuple):
@@ -304,6 +339,15 @@ class Model(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.tie()
+
+    def tie(self) -> None:
+        """Where the config says so, make the head's matrix and the embedding's one parameter.
+
+        To be called again after `to_empty`, which gives each module a tensor of its own.
+        """
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,
@@ -375,7 +419,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ):
         L, G = config.num_hidden_layers, config.num_key_value_heads
-        shape = (L, batch, G, slots, config.head_dim)
+        shape = (L, batch, G, slots, config.head_size)
         self.k_LBGSE = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSE = torch.zeros(shape, device=device, dtype=dtype)
         self.length_B = torch.zeros(batch, dtype=torch.long, device=device)

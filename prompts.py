@@ -3,17 +3,26 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from conversations import TEMPLATES, Conversation, Message, encode
-from tokenizer import Tokenizer
+from conversations import (
+    SPECIAL_TOKEN,
+    TEMPLATES,
+    Conversation,
+    Message,
+    encode,
+    known_ids,
+    tokenizer_for,
+)
+from tokenizer import EOT, Tokenizer
 
 
 @dataclass(frozen=True)
 class Baseline:
     """How another model of the paper's comparisons is spoken to.
 
-    `<s>` and `</s>` are those tokens, {text} and {system} are slots. A user's turn goes up to where
-    the assistant speaks.
+    `<s>`, `</s>` and `<|names|>` are those tokens, {text} and {system} are slots. A user's turn
+    goes up to where the assistant speaks.
     """
 
     user: str
@@ -26,12 +35,19 @@ class Baseline:
     stop: str | None = None
     # whether spaces around a message are removed
     strip: bool = False
+    # whether the prompt begins with the token that begins a text
+    bos: bool = True
+    # whether a text after a token begins with a space (to sentencepiece, all do)
+    space: bool = True
+    # the token that ends an answer, beside the one that ends a text
+    end_of_turn: str = EOT
 
 
 _CHAT_BETWEEN = (
     "A chat between a curious {} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 BASELINES = {
     # v1.1, v1.5; wizardlm v1.2 too
     "vicuna": Baseline(
@@ -54,11 +70,44 @@ BASELINES = {
         stop="### Human:",
     ),
     "ultralm": Baseline(user="User: {text}</s>\nAssistant:", answer=" {text}</s>\n"),
+    # SmolLM2's and Qwen's
+    "chatml": Baseline(
+        user="<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        answer="{text}<|im_end|>\n",
+        first="<|im_start|>system\n{system}<|im_end|>\n"
+        "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        bos=False,
+        space=False,
+        end_of_turn="<|im_end|>",
+    ),
+    # Llama-3-Instruct's own roles; `llama-3` of conversations.py has OpenChat's
+    "llama-3-chat": Baseline(
+        user=f"{_HEADER.format('user')}{{text}}<|eot_id|>{_HEADER.format('assistant')}",
+        answer="{text}<|eot_id|>",
+        first=f"{_HEADER.format('system')}{{system}}<|eot_id|>"
+        f"{_HEADER.format('user')}{{text}}<|eot_id|>{_HEADER.format('assistant')}",
+        strip=True,
+        space=False,
+        end_of_turn="<|eot_id|>",
+    ),
 }
 
 # every name that --template takes; openchat: v3.2 with the expert's prompt; base: the text alone
 PROMPTS = (*TEMPLATES, *BASELINES, "openchat", "base")
 assert len(set(PROMPTS)) == len(PROMPTS), "a template of ours has the name of another model's"
+
+
+def prompt_tokenizer(template: str, file: Path, meta: dict | None) -> Tokenizer:
+    """The tokenizer, with the end of turn and the space that belong to one of PROMPTS.
+
+    meta: an export's crlft.json, if there is one.
+    """
+    if template in BASELINES:
+        style = BASELINES[template]
+        return Tokenizer(file, style.end_of_turn, style.space, known_ids(meta))
+    if template in ("openchat", "base"):
+        return Tokenizer(file, ids=known_ids(meta))
+    return tokenizer_for(template, file, meta)
 
 
 def tokenize_prompt(
@@ -77,7 +126,7 @@ def tokenize_prompt(
     # a model that has not been fine-tuned goes on with a text
     if template == "base":
         text = "\n".join(message.text for message in messages)
-        return [tokenizer.bos, *tokenizer.encode(text)]
+        return [tokenizer.bos, *tokenizer.encode(text, space=False)]
     if template == "openchat":
         template = "before_speaker"
         condition = "GPT4"
@@ -109,17 +158,18 @@ def tokenize_baseline(
         )
 
     special = {"<s>": tokenizer.bos, "</s>": tokenizer.eos}
-    ids = [tokenizer.bos]
+    ids = [tokenizer.bos] if style.bos else []
     # All text between two special tokens is tokenized at once, whichever turns it is from. The
-    # template's own `<s>` and `</s>` become ids; in the text of a message they stay text.
+    # template's own tokens become ids; in the text of a message they stay text.
     text = ""
     for i, message in enumerate(messages):
         turn = turn_of(style, message, with_system=i == 0 and system is not None)
         said = message.text.strip() if style.strip else message.text
         slots = {"{text}": said, "{system}": system}
-        for piece in re.split(r"(<s>|</s>|\{system\}|\{text\})", turn):
-            if piece in special:
-                ids += [*tokenizer.encode(text), special[piece]]
+        for piece in re.split(r"(</?s>|<\|\w+\|>|\{system\}|\{text\})", turn):
+            if piece in special or SPECIAL_TOKEN.fullmatch(piece):
+                ids += tokenizer.encode(text)
+                ids.append(special[piece] if piece in special else tokenizer.id_of(piece))
                 text = ""
             else:
                 text += slots.get(piece, piece)

@@ -46,6 +46,9 @@ class TrainConfig:
     # the highest learning rate
     # default: by the supervised tokens of a step; a preset has its own
     lr: float | None = None
+    # the learning rate of the base's pre-training, from which --lr is computed
+    # default: LLaMA-2's, 3e-4, or 1.5e-4 where the model is as wide as 34B and 70B
+    pretrain_lr: float | None = None
     # the last learning rate, as a share of --lr
     min_lr: float = 0.1
     # steps of linear warm-up, as a share of all steps
@@ -74,6 +77,8 @@ class TrainConfig:
     compile: bool = False
     # the same bits on any number of ranks: gradients are summed in fp64
     exact: bool = False
+    # one GPU: weights, gradients and AdamW's moments live in the host's memory, AdamW runs there
+    offload: bool = False
     # what to do with a step whose loss or gradient is not finite: stop or skip
     nonfinite: str = "stop"
 
@@ -111,9 +116,12 @@ RESUME_MAY_CHANGE = (
     "out",
     # the number of steps is compared instead
     "epochs",
+    # the learning rate is compared instead
+    "pretrain_lr",
     # how fast a step is, and how much memory it takes
     "recompute",
     "compile",
+    "offload",
     # what is measured and kept on the way
     "val_every",
     "save_every",

@@ -44,12 +44,12 @@ from conversations import (
 )
 from model import KVCache
 from packing import pack
-from prompts import BASELINES, PROMPTS, tokenize_prompt
+from prompts import BASELINES, PROMPTS, prompt_tokenizer, tokenize_prompt
 from support.cli import parse_args, run
 from support.files import read_json, written_whole
-from support.hf import load_model, read_config
+from support.hf import load_model, read_config, tokenizer_files
+from tokenizer import TOKENIZER_FILES
 from support.rows import read_rows
-from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,16 @@ def read_training(folder: Path) -> dict | None:
     """crlft.json: the template and the classes trained with; None in another model's directory."""
     path = folder / "crlft.json"
     return read_json(path) if path.is_file() else None
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """ValueError: the directory has none."""
+    files = tokenizer_files(folder)
+    if not files:
+        raise ValueError(
+            f"{folder}: no {' or '.join(TOKENIZER_FILES)}; put the base's tokenizer there"
+        )
+    return files[0]
 
 
 def choose_template(wanted: str | None, training: dict | None) -> str:
@@ -220,13 +230,14 @@ class Speaker:
         self.template = choose_template(template, training)
         self.condition = choose_condition(condition, training)
 
-        self.tokenizer = Tokenizer(folder / "tokenizer.model")
+        self.tokenizer = prompt_tokenizer(self.template, tokenizer_file(folder), training)
         # either id ends an answer: the turn's end of our training, and the base model's </s>
         self.stops = self.tokenizer.eot, self.tokenizer.eos
-        if config.vocab_size < self.tokenizer.eot:
+        self.vocab_size = config.vocab_size
+        if config.vocab_size < self.tokenizer.file_size:
             raise ValueError(
                 f"{folder}: vocab_size {config.vocab_size} is below "
-                f"the {self.tokenizer.eot} tokens of tokenizer.model"
+                f"the {self.tokenizer.file_size} tokens of its tokenizer"
             )
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -262,6 +273,11 @@ class Speaker:
         the `<s>`.
         """
         ids = tokenize_prompt(messages, self.tokenizer, self.template, self.condition, system)
+        if max(ids) >= self.vocab_size:
+            raise ValueError(
+                f"the model has no {self.tokenizer.end_of_turn}, which a prompt with a system text "
+                f"or several turns has in template {self.template}; take another --template"
+            )
 
         # An answer of max_new tokens needs its room, but half of the context is the prompt's.
         room = max(self.context // 2, self.context - max_new)
@@ -302,7 +318,7 @@ class Speaker:
         ended = [False] * len(prompts)
         for step in range(1, max(room) + 1):
             # a padded vocabulary has rows that no token of the tokenizer stands for
-            logits_BV[:, self.tokenizer.eot + 1 :] = -torch.inf
+            logits_BV[:, self.tokenizer.vocab_size :] = -torch.inf
             tokens_B = choose(logits_BV, config, self.generator)
 
             # an answer that has ended runs on with the others, unseen

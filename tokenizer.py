@@ -1,42 +1,228 @@
-"""Ids of a text in which nothing is special."""
+"""Ids of a text in which nothing is special, from either kind of tokenizer.
 
+LLaMA-2 and Mistral come with a sentencepiece `tokenizer.model`, Llama-3 and SmolLM2 with a
+byte-level `tokenizer.json`. `Tokenizer` is the door to both:
+
+    Tokenizer("llama-2-7b-hf/tokenizer.model").encode("Hi")    -> [6324]
+    Tokenizer("SmolLM2-135M/tokenizer.json").encode("Hi")      -> [21041]
+
+What ends a turn, and whether a text begins with a space, is not the tokenizer's own: the template
+says it (conversations.py).
+"""
+
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 
-# ends every utterance; its id is the size of the sentencepiece model (32000 for Llama-2)
+# ends every utterance, unless the template names another token
 EOT = "<|end_of_turn|>"
+
+# What a Hugging Face directory calls the file, in the order in which to look for it. The first is
+# the base's own in an export whose tokenizer.json has one token more (support/export.py).
+TOKENIZER_FILES = ("tokenizer.base.json", "tokenizer.model", "tokenizer.json")
 
 
 class Tokenizer:
-    """A sentencepiece model and the one token that C-RLFT adds.
+    """A tokenizer file and the token that ends a turn.
 
     Text never becomes a special token: `</s>` typed by a user is encoded as the four characters
-    that it is. Special tokens are only ever put in by their ids, `bos`, `eos` and `eot`.
+    that it is. Special tokens are only ever put in by their ids.
+
+        bos, eos     begin and end a text, as the base was pre-trained
+        pad          fills up a batch in other engines; nothing here is padded
+        eot          ends a turn: an id of the file's, or the first that it does not have
+        file_size    ids of the file: 32000 for Llama-2
+        vocab_size   ids in all: one more where the end of turn is added
+        bytes        the file; a prepared file and an export hold it as it is
     """
 
-    def __init__(self, model: str | Path | bytes):
-        """model: the path of a tokenizer.model, or its bytes. ValueError: it is of another kind."""
-        if not isinstance(model, bytes):
-            if not Path(model).is_file():
+    def __init__(
+        self,
+        file: str | Path | bytes,
+        end_of_turn: str = EOT,
+        space: bool = True,
+        ids: dict[str, int] | None = None,
+    ):
+        """file: the path of a tokenizer.model or tokenizer.json, or its bytes.
+
+        space: whether every text begins with one. (To sentencepiece's kind, all do.)
+        ids: {"bos", "eos", "pad"}, where the file is bytes; else the files beside it say them.
+        ValueError: a tokenizer of another kind, or without one of the tokens.
+        """
+        names = {}
+        if not isinstance(file, bytes):
+            path = Path(file)
+            if not path.is_file():
                 raise ValueError(
-                    f"{model}: no such tokenizer; give the path of a sentencepiece tokenizer.model"
+                    f"{path}: no such tokenizer; give the path of a sentencepiece tokenizer.model "
+                    "or a byte-level tokenizer.json"
                 )
-            model = Path(model).read_bytes()
+            ids = ids_beside(path)
+            names = special_names_beside(path)
+            file = path.read_bytes()
+
+        # kept, for the prepared file and the export hold them
+        self.bytes = file
+        is_json = file.lstrip()[:1] == b"{"
+        self.library = ByteLevel(file) if is_json else SentencePiece(file)
+        self.space = space
+        self.file_size = self.library.size
+        known = ids or {}
+        self.bos = known["bos"] if "bos" in known else self.find("bos", names)
+        self.eos = known["eos"] if "eos" in known else self.find("eos", names)
+
+        # a base may have the token already: it is left alone
+        self.end_of_turn = end_of_turn
+        self.eot = self.library.id_of(end_of_turn)
+        if self.eot is None and end_of_turn != EOT:
+            raise ValueError(
+                f"the tokenizer has no {end_of_turn}, which ends a turn in this template; "
+                "take another template, or the tokenizer of a base that has it"
+            )
+        if self.eot is None:
+            self.eot = self.file_size
+        self.vocab_size = max(self.file_size, self.eot + 1)
+
+        self.pad = known["pad"] if "pad" in known else self.find_pad(names)
+
+        special = self.library.specials
+        if self.eot < self.file_size:
+            special = special | {end_of_turn: self.eot}
+        for name, id_ in special.items():
+            if id_ in self.library.encode(name, space=False):
+                raise ValueError(
+                    f"the tokenizer makes the special token of the text {name!r}; "
+                    "use the base model's own file"
+                )
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The ids that a file's metadata keep, since the file's bytes alone do not say them."""
+        return {"bos": self.bos, "eos": self.eos, "pad": self.pad}
+
+    @property
+    def first_special(self) -> int:
+        """How many ids come before the file's special tokens; all, where these come first."""
+        return min(self.library.specials.values()) or self.file_size
+
+    def find(self, kind: str, names: dict[str, str]) -> int:
+        """The id of the token that begins (bos) or ends (eos) a text."""
+        candidates = [names[kind]] if kind in names else KNOWN_NAMES[kind]
+        for name in candidates:
+            id_ = self.library.id_of(name)
+            if id_ is not None:
+                return id_
+        raise ValueError(
+            f"the tokenizer has no {kind}_token ({', '.join(candidates)}), and C-RLFT needs one; "
+            "put the base's tokenizer_config.json beside it"
+        )
+
+    def find_pad(self, names: dict[str, str]) -> int:
+        """`<unk>`, else the base's own pad, else its eos, else any special token.
+
+        Trainers take all pad tokens out of the loss. So it can be neither what begins a text nor
+        the end of turn, which is learned.
+        """
+        candidates = [self.library.unk, self.library.id_of(names.get("pad", "")), self.eos]
+        candidates += sorted(self.library.specials.values(), reverse=True)
+        for id_ in candidates:
+            if id_ not in (None, self.bos, self.eot):
+                return id_
+        raise ValueError("the tokenizer has no special token beside bos and the end of turn")
+
+    def __reduce__(self):
+        # to another process only the bytes are sent, not the library's object
+        return Tokenizer, (self.bytes, self.end_of_turn, self.space, self.ids)
+
+    def encode(self, text: str, space: bool | None = None) -> list[int]:
+        """Ids of a text, without a special token. space: another than the tokenizer's own."""
+        return self.library.encode(text, self.space if space is None else space)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without the space that it begins with. Special tokens say nothing."""
+        return self.library.decode([i for i in ids if i < self.file_size], self.space)
+
+    def piece(self, i: int) -> str:
+        """The token as text for a reader."""
+        if i == self.eot:
+            return self.end_of_turn
+        # a model's vocabulary may be padded beyond its tokenizer
+        return self.library.piece(i) if i < self.file_size else f"<{i}>"
+
+    def id_of(self, name: str) -> int:
+        """The id of a special token. ValueError: there is none of this name."""
+        id_ = self.eot if name == self.end_of_turn else self.library.id_of(name)
+        if id_ is None:
+            raise ValueError(
+                f"the tokenizer has no {name}, which this template needs; take another template, "
+                "or the tokenizer of a base that has it"
+            )
+        return id_
+
+
+# What bases call the tokens, where no file beside the tokenizer says it.
+KNOWN_NAMES = {
+    "bos": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
+    "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
+}
+
+
+def ids_beside(path: Path) -> dict[str, int]:
+    """{"bos", "eos", "pad": id} of an export, whose tokenizer_config.json names the end of turn as
+    its eos; {} beside any other file."""
+    crlft = path.with_name("crlft.json")
+    if not crlft.is_file():
+        return {}
+    try:
+        fields = json.loads(crlft.read_bytes())
+        return {kind: int(fields[kind]) for kind in ("bos", "eos", "pad") if kind in fields}
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{crlft}: not an export's crlft.json; export it again") from None
+
+
+def special_names_beside(path: Path) -> dict[str, str]:
+    """{"bos", "eos", "pad": name}, as far as a tokenizer_config.json beside the file says them."""
+    config = path.with_name("tokenizer_config.json")
+    if path.suffix != ".json" or not config.is_file():
+        return {}
+    try:
+        fields = json.loads(config.read_bytes())
+        names = {}
+        for kind in ("bos", "eos", "pad"):
+            token = fields.get(f"{kind}_token")
+            # a name, or an object that has it
+            if isinstance(token, dict):
+                token = token["content"]
+            if isinstance(token, str):
+                names[kind] = token
+        return names
+    except (ValueError, AttributeError, KeyError, RecursionError):
+        raise ValueError(f"{config}: not a tokenizer_config.json; fetch the file again") from None
+
+
+# ---- the two kinds, with the same names for the same things
+
+
+class SentencePiece:
+    """Llama-2's kind: BPE over characters, in which a space is a character of its own."""
+
+    def __init__(self, file: bytes):
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=file)
         except RuntimeError:
             raise ValueError(
                 "tokenizer.model is not a sentencepiece model; fetch the file again"
             ) from None
-
-        # kept, for the prepared file and the export hold them
-        self.bytes = model
-        self.bos = self.sp.bos_id()
-        self.eos = self.sp.eos_id()
-        self.eot = self.sp.get_piece_size()
-        if self.bos < 0 or self.eos < 0:
+        self.size = self.sp.get_piece_size()
+        ids = range(self.size)
+        is_special = [i for i in ids if self.sp.is_control(i)]
+        self.unk = self.sp.unk_id()
+        # {name: id} of all that stand for no text
+        self.specials = {self.sp.id_to_piece(i): i for i in is_special}
+        if self.sp.bos_id() < 0 or self.sp.eos_id() < 0:
             raise ValueError(
                 "tokenizer.model has no <s> or </s>; C-RLFT starts every conversation with <s>"
             )
@@ -49,29 +235,93 @@ class Tokenizer:
     def is_bpe(self) -> bool:
         # The score of a BPE piece is its rank among the merges, a whole number. The other kind,
         # unigram, has logarithms of probabilities.
-        return all(self.sp.get_score(i).is_integer() for i in range(self.eot))
+        return all(self.sp.get_score(i).is_integer() for i in range(self.size))
 
     def keeps_spaces(self) -> bool:
         text = "  a  b "
-        return self.decode(self.encode(text)) == text
+        return self.sp.decode(self.sp.encode(text)) == text
 
-    def __reduce__(self):
-        # to another process only the bytes are sent, not the C++ object
-        return Tokenizer, (self.bytes,)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without <s> and without a special token."""
+    def encode(self, text: str, space: bool) -> list[int]:
+        """Ids of a text. Sentencepiece puts a space before it in any case."""
         return self.sp.encode(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; those that the sentencepiece model does not know say nothing."""
-        return self.sp.decode([i for i in ids if i < self.eot])
+    def decode(self, ids: list[int], space: bool) -> str:
+        """The text of ids. Sentencepiece takes the first space away in any case."""
+        return self.sp.decode(ids)
 
     def piece(self, i: int) -> str:
-        """The token as text for a reader, with the space that a word carries as U+2581."""
-        if i < self.eot:
-            return self.sp.id_to_piece(i)
-        if i == self.eot:
-            return EOT
-        # a model's vocabulary may be padded beyond its tokenizer
-        return f"<{i}>"
+        """The token as text, with the space that a word carries as U+2581."""
+        return self.sp.id_to_piece(i)
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a special token, or None."""
+        return self.specials.get(name)
+
+
+class ByteLevel:
+    """GPT-2's kind, Llama-3's and SmolLM2's: BPE over bytes, by the `tokenizers` library."""
+
+    def __init__(self, file: bytes):
+        # The library raises a bare Exception, and says what it misses.
+        try:
+            fields = json.loads(file)
+            # {name: id} of the tokens beside the merges, and of those that stand for no text
+            added = fields["added_tokens"]
+            self.added = {token["content"]: token["id"] for token in added}
+            self.specials = {token["content"]: token["id"] for token in added if token["special"]}
+            self.library = tokenizers.Tokenizer.from_buffer(file)
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer.json is not a whole one ({error}); fetch the file again"
+            ) from None
+        check_byte_level(fields)
+        # `<|eot_id|>` in a text is to be its characters
+        self.library.encode_special_tokens = True
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.size = 1 + max(self.library.get_vocab().values())
+        # bytes spell every text, so none is unknown
+        self.unk = None
+
+    def encode(self, text: str, space: bool) -> list[int]:
+        """Ids of a text, after a space or not. An empty text has none."""
+        if text and space:
+            text = " " + text
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], space: bool) -> str:
+        """The text of ids, without the space that it begins with."""
+        text = self.library.decode(ids, skip_special_tokens=True)
+        return text.removeprefix(" ") if space else text
+
+    def piece(self, i: int) -> str:
+        """The token as text; bytes that are not a whole character look like U+FFFD."""
+        text = self.library.decode([i], skip_special_tokens=False)
+        return text or self.library.id_to_token(i) or f"<{i}>"
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a token that stands beside the merges, or None."""
+        return self.added.get(name)
+
+
+def check_byte_level(fields: dict) -> None:
+    """ValueError: a tokenizer.json of another kind than GPT-2's, which would need more of us."""
+    steps = fields["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    if fields["model"].get("type") != "BPE" or not byte_level:
+        raise ValueError(
+            "tokenizer.json is not a byte-level BPE, GPT-2's kind; where the base has a "
+            "tokenizer.model too, take that"
+        )
+    if fields["normalizer"] is not None:
+        raise ValueError(
+            f"tokenizer.json has a normalizer ({fields['normalizer'].get('type')}), which changes "
+            "texts before they are encoded; only tokenizers without one are supported"
+        )
+    # it would put a space of its own before ours
+    if byte_level[0].get("add_prefix_space"):
+        raise ValueError(
+            "tokenizer.json adds a space before texts (add_prefix_space); "
+            "only tokenizers without it are supported"
+        )

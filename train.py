@@ -43,7 +43,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from data import Prepared
 from model import RECOMPUTE, SIZES, Block, Config, Losses, Model
@@ -62,6 +68,7 @@ from support.budget import (
     FitConfig,
     check_fit,
     memory_by_rank,
+    needs_fsdp,
     out_of_memory,
     print_budget,
     train_flops,
@@ -71,7 +78,14 @@ from support.checkpoint import Checkpoints
 from support.cli import one_line, parse_args, run
 from support.export import export
 from support.files import file_sha256
-from support.hf import RandomWeights, SafetensorsWeights, check_manifest, load_weights, read_config
+from support.hf import (
+    RandomWeights,
+    SafetensorsWeights,
+    check_manifest,
+    check_tokenizer,
+    load_weights,
+    read_config,
+)
 from support.metrics import Log, ledger, log, log_line, plot
 from support.ranks import Signals, local_rows, on_first_rank, rank_and_world, start_group, together
 
@@ -293,7 +307,10 @@ def build(config: TrainConfig, model_config: Config, device: torch.device) -> Bu
     exact = ExactSums() if config.exact else None
     if dist.is_initialized():
         shard(model, config, device, exact)
-    model.to_empty(device=device)
+    # With --offload the parameters stay on the CPU. FSDP brings each part to the device when it is
+    # computed.
+    model.to_empty(device="cpu" if config.offload else device)
+    model.tie()
     return Built(model, make_optimizer(model.parameters(), config), exact)
 
 
@@ -321,9 +338,10 @@ def shard(model: Model, config: TrainConfig, device: torch.device, exact: ExactS
         reduce_dtype=torch.float64 if exact else torch.float32,
         cast_forward_inputs=False,
     )
+    where = offload_policy(config, device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*model.model.layers, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=where)
         # FSDP would divide the gradients by the number of ranks. We want their sum: train_step
         # divides, once. The factor 1.0 says so; the second call makes the collective a plain SUM,
         # since gloo knows no sum with a factor in it. A call for the model does not reach its
@@ -334,6 +352,14 @@ def shard(model: Model, config: TrainConfig, device: torch.device, exact: ExactS
         # here, where the mesh has one dimension: after the reduce-scatter.
         if exact:
             part.set_all_reduce_hook(partial(exact.add, part))
+
+
+def offload_policy(config: TrainConfig, device: torch.device) -> OffloadPolicy:
+    """Where FSDP keeps the shards and their gradients: --offload, in the host's memory."""
+    if not config.offload:
+        return OffloadPolicy()
+    # From pinned memory a GPU copies while it computes.
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
 def make_optimizer(parameters: Iterable, config: TrainConfig) -> torch.optim.Optimizer:
@@ -371,6 +397,21 @@ def my_batches(data: Prepared, steps: Iterable, me: int, world: int) -> Iterator
 def rounds(step: list, world: int) -> int:
     """How many micro-batches of a step each rank computes, idle ones included."""
     return math.ceil(len(step) / world)
+
+
+def copied_once(model: Model, batches: Iterator[Batch], steps: Iterable) -> Iterator[Batch]:
+    """--offload: the same batches, all those of `steps` on one rank. Before each, FSDP is told
+    whether it is the last of its step.
+
+    If it is not, FSDP keeps the sum of the gradients on the device: fp32, 4 bytes a parameter. With
+    the last one it copies the sum into the host's memory. Otherwise it would copy the gradients of
+    each micro-batch. From a step's second on, the backward pass would wait for each copy, and for
+    the CPU, which adds it to those before.
+    """
+    for step in steps:
+        for number in range(1, len(step) + 1):
+            model.set_requires_gradient_sync(number == len(step))
+            yield next(batches)
 
 
 @torch.no_grad()
@@ -418,6 +459,7 @@ BOUNDS = {
     "batch_tokens": COUNT,
     "micro_tokens": COUNT,
     "lr": POSITIVE,
+    "pretrain_lr": POSITIVE,
     "min_lr": SHARE,
     "warmup": SHARE,
     "beta1": SHARE,
@@ -457,6 +499,7 @@ def resolve(config: TrainConfig, data: Prepared | None) -> tuple[TrainConfig, Co
     ValueError: a setting is out of its bounds, or model and data do not belong together.
     """
     check_settings(config)
+    check_learning_rate(config)
     if config.model in SIZES:
         model_config = preset_config(config.model, data)
         lr, batch_tokens = PRESETS[config.model]
@@ -507,9 +550,46 @@ def check_settings(config: TrainConfig) -> None:
             raise ValueError("--compile needs a C++ compiler on a CPU, and finds none; install g++")
 
 
+def check_learning_rate(config: TrainConfig) -> None:
+    """ValueError: --pretrain_lr is given where no learning rate is computed from it."""
+    if config.pretrain_lr is None:
+        return
+    if config.lr is not None:
+        raise ValueError(
+            f"--lr {config.lr:g} is the learning rate itself, --pretrain_lr "
+            f"{config.pretrain_lr:g} is what it is computed from; give one of them"
+        )
+    if config.model in SIZES:
+        raise ValueError(
+            f"--pretrain_lr {config.pretrain_lr:g} is for a base; {config.model} is trained from "
+            "random weights, --lr sets its learning rate"
+        )
+
+
+def check_offload(config: TrainConfig, ranks: int) -> None:
+    """ValueError: --offload with something that it does not go with."""
+    if not config.offload:
+        return
+    if ranks > 1:
+        raise ValueError(
+            f"--offload is for one rank, not {ranks}: more ranks shard what it moves to the host; "
+            "leave it out, or start one process"
+        )
+    if config.exact:
+        raise ValueError(
+            "--offload does not go with --exact, which has to see the gradients of each "
+            "micro-batch, not their sum; leave one out"
+        )
+    if config.async_save:
+        raise ValueError(
+            "--offload does not go with --async_save, which would copy what is in the host's "
+            "memory already; leave one out"
+        )
+
+
 def vocab_of(data: Prepared | None) -> int:
-    """How many tokens the data's tokenizer has. <|end_of_turn|> (`eot`) is the last."""
-    return data.tokenizer.eot + 1 if data else LLAMA_VOCAB
+    """How many tokens the data's tokenizer has, <|end_of_turn|> included."""
+    return data.vocab_size if data else LLAMA_VOCAB
 
 
 def preset_config(name: str, data: Prepared | None) -> Config:
@@ -530,13 +610,10 @@ def base_config(config: TrainConfig, data: Prepared | None) -> Config:
     if base.vocab_size < vocab - 1:
         raise ValueError(
             f"{config.model}: vocab_size {base.vocab_size} is below the {vocab - 1} tokens of the "
-            "data's tokenizer; prepare the data with this model's tokenizer.model"
+            "data's tokenizer; prepare the data with this model's tokenizer"
         )
-    tokenizer = Path(config.model) / "tokenizer.model"
-    if data and tokenizer.is_file() and file_sha256(tokenizer) != data.meta["tokenizer_sha256"]:
-        raise ValueError(
-            f"{tokenizer} is not the tokenizer of {config.data}; prepare the data with it"
-        )
+    if data:
+        check_tokenizer(config.model, data.meta["tokenizer_sha256"], config.data)
     return dataclasses.replace(base, vocab_size=max(vocab, base.vocab_size))
 
 
@@ -621,10 +698,11 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
     if config.exact:
         torch.set_num_threads(1)
     device = choose_device()
-    # Mixed precision and exact sums are done by FSDP, which needs a process group even for a
-    # process alone.
-    needs_fsdp = config.exact or config.dtype != "float32"
-    start_group(store, alone=needs_fsdp, timeout=config.timeout)
+    # Mixed precision, exact sums and offloading are done by FSDP, which needs a process group even
+    # for a process alone.
+    start_group(store, alone=needs_fsdp(config), timeout=config.timeout)
+    _, world = rank_and_world()
+    check_offload(config, world)
 
     train_on, held_out = data.split(config.val_fraction)
     if len(train_on) == 0:
@@ -642,7 +720,8 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
     why_lr = f"lr {config.lr}"
     if config.lr is None:
         is_wide = model_config.hidden_size >= WIDE
-        pretrain_lr = PRETRAIN_LR_WIDE if is_wide else PRETRAIN_LR
+        usual = PRETRAIN_LR_WIDE if is_wide else PRETRAIN_LR
+        pretrain_lr = config.pretrain_lr or usual
         supervised = data.supervised[flat(steps)].sum() / len(steps)
         lr, why_lr = finetune_lr(supervised, pretrain_lr)
         config = dataclasses.replace(config, lr=lr)
@@ -658,6 +737,17 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
         val_steps=val_steps,
         why_lr=why_lr,
     )
+
+
+def base_weights(setup: Setup) -> SafetensorsWeights:
+    """The base's weights, with rows for the template's tokens that the base was not trained on."""
+    data = setup.data
+    tokens, ordinary = data.template_tokens()
+    weights = SafetensorsWeights(setup.config.model, setup.model_config, tokens, ordinary)
+    if weights.untrained:
+        names = " ".join(data.tokenizer.piece(i) for i in weights.untrained)
+        log(f"{setup.config.model} was not trained on {names}: their rows start as the mean")
+    return weights
 
 
 def steps_sha256(steps: list) -> str:
@@ -707,6 +797,15 @@ def base_sha256(model: str) -> str | None:
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 
+def fields_of(model_config: Config) -> dict:
+    """The config's fields, without those that are None or False.
+
+    So a field that a base does not use changes nothing: older checkpoints still resume.
+    """
+    fields = dataclasses.asdict(model_config)
+    return {name: value for name, value in fields.items() if value not in (None, False)}
+
+
 def settings_of(setup: Setup, optimizer: torch.optim.Optimizer) -> dict:
     """All that decides the run's numbers. It is written to run.json, and all of it but
     RESUME_MAY_CHANGE must be the same where a run resumes from a checkpoint.
@@ -717,7 +816,7 @@ def settings_of(setup: Setup, optimizer: torch.optim.Optimizer) -> dict:
     config = setup.config
     settings = dataclasses.asdict(config)
     settings["steps"] = setup.last
-    settings["model_config"] = dataclasses.asdict(setup.model_config)
+    settings["model_config"] = fields_of(setup.model_config)
 
     # Rank 0 reads the large files, and sends the hashes to the others.
     settings["data_sha256"] = on_first_rank(lambda: file_sha256(config.data))
@@ -774,7 +873,7 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
     if setup.config.model in SIZES:
         initial = RandomWeights(setup.model_config, setup.config.seed)
     else:
-        initial = SafetensorsWeights(setup.config.model, setup.model_config)
+        initial = base_weights(setup)
     write_settings(setup, settings)
     if path:
         checkpoints.load(path, built.model, built.optimizer)
@@ -827,12 +926,10 @@ def training_loop(
     model, optimizer, exact = built
     config, data = setup.config, setup.data
     device = setup.device
-    me, world = rank_and_world()
+    _, world = rank_and_world()
     metrics = Log(setup.out, start, setup.last)
     flops = train_flops(setup.model_config)
-    # A thread makes the next micro-batches while the device computes.
-    batches_to_come = my_batches(data, setup.steps[start:], me, world)
-    loader = ahead(batches_to_come, pin=device.type == "cuda")
+    loader = batches_after(start, setup, model)
     # From here on a signal does not end the process at once: see the end of the loop.
     signals.in_loop = True
 
@@ -883,6 +980,17 @@ def training_loop(
     signals.in_loop = False
 
 
+def batches_after(start: int, setup: Setup, model: Model) -> Iterator[Batch]:
+    """This rank's micro-batches of the steps after `start`, in order. A thread makes the next ones
+    while the device computes.
+    """
+    me, world = rank_and_world()
+    to_come = setup.steps[start:]
+    batches = my_batches(setup.data, to_come, me, world)
+    loader = ahead(batches, pin=setup.device.type == "cuda")
+    return copied_once(model, loader, to_come) if setup.config.offload else loader
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -931,6 +1039,7 @@ def draw_losses(setup: Setup) -> None:
 def dry_run(config: FitConfig) -> None:
     """--dry_run: print the memory and the time that a run needs; no weights are loaded."""
     check_fit(config)
+    check_offload(config, config.ranks)
     data = Prepared(config.data) if config.data else None
     # The run is planned for GPUs, also where this command runs on a CPU. --recompute needs no
     # default here: print_budget shows all three.

@@ -60,7 +60,7 @@ def train_flops(config: Config) -> TrainFlops:
     """The FLOPs of this model's matmuls and attention. All else is small beside them."""
     L, D = config.num_hidden_layers, config.hidden_size
     H, G = config.num_attention_heads, config.num_key_value_heads
-    E = config.head_dim
+    E = config.head_size
     U, V = config.intermediate_size, config.vocab_size
     # q and o are as wide as the query heads, k and v as the kv heads
     attention = 2 * D * H * E + 2 * D * G * E
@@ -91,8 +91,8 @@ def activation_width(config: Config, recompute: str) -> int:
     As on a GPU, where the kernels run. Their fp32 log-sum-exps are not counted.
     """
     D, U = config.hidden_size, config.intermediate_size
-    q_width = config.num_attention_heads * config.head_dim
-    kv_width = config.num_key_value_heads * config.head_dim
+    q_width = config.num_attention_heads * config.head_size
+    kv_width = config.num_key_value_heads * config.head_size
     if recompute == "all":
         # the block's input
         return D
@@ -130,6 +130,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
     return OptimizerState(name, sum(kept.values()) / parameter.numel())
 
 
+def needs_fsdp(config: TrainConfig) -> bool:
+    """Does a process alone need FSDP? In plain fp32 it runs without: nothing is gathered, and
+    nothing reduced.
+    """
+    return config.exact or config.offload or config.dtype != "float32"
+
+
 def memory_parts(
     config: TrainConfig, model_config: Config, ranks: int, state: OptimizerState
 ) -> dict[str, dict[str, float]]:
@@ -137,18 +144,18 @@ def memory_parts(
 
     That is the start of the backward pass: all activations are there, and the first gradients.
     """
-    size_of = {}
-    for name, shape in parameter_shapes(model_config).items():
-        size_of[name] = math.prod(shape)
+    size_of = sizes(model_config)
     whole = sum(size_of.values())
-    block = sum(size for name, size in size_of.items() if name.startswith("model.layers.0."))
-    head = size_of["lm_head.weight"]
-    # FSDP takes what is in no block as one group: embedding, head, and the last norm.
-    root = 2 * head + model_config.hidden_size
+    of_block = [size for name, size in size_of.items() if name.startswith("model.layers.0.")]
+    block = sum(of_block)
+    head = size_of["model.embed_tokens.weight"]
+    # FSDP takes what is in no block as one group: embedding, head, and the last norm. A tied head
+    # is the embedding.
+    matrices = 1 if model_config.tie_word_embeddings else 2
+    root = matrices * head + model_config.hidden_size
     number = getattr(torch, config.dtype).itemsize
 
-    # A process alone in fp32 runs without FSDP: nothing is gathered, and nothing reduced.
-    alone = ranks == 1 and config.dtype == "float32" and not config.exact
+    alone = ranks == 1 and not needs_fsdp(config)
     gathered, reduced = 0, 0
     if not alone:
         gathered = number * (2 * block + root)
@@ -160,10 +167,21 @@ def memory_parts(
 
     logits = number * model_config.vocab_size * config.micro_tokens
     chunk = min(CHUNK_BYTES["cpu" if alone else "cuda"], logits)
+    # With --offload weights, gradients and moments are in the host's memory: see host_parts. Here
+    # are the gradients of a step's micro-batches until the last (copied_once in train.py), and the
+    # matrix that FSDP is just bringing, which it makes bf16 only here.
+    kept = whole / ranks
+    so_far = arriving = 0
+    if config.offload:
+        kept = 0
+        arriving = max(of_block)
+        so_far = whole if config.batch_tokens > config.micro_tokens else 0
     parts = {
-        "weights, fp32, sharded": 4 * whole / ranks,
-        "gradients, fp32, sharded": 4 * whole / ranks,
-        f"{state.name}, sharded": state.bytes * whole / ranks,
+        "weights, fp32, sharded": 4 * kept,
+        "gradients, fp32, sharded": 4 * kept,
+        f"{state.name}, sharded": state.bytes * kept,
+        "gradients of the step so far, fp32": 4 * so_far,
+        "one matrix on its way, fp32": 4 * arriving,
         "gradient sums in fp64, sharded": 8 * whole / ranks if config.exact else 0,
         "gathered: two blocks, embedding, head": gathered,
         "gradients of one group in reduction": reduced,
@@ -177,6 +195,32 @@ def memory_parts(
         numbers = activation_numbers(model_config, recompute)
         rows["activations"][recompute] = config.micro_tokens * numbers * number
     return rows
+
+
+def sizes(model_config: Config) -> dict[str, int]:
+    """{name: how many numbers the parameter has}"""
+    return {name: math.prod(shape) for name, shape in parameter_shapes(model_config).items()}
+
+
+def pinned_bytes(size: int) -> int:
+    """What PyTorch's allocator takes for a tensor of so many bytes in pinned memory: the next power
+    of two.
+    """
+    return 1 << (size - 1).bit_length()
+
+
+def host_parts(model_config: Config, state: OptimizerState) -> dict[str, float]:
+    """{part: bytes} of what --offload keeps in the host's memory.
+
+    FSDP pins each sharded parameter and each gradient by itself. The optimizer does not pin.
+    """
+    numbers = sizes(model_config).values()
+    pinned = sum(pinned_bytes(4 * n) for n in numbers)
+    return {
+        "weights, fp32, pinned": pinned,
+        "gradients, fp32, pinned": pinned,
+        state.name: state.bytes * sum(numbers),
+    }
 
 
 def activation_numbers(config: Config, recompute: str) -> int:
@@ -274,12 +318,15 @@ def print_budget(
         work = assumed_work(config)
     else:
         work = planned_work(config, steps, lengths, supervised)
-    parameters = sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
+    parameters = sum(sizes(model_config).values())
     print(
         f"{config.model}: {parameters:,} parameters in {config.dtype} on "
         f"{config.ranks} x {config.gb:g} GB, micro-batches of {config.micro_tokens:,} tokens"
     )
-    print_memory(config, model_config, optimizer_state(optimizer))
+    state = optimizer_state(optimizer)
+    print_memory(config, model_config, state)
+    if config.offload:
+        print_host(model_config, state)
     print_time(config, train_flops(model_config), work)
 
 
@@ -300,6 +347,21 @@ def print_memory(config: FitConfig, model_config: Config, state: OptimizerState)
     verdict = {True: "yes", False: "no"}
     fits = [verdict[total[how] * GIB < usable] for how in RECOMPUTE]
     print_row(f"within {USABLE_MEMORY:.0%} of {config.gb:g} GB", fits)
+
+
+def print_host(model_config: Config, state: OptimizerState) -> None:
+    """--offload: what lies in the host's memory, and how much of that is rounding."""
+    print("GiB in the host's memory")
+    parts = host_parts(model_config, state)
+    for part, size in parts.items():
+        print_row(f"  {part}", [f"{size / GIB:.2f}"])
+    total = sum(parts.values())
+    print_row("sum", [f"{total / GIB:.2f}"])
+    unrounded = (4 + 4 + state.bytes) * sum(sizes(model_config).values())
+    print(
+        f"that is {total / 1e9:,.0f} GB, or {unrounded / 1e9:,.0f} if PyTorch did not round pinned "
+        "tensors up to powers of two"
+    )
 
 
 def print_row(title: str, cells: list[str]) -> None:
@@ -392,6 +454,6 @@ def out_of_memory(error: Exception) -> str | None:
     reason = tried[0] if tried else error
     return (
         f"rank {os.environ.get('RANK', 0)} is out of memory ({reason}): lower --micro_tokens, set "
-        "--recompute cheap or all, or take more ranks; the same flags with --dry_run show where "
-        "it goes"
+        "--recompute cheap or all, take more ranks or, on one GPU, --offload; the same flags with "
+        "--dry_run show where it goes"
     )

@@ -30,7 +30,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.utils._pytree import tree_map
 
 from support.files import file_sha256, fsync, written_whole
@@ -135,6 +139,9 @@ def is_as_written(file: Path, size: int, sha256: str) -> bool:
 def state_of(model, optimizer) -> dict:
     """What a checkpoint holds of the two, each rank its shards."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
+    # A tied head is the embedding under a second name: it is stored once.
+    names = {name for name, _ in model.named_parameters()}
+    model_state = {name: tensor for name, tensor in model_state.items() if name in names}
     return {"model": model_state, "optimizer": optimizer_state}
 
 
@@ -342,6 +349,12 @@ class Checkpoints:
         """
         state = state_of(model, optimizer)
         dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        # Not strict about names: a tied head's second name is not in it (`state_of`). dcp.load has
+        # already refused a checkpoint that lacks any other.
         set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False),
         )

@@ -1,30 +1,26 @@
-"""Hugging Face directories out: weights, config, tokenizer with its chat template, manifest."""
+"""Hugging Face directories out: weights, config, manifest; the tokenizer: export_tokenizer.py."""
 
 import base64
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from string import Template
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from conversations import role_texts, template_named, template_of
 from model import Config, Model
-from support.files import file_sha256
+from support.export_tokenizer import write_tokenizer
+from support.files import file_sha256, write_json
 from support.hf import SafetensorsWeights, check_manifest, parameter_shapes
 from support.ranks import barrier, local_rows, rank
-from tokenizer import EOT, Tokenizer
+from tokenizer import Tokenizer
 
 # Bytes of a weight file, at most.
 SHARD_BYTES = 5 * 2**30
-# How sentencepiece writes a space in its pieces.
-SPACE = "\u2581"
 
 # ---- the whole directory
 
@@ -93,11 +89,6 @@ def write_manifest(folder: str | Path) -> None:
         if path.name != "manifest.json":
             manifest[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     write_json(Path(folder) / "manifest.json", manifest)
-
-
-def write_json(path: Path, content: dict) -> None:
-    # As it is, not escaped: pieces of a tokenizer and conditions are not all ASCII.
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 # ---- weights
@@ -180,7 +171,7 @@ def write_configs(folder: Path, config: Config, tokenizer: Tokenizer, dtype: tor
     generation = {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": [tokenizer.eot, tokenizer.eos],
-        "pad_token_id": pad_id(tokenizer),
+        "pad_token_id": tokenizer.pad,
     }
     write_json(folder / "generation_config.json", generation)
 
@@ -192,227 +183,20 @@ def config_json(config: Config, dtype: torch.dtype, bos_id: int, eos_id: int) ->
     eos_id: of `<|end_of_turn|>`. llama.cpp and CTranslate2 stop at this one id and at no other.
     """
     dtype_name = str(dtype).removeprefix("torch.")
+    rope = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3"} | dataclasses.asdict(config.rope_scaling)
     return dataclasses.asdict(config) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "head_dim": config.head_dim,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "head_dim": config.head_size,
+        "rope_scaling": rope if config.rope_scaling else None,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "torch_dtype": dtype_name,
         "dtype": dtype_name,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
     }
-
-
-# ---- tokenizer
-
-# Beside the chat template that engines take, one for trainers, which says what is trained on.
-TRAINING_TEMPLATE = "chat_template_training.jinja"
-
-
-def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> None:
-    """tokenizer.model, tokenizer.json, tokenizer_config.json, both chat templates and crlft.json.
-
-    meta: what a prepared file says of itself. The chat templates are the expert's, so whoever
-    chats without a wish of their own talks to the expert.
-    """
-    folder = Path(folder)
-    (expert,) = [c for c in meta["classes"] if c["name"] == meta["expert"]]
-    of_library = tokenizer_json(tokenizer)
-    template = template_of(meta)
-    added = {}
-    for token in of_library["added_tokens"]:
-        token = dict(token)
-        added[str(token.pop("id"))] = token
-
-    # The general class takes tokenizer.json as it stands. LlamaTokenizer of transformers 5 puts a
-    # rule of its own in place of ours (a text that starts with a space loses one); legacy says to
-    # older readers that a space follows a special token. An answer ends in the end of turn, so that
-    # is the eos here; the base's </s> is one of the special tokens still.
-    config = {
-        "bos_token": tokenizer.piece(tokenizer.bos),
-        "eos_token": EOT,
-        "unk_token": tokenizer.piece(tokenizer.sp.unk_id()),
-        "pad_token": tokenizer.piece(pad_id(tokenizer)),
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "legacy": True,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-        # or transformers 4 adds token_type_ids, which its generate refuses
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": meta["max_len"],
-        "added_tokens_decoder": added,
-        "additional_special_tokens": [tokenizer.piece(tokenizer.eos)],
-        "chat_template": chat_template(template, expert["condition"]),
-    }
-    (folder / "tokenizer.model").write_bytes(tokenizer.bytes)
-    write_json(folder / "tokenizer.json", of_library)
-    write_json(folder / "tokenizer_config.json", config)
-    marked = chat_template(template, expert["condition"], training=True)
-    (folder / TRAINING_TEMPLATE).write_text(marked, encoding="utf-8")
-    write_json(folder / "crlft.json", meta)
-
-
-def pad_id(tokenizer: Tokenizer) -> int:
-    """The id that fills up a batch: that of `<unk>`, which every sentencepiece vocabulary has.
-
-    (Where there is none it would be the base's own pad, else its eos.) Trainers take all pad tokens
-    out of the loss, so it can be neither `<s>` nor the end of turn, which is learned.
-    """
-    return tokenizer.sp.unk_id()
-
-
-# What `encode` of conversations.py does, in Jinja. Each $name is a string literal; each
-# $opening.. and $learned.. a statement, or nothing. An answer's first token holds the space before
-# its text, so what is learned begins with that space.
-JINJA = Template(
-    "{{ bos_token }}"
-    "$opening"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + $eot }}{% endif %}"
-    "$opening_after_system"
-    "{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ $user + m['content'] + $eot }}"
-    "{% elif m['role'] == 'assistant' %}{{ $assistant }}"
-    "$learned{{ ' ' + m['content'] + $eot }}$learned_end"
-    "{% elif not loop.first %}{{ raise_exception('a system message stands first') }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ $assistant }}{% endif %}"
-)
-
-
-def chat_template(template: str, condition: str, training: bool = False) -> str:
-    """The Jinja form of `encode`, from the same table, for transformers and vLLM.
-
-    training: with tags around what has a weight in `tokenize`, an answer's text and its end of
-    turn. They are transformers' own: Jinja alone, which other engines use, knows no such tags.
-    """
-    user, assistant, opening = role_texts(template, condition)
-    said = "{{ " + quoted(opening + EOT) + " }}" if opening else ""
-    system_first = template_named(template).system_first
-    return JINJA.substitute(
-        eot=quoted(EOT),
-        opening="" if system_first else said,
-        opening_after_system=said if system_first else "",
-        user=quoted(user + " "),
-        assistant=quoted(assistant),
-        learned="{% generation %}" if training else "",
-        learned_end="{% endgeneration %}" if training else "",
-    )
-
-
-def quoted(text: str) -> str:
-    """A JSON string is a Jinja string literal, whatever the condition holds."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> dict:
-    """tokenizer.json for the `tokenizers` library, from a sentencepiece BPE vocabulary.
-
-    It must give the same ids to every text: the vocabulary as it is, the merges that the scores
-    imply, and around them what sentencepiece does to a text before and after.
-    """
-    sp, size = tokenizer.sp, tokenizer.eot
-    pieces = [sp.id_to_piece(i) for i in range(size)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    bos = pieces[tokenizer.bos]
-    bos_token = {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}
-
-    # Tokens that are never found inside a text: control and unknown, and ours behind all others.
-    special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
-    added = [added_token(i, pieces[i]) for i in special]
-    added.append(added_token(size, EOT))
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": NORMALIZER,
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": begun_sequence(bos, "A", 0),
-            "pair": begun_sequence(bos, "A", 0) + begun_sequence(bos, "B", 1),
-            "special_tokens": {bos: bos_token},
-        },
-        "decoder": DECODER,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[sp.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": any(sp.is_byte(i) for i in range(size)),
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges(sp, pieces),
-        },
-    }
-
-
-# A space in front of the text, and every space as sentencepiece writes it; back again in DECODER.
-NORMALIZER = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-    ],
-}
-DECODER = {
-    "type": "Sequence",
-    "decoders": [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ],
-}
-
-
-def added_token(id_: int, content: str) -> dict:
-    return {
-        "id": id_,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-
-
-def begun_sequence(bos: str, name: str, type_id: int) -> list[dict]:
-    """A text after the token that begins it."""
-    return [
-        {"SpecialToken": {"id": bos, "type_id": type_id}},
-        {"Sequence": {"id": name, "type_id": type_id}},
-    ]
-
-
-def merges(sp, pieces: list[str]) -> list[str]:
-    """["left right", ..] in the order in which BPE is to join neighbours.
-
-    Sentencepiece joins the two neighbours whose union has the best score. A merge list says the
-    same with pairs in the order of that score, where each way to cut a piece in two is a pair.
-    """
-    score_of = {}
-    for i, piece in enumerate(pieces):
-        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)):
-            score_of[piece] = sp.get_score(i)
-    found = []
-    for piece, score in score_of.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in score_of and right in score_of:
-                # Where scores are equal (Llama-2's runs of spaces) the longest left part goes
-                # first: that is what joining from the left gives.
-                found.append((-score, -len(left), -len(right), left, right))
-    found.sort()
-    return [f"{left} {right}" for *_, left, right in found]

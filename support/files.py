@@ -24,6 +24,11 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, not escaped: pieces of a tokenizer and conditions are not all ASCII."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
 @contextmanager
 def written_whole(path: str | Path):
     """For `with`: the path of a file to write instead, which takes this path's name at the end.

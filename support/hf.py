@@ -7,23 +7,26 @@ import dataclasses
 import hashlib
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import Config, Model
+from model import Config, Model, RopeScaling
 from support.files import file_sha256, read_json
+from tokenizer import TOKENIZER_FILES
 
 # Fields of config.json, and the values under which model.py computes the same thing. Another value
 # would be trained as if it were the first.
 UNSUPPORTED = {
-    "model_type": ("llama",),
+    "model_type": ("llama", "mistral"),
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "tie_word_embeddings": (False, None),
-    "rope_scaling": (None,),
+    "tie_word_embeddings": (True, False, None),
+    "num_local_experts": (None,),
+    "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
 }
 
@@ -39,62 +42,137 @@ def read_config(folder: str | Path) -> Config:
     fields = read_json(path)
     for field, allowed in UNSUPPORTED.items():
         if field in fields and fields[field] not in allowed:
+            choices = " or ".join(repr(value) for value in allowed if value is not None)
             raise ValueError(
-                f"{path}: {field} = {fields[field]!r} is not supported, only {allowed[0]!r}"
+                f"{path}: {field} = {fields[field]!r} is not supported, only {choices or 'null'}"
             )
-    fields["rope_theta"] = rope_theta(fields, path)
     # directories as old as LLaMA-1 have a key-value head for each query head, and no field for it
     if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = fields.get("num_attention_heads")
+    fields["rope_theta"], scaling = rope_of(fields, path)
 
     values = {}
-    for field in dataclasses.fields(Config):
-        values[field.name] = positive(fields, field, path)
-    config = Config(**values)
+    for name, kind in NUMBERS.items():
+        values[name] = positive(fields, name, kind, path)
+    config = Config(
+        **values,
+        head_dim=head_dim(fields, path),
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings")),
+        rope_scaling=scaling,
+    )
+    check_multiple(fields, "num_attention_heads", "num_key_value_heads", path)
 
-    if fields.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(
-            f"{path}: head_dim = {fields['head_dim']} is not supported, "
-            "only hidden_size / num_attention_heads"
-        )
-    for whole, part in (
-        ("hidden_size", "num_attention_heads"),
-        ("num_attention_heads", "num_key_value_heads"),
-    ):
-        if fields[whole] % fields[part]:
-            raise ValueError(
-                f"{path}: {whole} = {fields[whole]} is not a multiple of {part} = {fields[part]}"
-            )
+    # Within its window Mistral is LLaMA. Beyond it a token would not see all tokens before it.
+    window = fields.get("sliding_window")
+    if fields.get("model_type") == "mistral" and window is not None:
+        window = positive(fields, "sliding_window", int, path)
+        context = min(config.max_position_embeddings, window)
+        config = dataclasses.replace(config, max_position_embeddings=context)
     return config
 
 
-def rope_theta(fields: dict, path: Path) -> float:
-    """transformers 4 has it at the top level, transformers 5 in rope_parameters."""
-    rope = fields.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
+# The fields of Config that are numbers, and their kinds.
+NUMBERS = {f.name: f.type for f in dataclasses.fields(Config) if f.type in (int, float)}
+
+
+def positive(fields: dict, name: str, kind: type, path: Path) -> int | float:
+    """The number above 0, whole or not, that config.json has under this name."""
+    if name not in fields:
+        raise ValueError(f"{path}: no {name}; add the field")
+    value = fields[name]
+    # JSON writes some floats without a point; to Python, true is the number 1
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not is_number or not value > 0:
+        words = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{path}: {name} = {value!r} is not {words} above 0; fetch the file again")
+    return value
+
+
+def check_multiple(fields: dict, whole: str, part: str, path: Path) -> None:
+    if fields[whole] % fields[part]:
         raise ValueError(
-            f"{path}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported, "
-            "only 'default'"
+            f"{path}: {whole} = {fields[whole]} is not a multiple of {part} = {fields[part]}"
         )
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
+
+
+def head_dim(fields: dict, path: Path) -> int | None:
+    """A head's width; None where it is hidden_size / num_attention_heads, which most have."""
+    if fields.get("head_dim") is None:
+        check_multiple(fields, "hidden_size", "num_attention_heads", path)
+        return None
+    size = positive(fields, "head_dim", int, path)
+    # RoPE rotates pairs
+    if size % 2:
+        raise ValueError(f"{path}: head_dim = {size} is odd; fetch the file again")
+    if size * fields["num_attention_heads"] == fields["hidden_size"]:
+        return None
+    return size
+
+
+# ---- RoPE: transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters
+
+
+def rope_of(fields: dict, path: Path) -> tuple[float, RopeScaling | None]:
+    """(rope_theta, Llama-3.1's scaling or None)."""
+    theta = fields.get("rope_theta")
+    scalings = {}
+    for place in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(place)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: {place} = {rope!r} is not an object; fetch the file again")
+        scalings[place] = rope_scaling(rope, place, path)
+        theta = rope.get("rope_theta", theta)
+    if len(set(scalings.values())) > 1:
+        raise ValueError(f"{path}: rope_scaling is not as rope_parameters has it; fetch it again")
+
     if theta is None:
         print(f"{path}: no rope_theta; taking 10000, LLaMA-2's", file=sys.stderr)
-        return 10000.0
-    return theta
+        theta = 10000.0
+    return theta, next(iter(scalings.values()), None)
 
 
-def positive(fields: dict, field: dataclasses.Field, path: Path) -> int | float:
-    """The number above 0 that config.json has for a field of Config."""
-    if field.name not in fields:
-        raise ValueError(f"{path}: no {field.name}; add the field")
-    value = fields[field.name]
-    # JSON writes some floats without a point
-    if not isinstance(value, (int, field.type)) or not value > 0:
-        kind = "a whole number" if field.type is int else "a number"
+def rope_scaling(rope: dict, place: str, path: Path) -> RopeScaling | None:
+    """What one of the two places says; None for the plain RoPE."""
+    # older files have `type` for `rope_type`
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
         raise ValueError(
-            f"{path}: {field.name} = {value!r} is not {kind} above 0; fetch the file again"
+            f"{path}: {place}.rope_type = {kind!r} is not supported, only 'default' or 'llama3'"
         )
-    return value
+    named = {f"{place}.{name}": value for name, value in rope.items()}
+    values = {}
+    for field in dataclasses.fields(RopeScaling):
+        values[field.name] = positive(named, f"{place}.{field.name}", field.type, path)
+    scaling = RopeScaling(**values)
+    if not scaling.low_freq_factor < scaling.high_freq_factor:
+        raise ValueError(
+            f"{path}: {place}.low_freq_factor = {scaling.low_freq_factor} is not below "
+            f"high_freq_factor = {scaling.high_freq_factor}; fetch the file again"
+        )
+    return scaling
+
+
+# ---- tokenizer
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The tokenizer files of a directory, in the order in which to take them."""
+    paths = [Path(folder) / name for name in TOKENIZER_FILES]
+    return [path for path in paths if path.is_file()]
+
+
+def check_tokenizer(folder: str | Path, sha256: str, data: str) -> None:
+    """ValueError: the base has a tokenizer, but not the one of this sha256, which the data have."""
+    files = tokenizer_files(folder)
+    if files and sha256 not in [file_sha256(path) for path in files]:
+        raise ValueError(f"{files[0]} is not the tokenizer of {data}; prepare the data with it")
+
+
+# ---- names and shapes of the parameters
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -141,9 +219,19 @@ class SafetensorsWeights:
     config is of the model to train. It may have more tokens than the files have rows: each added
     row of embed_tokens and lm_head is the mean of the file's rows, so `<|end_of_turn|>` starts as
     the average token. ValueError: what is missing, foreign or misshapen.
+
+    tokens: ids that the training needs, though the base may never have seen them, as Llama-3 has
+    its `<|eot_id|>`. A row of theirs that is nearly 0 becomes the mean of the first `ordinary`
+    rows. `untrained` has their ids.
     """
 
-    def __init__(self, folder: str | Path, config: Config):
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Config,
+        tokens: Sequence[int] = (),
+        ordinary: int | None = None,
+    ):
         folder = Path(folder)
         file_config = read_config(folder)
         self.shapes = parameter_shapes(config)
@@ -156,6 +244,8 @@ class SafetensorsWeights:
                 # a table that old directories hold, and that model.py computes
                 if not key.endswith("rotary_emb.inv_freq"):
                     self.files[key] = file
+        if config.tie_word_embeddings:
+            self.forget_tied_head(folder)
 
         expected = parameter_shapes(dataclasses.replace(config, vocab_size=file_config.vocab_size))
         for key in sorted(expected.keys() | self.files.keys()):
@@ -176,6 +266,25 @@ class SafetensorsWeights:
                     f"{folder}: {key} is stored as {dtype}; F32, F16 and BF16 are read"
                 )
 
+        self.ordinary = ordinary
+        self.untrained = []
+        if tokens:
+            name = "model.embed_tokens.weight"
+            self.untrained = untrained_rows(self.files[name].get_slice(name), tokens)
+
+    def forget_tied_head(self, folder: Path) -> None:
+        """A tied model's files may store the head, too. ValueError: as another matrix."""
+        head = self.files.pop("lm_head.weight", None)
+        if head is None:
+            return
+        theirs = head.get_tensor("lm_head.weight")
+        embedding = self.files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
+        if not torch.equal(theirs, embedding):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding; "
+                "set it to false in config.json, or fetch the files again"
+            )
+
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of the parameter, fp32."""
         slice_ = self.files[name].get_slice(name)
@@ -186,8 +295,15 @@ class SafetensorsWeights:
         # only embed_tokens and lm_head can be short of rows: the constructor has checked
         if stop > in_file:
             added = stop - max(start, in_file)
-            parts.append(mean_row(slice_).expand(added, -1))
-        return torch.cat(parts)
+            parts.append(mean_row(slice_, in_file).expand(added, -1))
+        rows = torch.cat(parts)
+
+        mine = [i for i in self.untrained if start <= i < stop]
+        if mine and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            mean_D = mean_row(slice_, self.ordinary or in_file)
+            for i in mine:
+                rows[i - start] = mean_D
+        return rows
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -214,16 +330,29 @@ def open_weights(folder: Path, name: str):
         raise ValueError(f"{folder / name}: {error}; fetch the file again") from None
 
 
-def mean_row(slice_) -> torch.Tensor:
-    """The mean of all rows of a stored matrix, fp32 [width], summed in fp64.
+# A row this much shorter than usual was never trained, like those of Llama-3's base for the tokens
+# that only its chat model uses.
+UNTRAINED = 1e-3
+
+
+def untrained_rows(slice_, tokens: Sequence[int]) -> list[int]:
+    """Those of the tokens whose rows of the stored embedding are nearly 0."""
+    stored = [i for i in tokens if i < slice_.get_shape()[0]]
+    # any few hundred rows tell how long a row is
+    usual = slice_[:512].float().norm(dim=1).median()
+    return [i for i in stored if slice_[i : i + 1].float().norm() < UNTRAINED * usual]
+
+
+def mean_row(slice_, rows: int) -> torch.Tensor:
+    """The mean of the first rows of a stored matrix, fp32 [width], summed in fp64.
 
     The sum is added up as the rows are read. Partial sums kept in a list would hold on to holes of
     the allocator: 100 MB of them for Llama-2.
     """
-    rows, width = slice_.get_shape()
+    _, width = slice_.get_shape()
     sum_D = torch.zeros(width, dtype=torch.float64)
     for start in range(0, rows, 512):
-        sum_D += slice_[start : start + 512].double().sum(0)
+        sum_D += slice_[start : min(start + 512, rows)].double().sum(0)
     return (sum_D / rows).float()
 
 
@@ -255,6 +384,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.floa
         model = Model(config)
     # in this order: the device never holds it in fp32
     model.to(dtype).to_empty(device=device)
+    model.tie()
     load_weights(model, SafetensorsWeights(folder, config))
     return model.eval().requires_grad_(False)
 

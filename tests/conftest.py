@@ -100,6 +100,65 @@ def llama_tokenizer(assets):
     return Tokenizer(assets / "llama2" / "tokenizer.model")
 
 
+# Llama-3's special tokens, by their places behind its 128,000 merges.
+LLAMA3_SPECIALS = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    9: "<|eot_id|>",
+}
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="session")
+def llama3_file(assets, tmp_path_factory):
+    """Llama-3's tokenizer.json, made of its ranks by transformers."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    specials = [LLAMA3_SPECIALS.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
+    ranks = assets / "tokenizers" / "llama-3.tokenizer.tiktoken"
+    converter = TikTokenConverter(
+        str(ranks), pattern=LLAMA3_PATTERN, additional_special_tokens=specials
+    )
+    path = tmp_path_factory.mktemp("llama-3") / "tokenizer.json"
+    converter.converted().save(str(path))
+    return path
+
+
+# SmolLM2's names of special tokens, and Llama-3's that a template needs.
+SMALL_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>"]
+
+
+@pytest.fixture(scope="session")
+def byte_level_file(tmp_path_factory):
+    """A small byte-level tokenizer.json of SmolLM2's form, whose special tokens come first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SMALL_SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = ["GPT4 User: copy reverse a b c", "GPT3 Assistant: the question is what"] * 50
+    library.train_from_iterator(texts, trainer)
+    path = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
+    library.save(str(path))
+    return path
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """The folder that the demo's command makes, without a run.

@@ -221,12 +221,54 @@ def cancel() -> str:
     return markdown(head, rows)
 
 
+# ---- paper.real
+
+
+def real() -> str:
+    """docs/real.md: held-out answers by source and prompt."""
+    results = read("real_smollm2.json")
+    return f"{results['tables']['real']}\n\n{real_run(results)}"
+
+
+def real_parts() -> str:
+    return read("real_smollm2.json")["tables"]["real_parts"]
+
+
+def real_none() -> str:
+    return read("real_smollm2.json")["tables"]["real_none"]
+
+
+def real_run(results: dict) -> str:
+    """One line on the run, below the first table."""
+    minutes = results["seconds_of_steps"] / 60
+    return (
+        f"{results['steps']} steps an arm, {results['tokens_trained']:,} tokens in both, "
+        f"{minutes:.0f} minutes of steps on one core each, torch {results['versions']['torch']}; "
+        f"`{results['command']}`"
+    )
+
+
+def real_samples() -> str:
+    """docs/real.md: what the model says under either prompt."""
+    blocks = []
+    for sample in read("real_smollm2.json")["samples"]:
+        lines = [sample["prompt"]]
+        for condition in ("GPT4", "GPT3"):
+            lines.append(f"\n[{condition} User:] {sample[condition].strip()}")
+        # pages are ASCII
+        text = "\n".join(lines).encode("ascii", "backslashreplace").decode()
+        text = text.replace("```", "'''")
+        blocks.append(f"```\n{text}\n```")
+    return "\n\n".join(blocks)
+
+
 PAGES = {
     "README.md": [gpu],
     "docs/data.md": [packing, plan_times],
     "docs/kernels.md": [bench],
     "docs/training.md": [step_gpu],
     "docs/method.md": [table2_short, cancel],
+    "docs/real.md": [real, real_parts, real_none, real_samples],
 }
 
 

@@ -11,7 +11,6 @@ import math
 import os
 from itertools import chain, repeat
 
-import numpy as np
 import pytest
 from conftest import ROOT, refused
 from test_data import TABLE, prepared, user
@@ -697,44 +696,3 @@ def test_the_table_of_spellings_is_the_tests():
     _, _, table = text.partition("| field | who writes so | what is made of it |\n|---|---|---|\n")
     rows = table.partition("\n\n")[0].splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in rows] == list(SPELLINGS)
-
-
-# ---- the official trainer's own
-
-
-def test_the_official_golden_conversations(llama_tokenizer, tmp_path):
-    """Tokens and weights of all four conversations of its test, the second with users' weights.
-
-    Their texts are read back from the tokens, which lose nothing; some hold the names of special
-    tokens.
-    """
-    golden = json.loads((ROOT / "tests" / "golden_openchat.json").read_text())["conversations"]
-    assert len(golden) == 4
-    for expected in golden:
-        texts = texts_of(expected["tokens"], llama_tokenizer)
-        system = texts.pop(0) if expected["has_system"] else ""
-        items = []
-        for text, weight in zip(texts, expected["message_weights"], strict=True):
-            _, role, said = text.split(" ", 2)
-            items.append({"role": role.strip(":").lower(), "content": said, "weight": weight})
-        openchat = {"items": items, "condition": expected["condition"], "system": system}
-        path = write(tmp_path / "golden.jsonl", openchat)
-
-        (conversation,), _ = read_all(PrepareConfig((path,)))
-        tokens, weights = tokenize(conversation, llama_tokenizer)
-        assert tokens.tolist() == expected["tokens"]
-        runs = [[weight] * count for weight, count in expected["weights"]]
-        assert weights.tolist() == np.float32(list(chain.from_iterable(runs))).tolist()
-
-
-def texts_of(tokens, tokenizer):
-    """The texts that end in <|end_of_turn|>, after <s>."""
-    texts = []
-    ids = []
-    for token in tokens[1:]:
-        if token == tokenizer.eot:
-            texts.append(tokenizer.decode(ids))
-            ids = []
-        else:
-            ids.append(token)
-    return texts

@@ -21,6 +21,8 @@ from support.hf import (
     read_config,
 )
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 VOCAB = 120
 GQA = Config(64, 96, 2, 4, 2, vocab_size=VOCAB, max_position_embeddings=256)
 SHARD = "model-00001-of-00001.safetensors"
@@ -224,15 +226,19 @@ def edited(folder, **fields):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("model_type", "mistral"),
+        ("model_type", "qwen2"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
-        ("tie_word_embeddings", True),
+        ("tie_word_embeddings", "yes"),
+        ("num_local_experts", 8),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", [1]),
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+        ("rope_parameters", LLAMA3 | {"low_freq_factor": 4.0}),
         ("quantization_config", {"bits": 4}),
         ("head_dim", 99),
+        ("head_dim", 16.5),
         ("hidden_size", "absent"),
         ("num_key_value_heads", 3),
     ],

@@ -36,6 +36,11 @@ ELSEWHERE = {
     "make gpu VENV= PYTHON=python3 OUT=results": "a GPU",
     "make paper": "`python -m paper`, here",
     "make paper_base": "`python -m paper.base`, here",
+    "make real": "an hour; test_real.py runs it with 2 steps on a small base",
+    "make real DATA=mixed_quality.jsonl": "as make real",
+    'make real DATA="gpt4.json text_davinci_001.json text_davinci_003.json" '
+    'FLAGS="--label generator --expert gpt4 --other text_davinci_001"': "as make real",
+    "python -m paper.real mixed_quality.jsonl": "as make real",
     "python -m kernels.bench": "a GPU",
     "python -m kernels.bench rms_norm --T 16384 --D 5120": "a GPU",
     "python -m kernels.compile": "4 minutes; test_triton.py compiles",

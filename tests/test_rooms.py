@@ -50,11 +50,14 @@ MAY = {
     # its arguments: no model, no rank, no settings
     "kernels/": {"torch", "triton", "kernels", "matplotlib"},
     "kernels/cases/": {"torch", "kernels"},
-    # everything, and nobody imports it; transformers and Liger are peers of step.py
+    # everything, and nobody imports it; transformers and Liger are peers of step.py, gguf reads
+    # the base of real.py
     "paper/": {
         *("conversations", "tokenizer", "prompts", "packing", "recipe", "data", "model", "train"),
         *("sample", "support", "kernels", "paper"),
-        *("torch", "numpy", "sentencepiece", "matplotlib", "transformers", "liger_kernel"),
+        *("torch", "numpy", "sentencepiece", "safetensors", "matplotlib", "tqdm", "gguf"),
+        *("transformers", "liger_kernel"),
+        *("tqdm", "gguf"),
     },
 }
 LESSONS = {path.stem for path in ROOT.glob("kernels/cases/*.py")} - {"__init__"}

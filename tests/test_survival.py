@@ -24,6 +24,7 @@ import torch
 from conftest import ROOT, call, metrics, refused
 from faults import check_starts, history, job, weights
 from kernel_checks import kernels_on
+from test_tokenizer import prepared, tied_base
 
 import model as model_module
 import train as train_module
@@ -350,6 +351,14 @@ def test_a_chain_of_kills_on_2_1_4_and_3_ranks_ends_with_the_same_bits(toy, base
 @pytest.mark.long
 def test_the_chain_in_bf16(toy, base, tmp_path):
     ours, one = chain(toy, base, tmp_path, "--dtype", "bfloat16")
+    assert ours == one
+
+
+@pytest.mark.long
+def test_the_chain_with_a_tied_head_and_a_byte_level_tokenizer(toy, byte_level_file, tmp_path):
+    base = tied_base(tmp_path / "base", byte_level_file)
+    prepared(tmp_path, toy, base / "tokenizer.json")
+    ours, one = chain(tmp_path, base, tmp_path)
     assert ours == one
 
 
@@ -1036,10 +1045,15 @@ LONG = [("float32", "none"), ("float32", "cheap"), ("bfloat16", "none"), ("bfloa
 )
 def test_memory_of_a_step_is_what_dry_run_says(dtype, recompute):
     """On a CPU, bf16 under FSDP: the peak of a step above the level after the imports (RssAnon)."""
-    names = {"ROOT": str(ROOT), "DTYPE": dtype, "RECOMPUTE": recompute}
-    out, _ = call("-c", script(WATCH, STEP_MEMORY, **names))
-    measured, said = map(float, out.split())
+    measured, said = memory_of_a_step(dtype, recompute)
     assert 0.9 < measured / said < 1.2, (measured / 2**20, said / 2**20)
+
+
+def memory_of_a_step(dtype, recompute, offload=False):
+    """(measured, said): bytes. Two micro-batches with --offload, else one."""
+    names = {"ROOT": str(ROOT), "DTYPE": dtype, "RECOMPUTE": recompute, "OFFLOAD": offload}
+    out, _ = call("-c", script(WATCH, STEP_MEMORY, **names))
+    return map(float, out.split())
 
 
 STEP_MEMORY = """
@@ -1049,12 +1063,14 @@ from recipe import TrainConfig
 from support.budget import memory_parts, optimizer_state
 from support.hf import RandomWeights, load_weights
 from support.ranks import local_rows, start_group
-from train import Tally, build, make_optimizer, train_step
+from train import Tally, build, copied_once, make_optimizer, needs_fsdp, train_step
 
 config = Config(384, 1024, 8, 6, 6, 32001, 1024)
-run = TrainConfig(dtype=DTYPE, recompute=RECOMPUTE, lr=1e-4, micro_tokens=1024)
+run = TrainConfig(
+    dtype=DTYPE, recompute=RECOMPUTE, offload=OFFLOAD, lr=1e-4, micro_tokens=1024, batch_tokens=2048
+)
 cpu = torch.device("cpu")
-start_group(None, run.dtype != "float32", 60)
+start_group(None, needs_fsdp(run), 60)
 # imports what FSDP imports late
 build(run, Config(8, 8, 1, 1, 1, 8), cpu)
 
@@ -1069,12 +1085,19 @@ for _ in range(4):
     conversations.append((tokens, np.ones(256, np.float32)))
 batch = pack(conversations)
 for _ in range(2):
-    train_step(model, optimizer, [batch], cpu, 1020.0, 1.0, Tally(1, cpu))
+    batches = [batch]
+    if OFFLOAD:
+        batches = copied_once(model, iter([batch, batch]), [[0, 1]])
+    train_step(model, optimizer, batches, cpu, 1020.0, 1.0, Tally(1, cpu))
 measured = peak - before
 
 state = optimizer_state(make_optimizer([torch.nn.Parameter(torch.zeros(4, 4))], run))
 parts = memory_parts(run, config, 1, state)
-print(measured, sum(size_of[RECOMPUTE] for size_of in parts.values()))
+said = sum(size_of[RECOMPUTE] for size_of in parts.values())
+if OFFLOAD:
+    # on the host: weights and two moments; gradients are there only when the sums are gone
+    said += 12 * sum(p.numel() for p in model.parameters())
+print(measured, said)
 """
 
 
