@@ -55,7 +55,7 @@ from conversations import (
 )
 from packing import COST_7B, Batch, Steps, flat, pack, plan
 from recipe import finetune_lr
-from support.cli import parse_args, run
+from support.cli import check_help, parse_args, run
 from support.files import written_whole
 from tokenizer import EOT, Tokenizer
 
@@ -69,21 +69,31 @@ TOO_LONG = ("truncate", "split", "drop")
 class PrepareConfig:
     """The flags of `data.py prepare`."""
 
+    # conversation files: JSON lines, JSON arrays, either of them gzipped, or parquet
     files: tuple
+    # the base's tokenizer.model or tokenizer.json
     tokenizer: str = ""
+    # the prepared file, NAME.safetensors
     out: str = ""
+    # a table: LABEL=CLASS:WEIGHT with commas between; `*` is any other label
     classes: str = ""
+    # the table has rewards instead of weights: a weight is exp((reward - highest) / beta)
     beta: float | None = None
-    # the field of a row that says who wrote its answers; None is `model`
+    # the field of a row that says who wrote its answers
+    # default: model
     label: str | None = None
     # the field with a reward of the row's own, if that is to decide its weight
     reward: str | None = None
     # the class whose prompt is used for sampling, where the table's highest number does not say it
     expert: str | None = None
+    # how a prompt says who speaks and under which condition
     template: str = "before_speaker"
+    # tokens of a conversation, at most
     max_len: int = 4096
-    # what becomes of a conversation above max_len: one of TOO_LONG
+    # what becomes of a conversation above --max_len: truncate, split or drop
     too_long: str = "truncate"
+    # processes that tokenize
+    # default: the cores of the machine
     processes: int = os.cpu_count()
 
 
@@ -91,14 +101,23 @@ class PrepareConfig:
 class ShowConfig:
     """The flags of `data.py show`; all but n are for conversation files."""
 
+    # a prepared file, or conversation files
     files: tuple
+    # the base's tokenizer.model or tokenizer.json
     tokenizer: str = ""
+    # as for prepare
     classes: str = "*=GPT4:1.0"
+    # as for prepare
     beta: float | None = None
+    # as for prepare
     label: str | None = None
+    # as for prepare
     reward: str | None = None
+    # as for prepare
     template: str = "before_speaker"
+    # tokens of a conversation, at most
     max_len: int = 4096
+    # what becomes of a conversation above --max_len: truncate, split or drop
     too_long: str = "truncate"
     # conversations to print
     n: int = 3
@@ -108,10 +127,15 @@ class ShowConfig:
 class StatsConfig:
     """The flags of `data.py stats`: the run whose steps are to be looked at."""
 
+    # a prepared file
     files: tuple
+    # tokens of an optimizer step, at most
     batch_tokens: int = 262_144
+    # tokens of a micro-batch, at most
     micro_tokens: int = 16_384
+    # GPUs of the run
     ranks: int = 8
+    # the base's own learning rate, which the run's is scaled from
     pretrain_lr: float = 3e-4
     # measured, of all ranks together: gives the time of an epoch
     tokens_per_s: float | None = None
@@ -901,6 +925,7 @@ def draw_lengths(data: Prepared, path: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    check_help(argv)
     command, words = argv[:1], argv[1:]
     if command == ["prepare"]:
         config = parse_args(PrepareConfig, words, positional="files")

@@ -25,7 +25,7 @@ class TrainConfig:
     None is for what depends on the model or the machine: `train.resolve` fills it in.
     """
 
-    # a file that `python data.py prepare` wrote
+    # a file that `data.py prepare` wrote
     data: str = ""
     # a Hugging Face directory to fine-tune, or a preset to train from random weights
     model: str = ""

@@ -56,22 +56,31 @@ from support.rows import read_rows
 class SampleConfig:
     """What to ask, and how to draw the answer's tokens: the flags of sample.py."""
 
-    # the model's directory: a list of one
+    # the model's directory, one: an export, or the --out of train.py
     folder: tuple = ()
+    # one prompt, instead of a chat
     prompt: str | None = None
+    # a file of prompts, instead of a chat
     input: str | None = None
+    # where the answers to --input go
     output: str | None = None
-    # default: the expert's, from crlft.json. Several, with commas between: each answers
+    # under which class's prompt; several, with commas between, answer side by side
+    # default: the expert's
     condition: str | None = None
-    # default: the one trained with; another model's, or `base`, the raw text: see prompts.py
+    # another model's prompt, or `base`, the raw text: see prompts.py
+    # default: the one trained with
     template: str | None = None
+    # a system text, for every prompt that has none of its own
     system: str | None = None
-    # 0: always the likeliest token
+    # what the logits are divided by; 0: always the likeliest token
     temperature: float = 0.7
+    # draw from so many of the likeliest tokens; 0, or without it: from all
     top_k: int | None = None
+    # draw from the fewest likeliest tokens that have this much of the probability
     top_p: float = 1.0
     # tokens of an answer, at most
     max_new: int = 512
+    # of the random numbers; each prompt's follow from the seed and its place in the file
     seed: int = 0
     # prompts that are answered side by side
     batch: int = 16

@@ -59,17 +59,24 @@ SMALLER_BATCH = 4
 class AgievalConfig:
     """The flags of `evaluate.py agieval`."""
 
-    # the model's directory: a list of one
+    # the model's directory, one
     model: tuple = ()
+    # the folder of AGIEval's v1 jsonl files
     data: str = ""
+    # where prompts and responses go, a JSONL file
     out: str = ""
     # `base` for a model that was not fine-tuned: the raw prompt
+    # default: the one trained with
     template: str | None = None
+    # under which class's prompt
+    # default: the expert's
     condition: str | None = None
     # write the prompts, ask nobody
     prompts_only: bool = False
-    # tokens of a response, at most; default: until the context ends
+    # tokens of a response, at most
+    # default: until the context ends
     max_new: int | None = None
+    # prompts that are answered side by side
     batch: int = 16
 
 

@@ -47,21 +47,32 @@ OTHER_TEMPERATURE = 0.7
 class AnswersConfig:
     """The flags of `evaluate.py answers`."""
 
-    # the model's directory: a list of one
+    # the model's directory, one
     model: tuple = ()
     # alpaca, mt or vicuna
     bench: str = ""
+    # the bench's file of questions
     questions: str = ""
-    # default: NAME.jsonl, for alpaca NAME.json; FastChat takes a model's name from its file's
+    # where the answers go; FastChat takes a model's name from its file's
+    # default: NAME.jsonl, for alpaca NAME.json
     out: str = ""
-    # of the model in the file; default: its folder's
+    # what the file calls the model
+    # default: its folder's name
     name: str | None = None
+    # another model's prompt, or `base`, the raw text: see prompts.py
+    # default: the one trained with
     template: str | None = None
+    # under which class's prompt
+    # default: the expert's
     condition: str | None = None
+    # what the logits are divided by
     # default: 0.7; in mt and vicuna by category
     temperature: float | None = None
+    # tokens of an answer, at most
     max_new: int = 1024
+    # prompts that are answered side by side
     batch: int = 16
+    # of the random numbers
     seed: int = 0
 
 

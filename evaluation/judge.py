@@ -73,16 +73,21 @@ class JudgeConfig:
     files: tuple = ()
     # single, pair or conversation
     mode: str = ""
+    # single, pair: the bench's file of questions
     questions: str = ""
     # pair: the answer file of the model to compare with
     baseline: str = ""
-    # FastChat's reference_answer/gpt-4.jsonl, for questions of NEED_REFERENCE
+    # FastChat's reference_answer/gpt-4.jsonl, for questions of math, reasoning and coding
     references: str = ""
+    # the judge's name; one that begins with `claude` is asked as FastChat asks claude
     judge: str = "gpt-4"
     # conversation: so many of each source, drawn at random
     count: int = 128
+    # of that draw
     seed: int = 0
+    # the requests that the files answer; without it, requests are written
     requests: str = ""
+    # the file of requests; with --requests, of judgments
     out: str = ""
 
 

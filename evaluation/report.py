@@ -55,7 +55,7 @@ class ReportConfig:
     files: tuple = ()
     # the model that pairs are counted against
     baseline: str = "gpt-3.5-turbo"
-    # scatter of the first two judges (Fig. 8)
+    # where to draw the scatter of the first two judges (Fig. 8)
     png: str = ""
 
 
