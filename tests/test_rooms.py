@@ -6,13 +6,19 @@ import sys
 import pytest
 from conftest import ROOT
 
-SUPPORT_WITHOUT_RANKS = {"support.cli", "support.files", "support.hf", "support.rows"}
+SUPPORT_WITHOUT_RANKS = {
+    "support.cli",
+    "support.fields",
+    "support.files",
+    "support.hf",
+    "support.rows",
+}
 
 # A room, and what it may import beyond the standard library: rooms of ours, and packages. `support`
 # stands for all of its rooms, `support.cli` for one. What a room must not know is what is not here.
 MAY = {
     # a tokenizer's file, but no template and no class
-    "tokenizer.py": {"sentencepiece", "tokenizers"},
+    "tokenizer.py": {"sentencepiece", "tokenizers", "support.fields"},
     # conversation files, but no batch, no device, no model
     "conversations.py": {"numpy", "tokenizer", "support.rows"},
     # pure in lengths, seed and epoch: no conversation, no rank, no model
@@ -26,8 +32,8 @@ MAY = {
     # the prepared file: no process group, no model
     "data.py": {
         *("conversations", "packing", "recipe", "tokenizer"),
-        *("support.cli", "support.files"),
-        *("numpy", "safetensors", "tqdm", "matplotlib"),
+        *("support.arrays", "support.cli", "support.fields", "support.makers"),
+        *("numpy", "tqdm", "matplotlib"),
     },
     # directories, ranks, devices, the clock: not those who call it
     "support/": {
