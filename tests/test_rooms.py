@@ -11,6 +11,7 @@ SUPPORT_WITHOUT_RANKS = {
     "support.fields",
     "support.files",
     "support.hf",
+    "support.kept",
     "support.rows",
 }
 
@@ -123,6 +124,17 @@ def test_no_rank_and_no_pickle_through_any_import(room):
     """A prepared file or a directory may be a stranger's: what opens one runs nothing it says."""
     for name, where in reached(ROOT / room).items():
         assert not name.startswith(("torch.distributed", "pickle")), f"{where} imports {name}"
+
+
+@pytest.mark.parametrize("room", ["sample.py", "evaluate.py"])
+def test_nobody_they_reach_loads_a_pickle(room):
+    """torch.load can be one; weights come from safetensors."""
+    files = {ROOT / room} | {file_of(name) for name in reached(ROOT / room)}
+    assert len(files) > 5
+    for path in files - {None}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_load = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
+            assert not is_load, f"{path.name}:{node.lineno} calls torch.load"
 
 
 def test_nothing_imports_in_a_circle():
