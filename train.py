@@ -5,6 +5,7 @@ r"""C-RLFT: fine-tune a LLaMA-2 on conversations of mixed quality, on a laptop o
 
     torchrun --nproc_per_node=8 train.py \
         --data train.safetensors --model llama-2-13b-hf --out out/openchat
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         train.py --data train.safetensors --model llama-2-13b-hf --out out/openchat
 
@@ -33,11 +34,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,7 @@ from support.budget import (
 from support.checkpoint import Checkpoints
 from support.cli import one_line, parse_args, run
 from support.export import export
-from support.files import file_sha256
+from support.files import file_sha256, naming
 from support.hf import (
     RandomWeights,
     SafetensorsWeights,
@@ -79,8 +80,17 @@ from support.hf import (
     load_weights,
     read_config,
 )
+from support.lock import only_run
 from support.metrics import Log, ledger, log, log_line, plot
-from support.ranks import Signals, local_rows, on_first_rank, rank_and_world, start_group, together
+from support.ranks import (
+    SIGNALLED,
+    Signals,
+    local_rows,
+    on_first_rank,
+    rank_and_world,
+    start_group,
+    together,
+)
 
 # ---- the method
 
@@ -180,17 +190,22 @@ class Tally:
     loss       for each class: the sum of nll over its supervised tokens
     accuracy   for each class: the number of its supervised tokens that were predicted right
     count      for each class: the number of its supervised tokens
-    stop       above 0 if the run is to stop; not a measurement. A rank that has received a signal
-               sets it to 1. It is added up like the rest, so all ranks learn of it in the same step
+    stop       above 0 if the run is to stop; not a measurement. A rank that a signal has asked by
+               then adds 1. It is added up like the rest, so all ranks learn of it in the same step
+
+    asked() -> whether a signal has asked this rank. It is called where the sums are reduced.
     """
 
     # What metrics.jsonl has as NAME_by_class. To add a metric, add its name here, and to `add` a
     # line that gives its value in each row.
     PER_CLASS = ("loss", "accuracy")
 
-    def __init__(self, classes: int, device: torch.device, stop: bool = False):
+    def __init__(
+        self, classes: int, device: torch.device, asked: Callable[[], bool] = lambda: False
+    ):
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.sums = {"loss_sum": zeros(1), "stop": zeros(1) + float(stop)}
+        self.asked = asked
+        self.sums = {"loss_sum": zeros(1), "stop": zeros(1)}
         for name in (*self.PER_CLASS, "count"):
             self.sums[name] = zeros(classes)
 
@@ -208,6 +223,9 @@ class Tally:
 
     def reduce(self) -> None:
         """Add up over the ranks, once. Afterwards the sums and `stop` are Python numbers."""
+        # Only now: a signal that has come while the step was computed stops the run after it.
+        self.sums["stop"] += float(self.asked())
+
         # one vector, so that one collective adds up everything
         lengths = [len(x) for x in self.sums.values()]
         vector = torch.cat(list(self.sums.values()))
@@ -416,8 +434,9 @@ class Bound(NamedTuple):
     words: str
 
 
-# The bound "above 0" is written as: at least the smallest number above 0, which is math.ulp(0.0).
-POSITIVE = Bound(math.ulp(0.0), math.inf, "above 0")
+# AdamW computes in fp32, whose numbers go from 1e-38 to 3e38: outside of that a step would be 0 or
+# infinite, and some room is left for products.
+FP32 = Bound(1e-30, 1e30, "from 1e-30 to below 1e30: AdamW computes in fp32")
 COUNT = Bound(1, 10**9, "above 0 and below 1e9")
 SHARE = Bound(0, 1, "from 0 to below 1")
 BOUNDS = {
@@ -425,14 +444,14 @@ BOUNDS = {
     "epochs": COUNT,
     "batch_tokens": COUNT,
     "micro_tokens": COUNT,
-    "lr": POSITIVE,
+    "lr": FP32,
     "min_lr": SHARE,
     "warmup": SHARE,
     "beta1": SHARE,
     "beta2": SHARE,
-    "eps": POSITIVE,
+    "eps": FP32,
     "weight_decay": SHARE,
-    "clip": POSITIVE,
+    "clip": FP32,
     "seed": Bound(0, 2**63, "from 0 to 2^63 - 1"),
     "val_fraction": SHARE,
     "val_every": COUNT,
@@ -450,6 +469,8 @@ CHOICES = {
 FINETUNE_BATCH_TOKENS = 262_144
 # Tokens of a micro-batch, for presets and bases.
 MICRO_TOKENS = 16_384
+# Micro-batches of a step, at most: planning compares all of a step's in pairs.
+MOST_MICRO_BATCHES = 4096
 # The vocabulary where there are no data: Llama-2's 32,000 tokens and <|end_of_turn|>.
 LLAMA_VOCAB = 32_001
 
@@ -490,6 +511,11 @@ def resolve(config: TrainConfig, data: Prepared | None) -> tuple[TrainConfig, Co
         dtype=config.dtype or dtype,
         recompute=config.recompute or recompute,
     )
+    if config.batch_tokens > MOST_MICRO_BATCHES * config.micro_tokens:
+        raise ValueError(
+            f"--batch_tokens {config.batch_tokens} is more than {MOST_MICRO_BATCHES:,} "
+            f"micro-batches of --micro_tokens {config.micro_tokens}; raise --micro_tokens"
+        )
     if data:
         check_lengths(config, model_config, data)
     return config, model_config
@@ -765,8 +791,6 @@ def checkpoints_of(setup: Setup, settings: dict) -> Checkpoints:
 
 # ---- the run
 
-# The exit status that shells give a command which Ctrl-C has ended.
-SIGNALLED = 130
 REMAINS = "a checkpoint remains, the same command resumes"
 
 # A step whose loss or gradient is not finite may be an accident. So many in a row are not.
@@ -781,6 +805,13 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
     store: shared by the ranks that torchrun started; None for a process alone.
     """
     setup = set_up(config, store)
+    # before a checkpoint is read, or anything written
+    with only_run(setup.out):
+        train_on_from_newest(setup, signals)
+
+
+def train_on_from_newest(setup: Setup, signals: Signals) -> None:
+    """The run in its folder, which no other run writes to meanwhile."""
     built = build(setup.config, setup.model_config, setup.device)
     settings = settings_of(setup, built.optimizer)
     checkpoints = checkpoints_of(setup, settings)
@@ -825,7 +856,9 @@ def write_settings(setup: Setup, settings: dict) -> None:
     if me == 0:
         (setup.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings | {"torch": torch.__version__}, indent=1)
-        (setup.out / "run.json").write_text(text)
+        path = setup.out / "run.json"
+        with naming(path):
+            path.write_text(text)
 
 
 def opening_line(setup: Setup, model: Model) -> str:
@@ -860,18 +893,19 @@ def training_loop(
     loader = ahead(batches_to_come, pin=device.type == "cuda")
     # From here on a signal does not end the process at once: see the end of the loop.
     signals.in_loop = True
+    if owes_validation(setup, metrics, start):
+        validate_or_stop(setup, model, start, metrics, signals)
 
     for step in range(start + 1, setup.last + 1):
         micro_batches = setup.steps[step - 1]
         conversations = flat([micro_batches])
-        is_last = step == setup.last
         lr = lr_at(step, setup.last, config)
         set_learning_rate(optimizer, lr)
 
         # The method: forward, backward, one division by the step's weight sum, one update. A step
         # that fails has also taken all its batches from the loader: it fails after the last.
         began = time.perf_counter()
-        tally = Tally(len(data.classes), device, stop=signals.received is not None)
+        tally = Tally(len(data.classes), device, asked=lambda: signals.asked)
         batches = itertools.islice(loader, rounds(micro_batches, world))
         weight_sum = data.weight_sums[conversations].sum()
         try:
@@ -891,21 +925,50 @@ def training_loop(
             metrics.write(measured, memory_and_mfu)
 
         # what is not done in every step
+        stop = tally.stop > 0
         if step in setup.epoch_ends:
             log_epoch(setup, step)
-        if setup.val_steps and (step % config.val_every == 0 or is_last):
-            metrics.write({"step": step} | validate(model, data, setup.val_steps, device))
-        if step % config.save_every == 0 or is_last or tally.stop:
+        if is_validated(step, setup) and not stop:
+            stop = validate_or_stop(setup, model, step, metrics, signals)
+        if step % config.save_every == 0 or step == setup.last or stop:
             checkpoints.save(step, model, optimizer)
-
-        # A rank has received a signal (Ctrl-C, a preempted node). The checkpoint is saved above.
-        if tally.stop and not is_last:
-            checkpoints.wait()
-            log(f"stopped by a signal after step {step}; {REMAINS}")
-            sys.exit(SIGNALLED)
+        if stop:
+            leave(step, checkpoints)
 
     checkpoints.wait()
     signals.in_loop = False
+
+
+def is_validated(step: int, setup: Setup) -> bool:
+    """Does a validation come after this step?"""
+    is_due = step % setup.config.val_every == 0 or step == setup.last
+    return bool(setup.val_steps) and is_due
+
+
+def validate_or_stop(setup: Setup, model: Model, step: int, metrics: Log, signals: Signals) -> bool:
+    """Validate, unless a signal has come. True: a signal has come, before or meanwhile.
+
+    A validation may take longer than the time that is left to a preempted job.
+    """
+    if signals.asked_on_any_rank():
+        return True
+    found = validate(model, setup.data, setup.val_steps, setup.device)
+    metrics.write({"step": step} | found)
+    return signals.asked_on_any_rank()
+
+
+def owes_validation(setup: Setup, metrics: Log, start: int) -> bool:
+    """Has a signal left out the validation of the step that the run goes on from?"""
+    if start == 0 or not is_validated(start, setup):
+        return False
+    return on_first_rank(lambda: start not in metrics.validated)
+
+
+def leave(step: int, checkpoints: Checkpoints) -> NoReturn:
+    """A rank has received a signal (Ctrl-C, a preempted node). The step's save has begun."""
+    checkpoints.wait()
+    log(f"stopped by a signal after step {step}; {REMAINS}")
+    sys.exit(SIGNALLED)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -990,7 +1053,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["plot"]:
         if len(argv) != 2:
             raise ValueError("plot takes the --out folder of a run")
-        plot(argv[1])
+        print(f"drew {plot(argv[1])}")
         return
     if "--dry_run" in argv:
         # under torchrun only rank 0 prints

@@ -153,7 +153,7 @@ def test_train_names_what_is_wrong(toy, toy_run, tmp_path):
     assert "neither a directory nor one of toy, small" in fail("--model", "llama-3")
     assert "max_len 128, more than --micro_tokens 64" in fail("--micro_tokens", 64)
     assert "--warmup 3.0 is not from 0" in fail("--warmup", 3)
-    assert "--lr 0.0 is not above 0" in fail("--lr", 0)
+    assert "--lr 0.0 is not from 1e-30 to below 1e30" in fail("--lr", 0)
     assert "--seed -1 is not" in fail("--seed", -1)
     assert not (tmp_path / "run").exists()
 
@@ -250,7 +250,7 @@ def test_sample_names_the_row_that_is_wrong(toy_run, tmp_path):
         return refused(sample.main, toy_run / "hf", "--input", source, "--output", output, *words)
 
     source.write_text('{"prompt": "copy a"}\n{"prompt": 7}\n')
-    assert "in.jsonl:2: no messages" in fail(out)
+    assert "in.jsonl:2: a prompt is" in fail(out)
     source.write_text(json.dumps({"prompt": "a " * 200}))
     assert "nowhere" in fail(tmp_path / "nowhere" / "out.jsonl", "--truncate_left")
     assert "row 1: the prompt has" in fail(out)

@@ -161,7 +161,7 @@ def test_the_tally_has_the_mean_of_each_class_over_its_own_rows(toy):
     assert batch.class_R.tolist() == [0, 0, 0, 1, 1]
     nll_T = torch.tensor([1.0, 2.0, 6.0, 99.0, 5.0, 7.0, 99.0])
     correct_T = torch.tensor([1.0, 0.0, 0.0, 9.0, 1.0, 1.0, 9.0])
-    tally = Tally(3, "cpu", stop=True)
+    tally = Tally(3, "cpu", asked=lambda: True)
     tally.add(batch, torch.tensor(21.0), nll_T, correct_T)
     tally.add(batch, torch.tensor(42.0), 2 * nll_T, correct_T)
     tally.reduce()
