@@ -136,8 +136,8 @@ def test_only_a_second_ctrl_c_quits_and_only_after_a_second():
     # the terminal's and the agent's, at once
     assert ends_after((0, ctrl_c), (0.05, ctrl_c)) == 7
     assert ends_after((0, ctrl_c), (0.05, ctrl_c), (1.1, ctrl_c)) == SIGNALLED
-    # Slurm's and torchrun's, and the agent's at the end
-    assert ends_after((0, term), (1.1, term), (0, ctrl_c)) == 7
+    # Slurm's and torchrun's
+    assert ends_after((0, ctrl_c), (0, term), (1.1, term)) == 7
     assert ends_after() == 8
 
 
