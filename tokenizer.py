@@ -71,6 +71,8 @@ class Tokenizer:
         is_json = file.lstrip()[:1] == b"{"
         self.library = ByteLevel(file) if is_json else SentencePiece(file)
         self.space = space
+        # the ids of templates' texts, which are the same in every conversation (conversations.py)
+        self.of_templates = {}
         self.file_size = self.library.size
         known = ids or {}
         self.bos = known["bos"] if "bos" in known else self.find("bos", names)
@@ -289,6 +291,11 @@ class ByteLevel:
         self.library.no_truncation()
         self.library.no_padding()
         self.size = 1 + max(self.library.get_vocab().values())
+        if self.size > MOST_ID:
+            raise ValueError(
+                f"tokenizer.json has the id {self.size - 1:,}, which no tokenizer has; "
+                "fetch the file again"
+            )
         # bytes spell every text, so none is unknown
         self.unk = None
 
@@ -315,7 +322,7 @@ class ByteLevel:
 
 def check_byte_level(fields: dict) -> None:
     """ValueError: a tokenizer.json of another kind than GPT-2's, which would need more of us."""
-    steps = fields["pre_tokenizer"] or {}
+    steps = fields.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
     if fields["model"].get("type") != "BPE" or not byte_level:
@@ -323,7 +330,7 @@ def check_byte_level(fields: dict) -> None:
             "tokenizer.json is not a byte-level BPE, GPT-2's kind; where the base has a "
             "tokenizer.model too, take that"
         )
-    if fields["normalizer"] is not None:
+    if fields.get("normalizer") is not None:
         raise ValueError(
             f"tokenizer.json has a normalizer ({fields['normalizer'].get('type')}), which changes "
             "texts before they are encoded; only tokenizers without one are supported"

@@ -25,6 +25,7 @@ a round each rank computes one micro-batch.
 Shapes: T packed tokens of a micro-batch, R its rows with a loss weight.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -46,7 +47,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from data import Prepared
+from data import NO_DIGESTS, Prepared
 from model import RECOMPUTE, SIZES, Block, Config, Losses, Model
 from packing import Batch, ahead, flat, pack
 from recipe import (
@@ -81,10 +82,11 @@ from support.hf import (
     read_config,
 )
 from support.lock import only_run
-from support.metrics import Log, ledger, log, log_line, plot
+from support.metrics import Log, ledger, log, log_line, planning, plot
 from support.ranks import (
     SIGNALLED,
     Signals,
+    from_all_ranks,
     local_rows,
     on_first_rank,
     rank_and_world,
@@ -388,7 +390,8 @@ def my_batches(data: Prepared, steps: Iterable, me: int, world: int) -> Iterator
     zeros, and takes part in the collectives that the other ranks wait in.
     """
     # Any few tokens would do, since they weigh 0: here one, and one that it could predict.
-    idle = [(data.tokens[:2], data.weights[:2] * 0)]
+    tokens, weights = data.conversation(0)
+    idle = [(tokens[:2], weights[:2] * 0)]
     for step in steps:
         for number in range(me, rounds(step, world) * world, world):
             yield data.batch(step[number]) if number < len(step) else pack(idle)
@@ -645,7 +648,9 @@ PRETRAIN_LR_WIDE = 1.5e-4
 
 
 def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
-    """Open the data, check that all belongs together, start the process group, plan every step."""
+    """Open the data, check that all belongs together, start the process group, check the data, plan
+    every step."""
+    log(f"opening {config.data}")
     data = Prepared(config.data)
     config, model_config = resolve(config, data)
     # On a CPU the number of threads decides in which order a sum is added up.
@@ -656,6 +661,7 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
     # process alone.
     needs_fsdp = config.exact or config.dtype != "float32"
     start_group(store, alone=needs_fsdp, timeout=config.timeout)
+    check_data(data)
 
     train_on, held_out = data.split(config.val_fraction)
     if len(train_on) == 0:
@@ -663,7 +669,11 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
             f"{config.data}: every prompt falls into --val_fraction {config.val_fraction}; lower it"
         )
     cost = train_flops(model_config).plan_cost
-    steps, epoch_ends = all_steps(data, train_on, config, cost)
+    epochs = config.epochs
+    if config.steps:
+        epochs = math.ceil(config.steps * config.batch_tokens / data.lengths[train_on].sum())
+    with planning(epochs, len(train_on)) as say:
+        steps, epoch_ends = all_steps(data, train_on, config, cost, say)
     val_steps = []
     if len(held_out) > 0:
         val_steps = epoch_steps(data, held_out, config, epoch=0, cost=cost)
@@ -689,6 +699,36 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
         val_steps=val_steps,
         why_lr=why_lr,
     )
+
+
+def check_data(data: Prepared) -> None:
+    """ValueError, on all ranks: the data are not as they were prepared, on some node.
+
+    The ranks of a node, who see the same file, share its pieces.
+    """
+    size, _ = data.file.state
+    log(f"checking its {size / 1e6:,.1f} MB")
+    if not data.has_digests:
+        log(NO_DIGESTS.format(path=data.path))
+    # torchrun's words for: which rank of its node this is, of how many, and which node it is
+    part, parts, node = 0, 1, "0"
+    if dist.is_initialized() and "LOCAL_WORLD_SIZE" in os.environ:
+        part, parts = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        node = os.environ["GROUP_RANK"]
+
+    found, problem = {}, None
+    try:
+        found = data.check_pieces(part, parts)
+    except ValueError as error:
+        problem = error
+    pieces_of = collections.defaultdict(dict)
+    for its_node, its_found, its_problem in from_all_ranks((node, found, problem)):
+        if its_problem:
+            raise its_problem
+        pieces_of[its_node].update(its_found)
+    # one node whose file has other bytes is found by all
+    for pieces in pieces_of.values():
+        data.check_digests(pieces)
 
 
 def base_weights(setup: Setup) -> SafetensorsWeights:
@@ -770,8 +810,10 @@ def settings_of(setup: Setup, optimizer: torch.optim.Optimizer) -> dict:
     settings["steps"] = setup.last
     settings["model_config"] = fields_of(setup.model_config)
 
-    # Rank 0 reads the large files, and sends the hashes to the others.
-    settings["data_sha256"] = on_first_rank(lambda: file_sha256(config.data))
+    # The data were compared with the digests that their own hash is made of. A file without digests
+    # is read again: by rank 0, which reads the large files, and sends the hashes to the others.
+    data_sha256 = setup.data.meta.get("sha256")
+    settings["data_sha256"] = data_sha256 or on_first_rank(lambda: file_sha256(config.data))
     settings["model_sha256"] = on_first_rank(lambda: base_sha256(config.model))
 
     # Each rank has planned for itself, all steps of the run.

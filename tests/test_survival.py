@@ -5,6 +5,7 @@ And numbers that are not finite.
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -291,7 +292,27 @@ def test_changed_data_does_not_resume(toy, tmp_path):
     offset = Prepared(data).tokens.nbytes // 2
     raw[8 + header + begin + offset] ^= 1
     data.write_bytes(raw)
-    assert "is of a run with data_sha256" in refused(main, *flags)
+    assert "tokens: not what was prepared, by its digest" in refused(main, *flags)
+
+
+def test_data_that_change_under_a_run_stop_it_and_the_checkpoint_stays(toy, tmp_path, monkeypatch):
+    data = tmp_path / "train.safetensors"
+    shutil.copy(toy / "train.safetensors", data)
+    batches = itertools.count(1)
+    read = Prepared.batch
+
+    def touched(self, conversations):
+        # a step is one micro-batch: before the sixth, which a thread makes a few steps ahead
+        if next(batches) == 6:
+            os.utime(data, (1, 1))
+        return read(self, conversations)
+
+    monkeypatch.setattr(Prepared, "batch", touched)
+    sizes = "--steps", 8, "--batch_tokens", 512, "--micro_tokens", 512, "--save_every", 5
+    flags = "--data", data, "--out", tmp_path / "run", "--model", "toy", *sizes
+    assert "train.safetensors: changed while it is read" in refused(main, *flags)
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert names == ["step-5"]
 
 
 # ---- the same bits on any number of ranks
