@@ -17,6 +17,7 @@ OpenChat's own runs set no other limit. The average is over the items, not over 
 """
 
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterable
@@ -159,7 +160,7 @@ def agieval(config: AgievalConfig) -> None:
     speaker = load_speaker(config)
     # in every row, so that a file says how it was made
     settings = {
-        "model": str(Path(config.model[0]).resolve()),
+        "model": os.path.realpath(config.model[0]),
         "template": speaker.template,
         "condition": speaker.condition,
         "max_new": config.max_new,

@@ -17,6 +17,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def run_of(speaker: Speaker, rows: list[dict], config: AnswersConfig) -> dict:
 
 def name_of(folder: str | Path) -> str:
     """A model's name: its folder's, or that of the run whose hf/ it is."""
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     return folder.parent.name if folder.name == "hf" else folder.name
 
 

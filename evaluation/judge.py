@@ -26,6 +26,7 @@ is counted, and OUT.retry.jsonl asks it again.
 import hashlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -360,7 +361,8 @@ def read_verdicts(config: JudgeConfig) -> None:
         )
     retry = Path(f"{config.out}.retry.jsonl")
     check_out(config.out, *config.files, config.requests)
-    if retry.resolve() in {Path(path).resolve() for path in (config.requests, *config.files)}:
+    inputs = {os.path.realpath(path) for path in (config.requests, *config.files)}
+    if os.path.realpath(retry) in inputs:
         raise ValueError(
             f"{retry} would be overwritten; give the first --requests, "
             "and the outputs of all its batches: BATCH1.jsonl BATCH2.jsonl"

@@ -219,8 +219,11 @@ def fault(path: Path, share: slice = slice(None)) -> str | None:
     """
     # Whatever a damaged manifest holds, this is a fault of the checkpoint and no error here.
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_text())
-        if manifest.pop("sha256") != digest(manifest):
+        text = (path / "MANIFEST.json").read_text()
+        manifest = json.loads(text)
+        # the text, too: `1e-05` and `1E-05` are the same number
+        is_same = text == json.dumps(manifest, indent=1)
+        if manifest.pop("sha256") != digest(manifest) or not is_same:
             return "MANIFEST.json changed"
         expected = {}
         for name, entry in manifest["files"].items():

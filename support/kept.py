@@ -15,6 +15,7 @@ written the file is removed.
 import fcntl
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,9 +44,9 @@ def digest_of(rows: list) -> str:
 def check_out(out: str, *inputs: str) -> None:
     """ValueError when a result cannot be written, or would replace what it is made from."""
     for path in inputs:
-        if path and Path(path).resolve() == Path(out).resolve():
+        if path and os.path.realpath(path) == os.path.realpath(out):
             raise ValueError(f"{out} is an input; give another name for the result")
-    if not Path(out).resolve().parent.is_dir() or Path(out).is_dir():
+    if not Path(os.path.realpath(out)).parent.is_dir() or Path(out).is_dir():
         raise ValueError(
             f"{out}: no such folder, or a folder itself; make it first, or give another name"
         )
