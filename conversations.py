@@ -732,7 +732,8 @@ def tokenizer_for(template: str, file: str | Path | bytes, meta: dict | None = N
 
 def known_ids(meta: dict | None) -> dict[str, int]:
     """The ids of special tokens in some metadata; files of before have none."""
-    return {name: meta[name] for name in ("bos", "eos", "pad") if meta and name in meta}
+    found = meta or {}
+    return {name: found[name] for name in ("bos", "eos", "pad") if found.get(name) is not None}
 
 
 # A special token in a template's text.

@@ -438,7 +438,7 @@ def ledger_table(meta: dict) -> str:
 def label_lines(meta: dict) -> list[str]:
     """Which labels each class has, the most frequent first: `Model: GPT-4 805 -> GPT4`."""
     lines = []
-    for name, labels in meta.get("labels", {}).items():
+    for name, labels in (meta.get("labels") or {}).items():
         for label, conversations in labels.items():
             label = textwrap.shorten(label, LABEL_WIDTH, placeholder="..") or "(no label)"
             lines.append(f"{label} {conversations:,} -> {name}")
@@ -460,19 +460,19 @@ DECIDED_BY = {
 def account_lines(meta: dict) -> list[str]:
     """What `Account` found, in words. Files that were prepared before it was kept say nothing."""
     lines = []
-    decided = meta.get("decided_by", {})
+    decided = meta.get("decided_by") or {}
     if decided:
         counts = [f"{decided[key]:,} by {DECIDED_BY[key]}" for key in DECIDED_BY if key in decided]
         lines.append(f"weights of answers: {', '.join(counts)}")
     if meta.get("user_messages"):
         lines.append(f"messages of users with a weight of their own: {meta['user_messages']:,}")
-    if "rewards" in meta:
+    if meta.get("rewards"):
         r = meta["rewards"]
         lines.append(
             f"rewards from {r['lowest']:g} to {r['highest']:g}, beta {r['beta']:g}: effective "
             f"sample size (sum w)^2 / sum w^2: {r['sample_size']:,.1f} of {r['answers']:,} answers"
         )
-    for name, rows in meta.get("unread", {}).items():
+    for name, rows in (meta.get("unread") or {}).items():
         lines.append(
             f"not used: {name} (rows: {rows:,}); if it says who wrote an answer or how much it "
             "counts, see docs/data.md"
@@ -483,7 +483,10 @@ def account_lines(meta: dict) -> list[str]:
 # ---- a prepared file, opened
 
 # Tokens whose weights are summed at once: the file may be larger than the memory.
-SUMMED_AT_ONCE = 2**22
+SUMMED_AT_ONCE = 2**20
+# Values that are checked at once: few enough to be in the processor's cache still when they are
+# hashed.
+CHECKED_AT_ONCE = 2**17
 
 # What is said of a file that was prepared before there were digests.
 NO_DIGESTS = (
@@ -663,10 +666,14 @@ class Prepared:
         # a bar where it takes over two seconds, on a terminal
         is_quiet = True if part else None
         for name, first, stop in tqdm(pieces, f"check {self.path}", disable=is_quiet, delay=2):
-            values = self.file.read(name, first, stop)
-            self.check_values(name, first, values)
+            digest = hashlib.sha256()
+            for start in range(first, stop, CHECKED_AT_ONCE):
+                values = self.file.read(name, start, min(start + CHECKED_AT_ONCE, stop))
+                self.check_values(name, start, values)
+                if self.has_digests:
+                    digest.update(values)
             if self.has_digests:
-                found[name, first] = hashlib.sha256(values).digest()
+                found[name, first] = digest.digest()
         return found
 
     def check_digests(self, found: dict[tuple[str, int], bytes]) -> None:
@@ -743,7 +750,7 @@ def check_classes(fields: Fields) -> None:
         names.append(class_.text("name"))
         class_.text("condition")
         class_.number("weight", 0, MAX_WEIGHT)
-        if len(class_.content) > len(dataclasses.fields(Class)):
+        if set(class_.content) != {field.name for field in dataclasses.fields(Class)}:
             raise fields.wrong("classes", "a list of names, conditions and weights")
     if len(names) > MOST_CLASSES or len(set(names)) < len(names):
         raise fields.wrong("classes", f"a list of at most {MOST_CLASSES:,}, each with its own name")
@@ -759,9 +766,31 @@ def check_classes(fields: Fields) -> None:
         ends = n["trained"] + n["prompt"] + n["truncated"] + n["dropped"] + n["trailing_cut"]
         if n["tokens_read"] + n["added_by_split"] != ends:
             raise counts.wrong(name, "a ledger that adds up")
-    # only printed
-    for name in ("labels", "decided_by", "unread", "rewards"):
-        fields.object(name, default=None)
+    check_accounts(fields)
+
+
+def check_accounts(fields: Fields) -> None:
+    """ValueError: what `show` and `stats` only print is of another kind."""
+    fields.whole("user_messages", 0, 2**63, default=0)
+    nothing = Fields({}, fields.place)
+    for name in ("decided_by", "unread"):
+        counted = fields.object(name, default=nothing)
+        for key in counted.content:
+            counted.whole(key, 0, 2**63)
+
+    labels = fields.object("labels", default=nothing)
+    for name in labels.content:
+        # a class of that name there must be
+        fields.object("counts").object(name)
+        of_class = labels.object(name)
+        for label in of_class.content:
+            of_class.whole(label, 0, 2**63)
+
+    rewards = fields.object("rewards", default=None)
+    if rewards:
+        for name in ("lowest", "highest", "beta", "sample_size"):
+            rewards.number(name, -1e308, 1e308)
+        rewards.whole("answers", 0, 2**63)
 
 
 # ---- show: a few conversations, token by token
