@@ -847,13 +847,24 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
     store: shared by the ranks that torchrun started; None for a process alone.
     """
     setup = set_up(config, store)
-    # before a checkpoint is read, or anything written
+    # If the base cannot be read, the run stops here, before anything is written.
+    if setup.config.model in SIZES:
+        initial = RandomWeights(setup.model_config, setup.config.seed)
+    else:
+        initial = base_weights(setup)
+    # Before a checkpoint is read, or anything written; and before memory is taken, which a run that
+    # has just been killed may still hold.
     with only_run(setup.out):
-        train_on_from_newest(setup, signals)
+        train_from_newest(setup, initial, signals)
 
 
-def train_on_from_newest(setup: Setup, signals: Signals) -> None:
-    """The run in its folder, which no other run writes to meanwhile."""
+def train_from_newest(
+    setup: Setup, initial: RandomWeights | SafetensorsWeights, signals: Signals
+) -> None:
+    """The run in its folder, which no other run writes to meanwhile.
+
+    initial: the weights before the first step, where there is no checkpoint.
+    """
     built = build(setup.config, setup.model_config, setup.device)
     settings = settings_of(setup, built.optimizer)
     checkpoints = checkpoints_of(setup, settings)
@@ -868,11 +879,6 @@ def train_on_from_newest(setup: Setup, signals: Signals) -> None:
         )
         return
 
-    # If the base cannot be read, the run stops here, before anything is written.
-    if setup.config.model in SIZES:
-        initial = RandomWeights(setup.model_config, setup.config.seed)
-    else:
-        initial = base_weights(setup)
     write_settings(setup, settings)
     if path:
         checkpoints.load(path, built.model, built.optimizer)

@@ -464,7 +464,7 @@ def test_ranks_that_plan_other_steps_stop_with_one_line(toy, tmp_path):
     assert done.returncode != 0
     (line,) = re.findall(r"^differ.py: .*", done.stderr, re.M)
     assert "rank 1 plans other steps than rank 0 (plan_sha256" in line
-    assert not (tmp_path / "run").exists()
+    assert names_in(tmp_path / "run") == ["lock"]
 
 
 # ---- what a run logs and leaves
@@ -539,7 +539,8 @@ EXPORTED = {
 
 
 def test_what_a_run_leaves(toy_run):
-    assert set(names_in(toy_run)) == {"run.json", "metrics.jsonl", "loss.png", "checkpoints", "hf"}
+    names = {"run.json", "metrics.jsonl", "loss.png", "checkpoints", "hf", "lock"}
+    assert set(names_in(toy_run)) == names
     assert names_in(toy_run / "checkpoints") == ["latest", "step-50", "step-60"]
     assert EXPORTED < set(names_in(toy_run / "hf"))
     line = metrics(toy_run)[-1]

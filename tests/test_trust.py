@@ -55,7 +55,7 @@ def vouch(checkpoint):
         raw = (checkpoint / name).read_bytes()
         entry |= {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     content = {"sha256": digest(manifest)} | manifest
-    (checkpoint / "MANIFEST.json").write_text(json.dumps(content))
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(content, indent=1))
 
 
 def refused_to_load(root, *models):
@@ -123,7 +123,7 @@ def test_a_manifest_that_vouches_for_too_little_is_a_fault(tmp_path):
     entry = {"bytes": 1, "sha256": ""}
     for files, said in (({}, "does not list .metadata"), ({"../x": entry}, "outside its folder")):
         content = manifest | {"files": files}
-        text = json.dumps({"sha256": digest(content)} | content)
+        text = json.dumps({"sha256": digest(content)} | content, indent=1)
         (path / "MANIFEST.json").write_text(text)
         assert said in fault_of(path)
     for raw in (b"[" * 10**5, b"1" * 10**4, b'{"files": 3}', b"\xff"):
