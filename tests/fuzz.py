@@ -121,8 +121,11 @@ DEEP = 3000
 def odd_value(rng: random.Random, like=None):
     """A JSON value of any kind; as often one of the kind of `like`."""
     kind = rng.randrange(4)
-    if rng.random() < 0.5:
-        kind = 0 if isinstance(like, str) else 1 if isinstance(like, (int, float)) else kind
+    alike = rng.random() < 0.5
+    if alike and isinstance(like, str):
+        kind = 0
+    elif alike and isinstance(like, (int, float)):
+        kind = 1
     if kind == 0:
         return rng.choice(TEXTS)
     if kind == 1:
@@ -578,6 +581,7 @@ def prepare_words(desk: Desk, work: Path, source: Path) -> list:
 
 @target
 def rows(desk: Desk, work: Path, rng: random.Random) -> Case:
+    """Conversation files, prepared: JSON lines, arrays, gzipped; five forms of rows."""
     source = work / "in.jsonl"
     if rng.random() < 0.7:
         write_rows(rng, source, broken_rows(rng, conversation))
@@ -598,6 +602,7 @@ def rows(desk: Desk, work: Path, rng: random.Random) -> Case:
 
 @target
 def shown_rows(desk: Desk, work: Path, rng: random.Random) -> Case:
+    """The same files, shown in each of the templates."""
     source = work / "in.jsonl"
     write_rows(rng, source, broken_rows(rng, conversation))
     template = rng.choice([*TEMPLATES])
@@ -608,7 +613,7 @@ def shown_rows(desk: Desk, work: Path, rng: random.Random) -> Case:
 
 @target
 def table(desk: Desk, work: Path, rng: random.Random) -> Case:
-    """--classes."""
+    """--classes, --beta and --expert of prepare."""
     source = work / "in.jsonl"
     source.write_text("".join(json.dumps(conversation(rng)) + "\n" for _ in range(3)))
     text = rng.choice(["*=GPT4:1", "expert=GPT4:1,*=GPT3:0.1", "x=A:1,y=B:0.5,*=C:0"])
@@ -677,7 +682,7 @@ def prepared(desk: Desk, work: Path, rng: random.Random) -> Case:
     flags = ["--data", path, "--model", "toy", "--out", work / "run"]
     words = rng.choice([["show", path], ["stats", path], flags, ["--dry_run", *flags]])
     main = data.main if words[0] in ("show", "stats") else train.main
-    stops = {"train.train_on_from_newest": reached}
+    stops = {"train.build": reached}
     return Case(main, words, stops, may_leave=("run",))
 
 
@@ -709,7 +714,7 @@ def prepared_flip(desk: Desk, work: Path, rng: random.Random) -> Case:
     flags = ["--data", path, "--model", "toy", "--out", work / "run"]
     words = rng.choice([["stats", path], flags])
     main = data.main if words[0] == "stats" else train.main
-    stops = {"train.train_on_from_newest": reached}
+    stops = {"train.build": reached}
     return Case(main, words, stops, may_leave=("run",), must_refuse=True)
 
 
@@ -801,7 +806,7 @@ def checkpoint_flip(desk: Desk, work: Path, rng: random.Random) -> Case:
 
 @target
 def metrics(desk: Desk, work: Path, rng: random.Random) -> Case:
-    """A log with anything in it never stops a picture, unless it has no step at all."""
+    """A metrics.jsonl with anything in it, drawn by plot."""
     lines = (desk.run / "metrics.jsonl").read_text().splitlines()[:6]
     rows = [json.loads(line) for line in lines]
     at = rng.randrange(len(rows))
@@ -852,7 +857,7 @@ def check_lines(path: Path) -> None:
 
 @target
 def prompts(desk: Desk, work: Path, rng: random.Random) -> Case:
-    """sample.py --input."""
+    """The rows of sample.py --input, with one condition or two."""
     write_rows(rng, work / "in.jsonl", broken_rows(rng, prompt))
     words = prompt_words(desk, work, rng)
     check = lambda: check_lines(work / "out.jsonl")  # noqa: E731
@@ -895,7 +900,7 @@ def stopped_run(desk: Desk, work: Path, words: list) -> bytes:
 
 @target
 def questions(desk: Desk, work: Path, rng: random.Random) -> Case:
-    """evaluate.py answers."""
+    """Question files of evaluate.py answers, of each bench."""
     bench = rng.choice(["alpaca", "mt", "vicuna"])
 
     def good(rng):
@@ -924,7 +929,7 @@ EXAM_ITEM = {"passage": None, "question": "a?", "options": ["(A)a", "(B)b"], "la
 
 @target
 def exam(desk: Desk, work: Path, rng: random.Random) -> Case:
-    """evaluate.py agieval."""
+    """A task's file of evaluate.py agieval."""
     put(work, {f"{task}.jsonl": [EXAM_ITEM] for task in TASKS})
     path = work / f"{rng.choice([*TASKS])}.jsonl"
     write_rows(rng, path, broken_rows(rng, lambda _: EXAM_ITEM))
@@ -983,6 +988,7 @@ def judged(desk: Desk, work: Path, rng: random.Random) -> Case:
 
 @target
 def conversations_judged(desk: Desk, work: Path, rng: random.Random) -> Case:
+    """Conversation files of judge --mode conversation."""
     write_rows(rng, work / "in.jsonl", broken_rows(rng, conversation))
     words = ["judge", work / "in.jsonl", "--mode", "conversation", "--out", work / "out.jsonl"]
     check = lambda: check_lines(work / "out.jsonl")  # noqa: E731
@@ -1037,7 +1043,7 @@ def response(rng: random.Random) -> dict:
 
 @target
 def judgments(desk: Desk, work: Path, rng: random.Random) -> Case:
-    """evaluate.py report."""
+    """Judgments, annotations, scores and agieval's responses of evaluate.py report."""
     good = rng.choice([judgment, judgment, judgment, response])
     write_rows(rng, work / "j.jsonl", broken_rows(rng, good))
     put(work, {"more.jsonl": [judgment(rng) for _ in range(4)]})
@@ -1096,7 +1102,7 @@ def flags(desk: Desk, work: Path, rng: random.Random) -> Case:
     # the kernel passes no zero byte; a name that is not there is made in the folder
     words = [word.replace("\0", "") for word in words]
     stops = speaking(desk) | {
-        "train.train_on_from_newest": reached,
+        "train.build": reached,
         "sample.Speaker.generate": reached,
         "sample.chat": reached,
         "multiprocessing.Process.start": reached,
@@ -1119,7 +1125,7 @@ def paths(desk: Desk, work: Path, rng: random.Random) -> Case:
     else:
         words[rng.randrange(len(words))] = rng.choice([work, work / "no", "/dev/null", ROOT])
     stops = speaking(desk) | {
-        "train.train_on_from_newest": reached,
+        "train.build": reached,
         "sample.Speaker.generate": reached,
     }
     return Case(main, words, stops, may_leave=("run",))
@@ -1133,6 +1139,8 @@ class Result:
     """What became of a target's inputs."""
 
     target: str
+    # what is broken
+    what: str
     inputs: int = 0
     refused: int = 0
     accepted: int = 0
@@ -1154,7 +1162,7 @@ def fuzz(
     way: Callable = outcome,
 ) -> Result:
     """`number` inputs of a target, or as many as fit into the minutes."""
-    result = Result(name)
+    result = Result(name, TARGETS[name].__doc__.splitlines()[0])
     began = time.monotonic()
     for i in range(first, first + number):
         if time.monotonic() - began > 60 * minutes:
@@ -1238,11 +1246,14 @@ def main() -> None:
                 print(f"    {count:6,} {reason}", flush=True)
     print(table_of(results))
     if args.out:
-        command = "python tests/fuzz.py " + " ".join(sys.argv[1:])
         rows = []
         for result in results:
             rows.append({k: v for k, v in vars(result).items() if k != "reasons"})
-        Path(args.out).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+        # --desk saves half a minute, and changes no input
+        how = f"--seed {args.seed} --number {args.number} --minutes {args.minutes:g}"
+        command = f"python tests/fuzz.py {how} --out results/fuzz.json"
+        content = {"command": command, "date": time.strftime("%Y-%m-%d"), "rows": rows}
+        Path(args.out).write_text(json.dumps(content, indent=1) + "\n")
     sys.exit(any(result.unexpected for result in results))
 
 
