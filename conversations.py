@@ -116,6 +116,8 @@ TELLING_WORDS = {
 
 # up to here sums of weights stay far inside the range of fp32
 MAX_WEIGHT = 1e6
+# a prepared file has 16 bits for a class's number
+MOST_CLASSES = 32_767
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,8 @@ def unread_fields(row: dict, turns: list, decides: set[str]) -> tuple[tuple[str,
     return tuple(unread.items())
 
 
-@functools.cache
+# the names of fields are few, but a file may make one up in each row
+@functools.lru_cache(10_000)
 def is_telling(name: str) -> bool:
     """Whether the name of a field has one of TELLING_WORDS: "loss_scale", "scores"."""
     words = re.split("[^a-z]+", name.lower())
@@ -385,7 +388,8 @@ def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class
     A glob is a label in which * stands for any text and ? for any character. The number is the
     class's weight; if beta is given, the number is the reward r_c (`weight_of_reward`).
 
-    ValueError: the text is not such a table, a weight is out of range, or beta is not above 0.
+    ValueError: the text is not such a table, a weight is out of range, beta is not above 0, or
+    there are more than MOST_CLASSES.
     """
     if beta is not None and not 0 < beta < math.inf:
         raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 must be above 0, and finite")
@@ -406,7 +410,17 @@ def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class
         if len(weights_of[condition]) > 1:
             name = f"{condition}:{weight}"
         table.append((glob, Class(name, condition, weight)))
+    check_number_of_classes(len({(condition, weight) for _, condition, weight in entries}))
     return table
+
+
+def check_number_of_classes(number: int) -> None:
+    """ValueError: more than MOST_CLASSES."""
+    if number > MOST_CLASSES:
+        raise ValueError(
+            f"{number:,} classes, and at most {MOST_CLASSES:,} can be told apart; give several "
+            "labels one condition (--classes), or take the conditions out of the rows"
+        )
 
 
 def parse_entry(entry: str, beta: float | None) -> tuple[str, str, float]:
@@ -481,6 +495,22 @@ class Classes:
         self.highest_reward = highest_reward
         self.decided_by = collections.Counter()
 
+        # The same in forms in which one of many thousands is found at once: the number of each
+        # class, and the first class of each condition.
+        self.ids = {class_: i for i, class_ in enumerate(self.all)}
+        self.of_condition = {}
+        for class_ in self.all:
+            self.of_condition.setdefault(class_.condition, class_)
+        self.names = {class_.name for class_ in self.all}
+        # the table's places by glob: those that fit one label only, and those that fit several
+        self.place_of = {}
+        self.places_to_try = []
+        for place, (glob, _) in enumerate(self.table):
+            if "*" in glob or "?" in glob:
+                self.places_to_try.append(place)
+            else:
+                self.place_of.setdefault(glob, place)
+
     def assign(self, conversation: Conversation) -> Conversation:
         """The conversation with class, condition and every message's weight filled in.
 
@@ -494,7 +524,7 @@ class Classes:
             conversation,
             messages=tuple(messages),
             condition=class_.condition,
-            class_id=self.all.index(class_),
+            class_id=self.ids[class_],
         )
 
     def class_of(self, conversation: Conversation) -> Class:
@@ -509,13 +539,21 @@ class Classes:
             return self.class_with_condition("")
 
         self.check_label(conversation)
-        for glob, class_ in self.table:
+        # the first place whose glob is the label itself, unless an earlier one fits, too
+        first = self.place_of.get(conversation.label, len(self.table))
+        for place in self.places_to_try:
+            if place > first:
+                break
+            glob, class_ = self.table[place]
             if glob_match(glob, conversation.label):
                 return class_
-        raise ValueError(
-            f"{conversation.where}: label {conversation.label!r} matches no class; "
-            "add it (or *=..) to --classes"
-        )
+        if first == len(self.table):
+            raise ValueError(
+                f"{conversation.where}: label {conversation.label!r} matches no class; "
+                "add it (or *=..) to --classes"
+            )
+        _, class_ = self.table[first]
+        return class_
 
     def check_label(self, conversation: Conversation) -> None:
         """ValueError: the table asks for a label, and the row has it under another name."""
@@ -535,24 +573,33 @@ class Classes:
         """The first class with this condition; if there is none, it is added."""
         # The first, as with globs: where two classes of the table share a condition, the table's
         # order decides.
-        for class_ in self.all:
-            if class_.condition == condition:
-                return class_
+        if condition in self.of_condition:
+            return self.of_condition[condition]
 
         # No name twice: a prepared file keeps the counts of each class under its name (data.py).
         name = condition or "none"
-        names = {class_.name for class_ in self.all}
-        while name in names:
+        while name in self.names:
             name += "_"
+        self.names.add(name)
         new = Class(name, condition, weight=None)
+        self.ids[new] = len(self.all)
         self.all.append(new)
+        self.of_condition[condition] = new
+        check_number_of_classes(len(self.all))
         return new
+
+    def id_of(self, class_: Class) -> int:
+        """The number of a class that another process has found; one that only rows name is added
+        here, under a name of its own."""
+        if class_.weight is None:
+            class_ = self.class_with_condition(class_.condition)
+        return self.ids[class_]
 
     def weighted(self, message: Message, class_: Class, conversation: Conversation) -> Message:
         """The message with a weight: its own, else the row's, else its class's; a user's message
         has its own or 0."""
         if message.role == "user":
-            return dataclasses.replace(message, weight=float(message.weight or 0))
+            return Message("user", message.text, float(message.weight or 0))
 
         if message.weight is not None:
             decided_by = "message"
@@ -568,11 +615,11 @@ class Classes:
             weight = class_.weight
         if weight is None:
             raise ValueError(
-                f"{conversation.where}: an answer without weight in class {class_.name!r}; "
-                "give one, or --classes"
+                f"{conversation.where}: an answer without weight under the condition "
+                f"{class_.condition!r}, which --classes does not have; give one, or add it there"
             )
         self.decided_by[decided_by] += 1
-        return dataclasses.replace(message, weight=float(weight))
+        return Message("assistant", message.text, float(weight))
 
     def expert(self, name: str | None = None) -> Class:
         """The class whose condition sampling uses: the one of this name or condition; else the
@@ -599,10 +646,16 @@ class Classes:
 
 def glob_match(glob: str, label: str) -> bool:
     """Whether the glob fits the label: * is any text, ? any character, and case counts."""
+    return pattern_of(glob).fullmatch(label) is not None
+
+
+@functools.cache
+def pattern_of(glob: str) -> re.Pattern:
+    """A glob as a regular expression."""
     # Python's fnmatch would not do: it takes the brackets of a label such as "[v2] model" for a
     # set of characters.
     pattern = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
-    return re.fullmatch(pattern, label, re.DOTALL) is not None
+    return re.compile(pattern, re.DOTALL)
 
 
 # ---- templates: class -> what stands before each text
@@ -679,7 +732,8 @@ def tokenizer_for(template: str, file: str | Path | bytes, meta: dict | None = N
 
 def known_ids(meta: dict | None) -> dict[str, int]:
     """The ids of special tokens in some metadata; files of before have none."""
-    return {name: meta[name] for name in ("bos", "eos", "pad") if meta and name in meta}
+    found = meta or {}
+    return {name: found[name] for name in ("bos", "eos", "pad") if found.get(name) is not None}
 
 
 # A special token in a template's text.
@@ -763,13 +817,21 @@ def encode(
 
 
 def template_ids(text: str, condition: str | None, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a template's text; the names of special tokens in it become those tokens."""
+    """The ids of a template's text; the names of special tokens in it become those tokens.
+
+    They are the same in each conversation of a class, so the tokenizer keeps them. Nobody may
+    change the list.
+    """
+    known = tokenizer.of_templates.get((text, condition))
+    if known is not None:
+        return known
     ids = []
     for piece in pieces_of(text, condition):
         if SPECIAL_TOKEN.fullmatch(piece):
             ids.append(tokenizer.id_of(piece))
         else:
             ids += tokenizer.encode(piece)
+    tokenizer.of_templates[text, condition] = ids
     return ids
 
 
@@ -783,16 +845,23 @@ def tokenize(
     """
     preamble, turns = encode(conversation, tokenizer, template)
     tokens = list(preamble)
-    weights = [0.0] * len(preamble)
+    weighted = []
     for message, (prefix_ids, text_ids) in zip(conversation.messages, turns):
         weight = message.weight
         if weight is None:
             assert message.role == "user", "Classes.assign gives every answer its weight"
             weight = 0.0
-        tokens += prefix_ids + text_ids
         # the prefix is part of every prompt: the model never has to predict it
-        weights += [0.0] * len(prefix_ids) + [weight] * len(text_ids)
-    return np.array(tokens, np.int32), np.array(weights, np.float32)
+        tokens += prefix_ids
+        weighted.append((len(tokens), weight))
+        tokens += text_ids
+        weighted.append((len(tokens), 0.0))
+
+    # from each of these places to the next, all tokens have this weight
+    weights = np.zeros(len(tokens), np.float32)
+    for (first, weight), (stop, _) in itertools.pairwise(weighted):
+        weights[first:stop] = weight
+    return np.array(tokens, np.int32), weights
 
 
 # ---- cut: what is beyond max_len, and what nothing can be learned from

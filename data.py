@@ -15,7 +15,7 @@ file holds the conversations one behind the other (N conversations, S tokens in 
     group       int64 [N]      hash of the prompt; the validation split goes by it
     tokenizer   uint8          the bytes of tokenizer.model or tokenizer.json
     and as metadata `crlft`, JSON: format, template, max_len, the ids of bos, eos and the end of
-    turn, classes, expert, counts per class
+    turn, classes, expert, counts per class, digests of the arrays, its own sha256
 """
 
 import collections
@@ -24,28 +24,25 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from conversations import (
     FORMAT,
+    FORMER_TEMPLATES,
+    MAX_WEIGHT,
+    MOST_CLASSES,
     TEMPLATES,
     Class,
     Classes,
-    Conversation,
-    Fields,
-    cut_to_length,
     parse_classes,
-    prompt_hash,
     read,
     template_named,
     template_of,
@@ -55,8 +52,10 @@ from conversations import (
 )
 from packing import COST_7B, Batch, Steps, flat, pack, plan
 from recipe import finetune_lr
-from support.cli import parse_args, run
-from support.files import written_whole
+from support.arrays import Arrays, Spool, digest_of
+from support.cli import check_help, parse_args, run
+from support.fields import Fields, parse_object
+from support.makers import Account, Made, Maker, Makers, OfClass
 from tokenizer import EOT, Tokenizer
 
 # the whole way from a file to a batch can be imported from here
@@ -69,49 +68,82 @@ TOO_LONG = ("truncate", "split", "drop")
 class PrepareConfig:
     """The flags of `data.py prepare`."""
 
+    # conversation files: JSON lines, JSON arrays, either of them gzipped, or parquet
     files: tuple
+    # the base's tokenizer.model or tokenizer.json
     tokenizer: str = ""
+    # the prepared file, NAME.safetensors
     out: str = ""
+    # a table: LABEL=CLASS:WEIGHT with commas between; `*` is any other label
     classes: str = ""
+    # the table has rewards instead of weights: a weight is exp((reward - highest) / beta)
     beta: float | None = None
-    # the field of a row that says who wrote its answers; None is `model`
+    # the field of a row that says who wrote its answers
+    # default: model
     label: str | None = None
     # the field with a reward of the row's own, if that is to decide its weight
     reward: str | None = None
     # the class whose prompt is used for sampling, where the table's highest number does not say it
     expert: str | None = None
+    # how a prompt says who speaks and under which condition
     template: str = "before_speaker"
+    # tokens of a conversation, at most
     max_len: int = 4096
-    # what becomes of a conversation above max_len: one of TOO_LONG
+    # what becomes of a conversation above --max_len: truncate, split or drop
     too_long: str = "truncate"
+    # processes that tokenize
+    # default: the cores of the machine
     processes: int = os.cpu_count()
 
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """The flags of `data.py show`; all but n are for conversation files."""
+    """The flags of `data.py show`; all but n, at and of are for conversation files."""
 
+    # a prepared file, or conversation files
     files: tuple
+    # the base's tokenizer.model or tokenizer.json
     tokenizer: str = ""
+    # as for prepare
     classes: str = "*=GPT4:1.0"
+    # as for prepare
     beta: float | None = None
+    # as for prepare
     label: str | None = None
+    # as for prepare
     reward: str | None = None
+    # as for prepare
     template: str = "before_speaker"
+    # tokens of a conversation, at most
     max_len: int = 4096
+    # what becomes of a conversation above --max_len: truncate, split or drop
     too_long: str = "truncate"
     # conversations to print
     n: int = 3
+    # the number of the first of them: what comes after them is then not read
+    at: int = 0
+    # only those of this class: what comes after them is then not read
+    of: str | None = None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only the conversations to print are asked for, and not all lengths."""
+        return self.at > 0 or self.of is not None
 
 
 @dataclass(frozen=True)
 class StatsConfig:
     """The flags of `data.py stats`: the run whose steps are to be looked at."""
 
+    # a prepared file
     files: tuple
+    # tokens of an optimizer step, at most
     batch_tokens: int = 262_144
+    # tokens of a micro-batch, at most
     micro_tokens: int = 16_384
+    # GPUs of the run
     ranks: int = 8
+    # the base's own learning rate, which the run's is scaled from
     pretrain_lr: float = 3e-4
     # measured, of all ranks together: gives the time of an epoch
     tokens_per_s: float | None = None
@@ -154,12 +186,23 @@ LEDGER = (
     "split_conversations",
 )
 
-# What worker processes are given at a time: enough that sending it costs little beside tokenizing.
-CONVERSATIONS_AT_ONCE = 256
+# The arrays of a prepared file in their order, and their types.
+ARRAYS = {
+    "group": "<i8",
+    "offsets": "<i8",
+    "weights": "<f4",
+    "tokens": "<i4",
+    "class_ids": "<i2",
+    "tokenizer": "|u1",
+}
 
 
 def prepare(config: PrepareConfig) -> dict:
-    """Tokenize conversation files into one safetensors file; returns its metadata."""
+    """Tokenize conversation files into one safetensors file; returns its metadata.
+
+    However long the files are, a few hundred conversations of them are held at a time: what is made
+    of them grows on the disk.
+    """
     if not config.files or not config.tokenizer or not config.out:
         raise ValueError("prepare needs FILE.. --tokenizer PATH --out FILE.safetensors")
     check_conversation_flags(config)
@@ -169,53 +212,37 @@ def prepare(config: PrepareConfig) -> dict:
         )
     check_no_input(config)
 
-    # every line is read and checked before any work is done
     tokenizer = tokenizer_for(config.template, config.tokenizer)
-    conversations, classes = read_all(config)
-    expert = expert_of(conversations, classes, config.expert)
+    totals = Totals(config)
+    with Makers(config, tokenizer, config.processes) as makers, Spool(config.out) as spool:
+        highest = highest_reward(config, makers)
+        offset = 0
+        spool.append("offsets", np.zeros(1, np.int64))
+        for made in makers.run("tokenize", Maker.make, highest):
+            class_ids = totals.add(made)
+            spool.append("group", made.group)
+            spool.append("offsets", offset + np.cumsum(made.lengths))
+            spool.append("weights", made.weights)
+            spool.append("tokens", made.tokens)
+            spool.append("class_ids", class_ids)
+            offset += len(made.tokens)
+        spool.append("tokenizer", np.frombuffer(tokenizer.bytes, np.uint8))
 
-    tokens, weights = [], []
-    class_ids, groups = [], []
-    ledgers = [collections.Counter() for _ in classes.all]
-    cuts = cut_all(conversations, tokenizer, config)
-    # no bar where the output is not a terminal
-    bar = tqdm(cuts, "tokenize", len(conversations), unit=" conversations", disable=None)
-    for (parts, ledger), conversation in zip(bar, conversations):
-        ledgers[conversation.class_id].update(ledger)
-        for part_tokens, part_weights in parts:
-            tokens.append(part_tokens)
-            weights.append(part_weights)
-            class_ids.append(conversation.class_id)
-            groups.append(prompt_hash(conversation))
-    if not tokens:
-        raise ValueError(
-            f"{', '.join(map(str, config.files))}: no conversation has a token to train on; "
-            "check roles and weights"
-        )
-
-    # one behind the other, without padding
-    lengths = [len(part) for part in tokens]
-    arrays = {}
-    arrays["tokens"] = np.concatenate(tokens)
-    arrays["weights"] = np.concatenate(weights)
-    arrays["offsets"] = np.cumsum([0, *lengths], dtype=np.int64)
-    arrays["class_ids"] = np.array(class_ids, np.int16)
-    arrays["group"] = np.array(groups, np.int64)
-    arrays["tokenizer"] = np.frombuffer(tokenizer.bytes, np.uint8)
-    if expert not in [classes.all[i] for i in set(class_ids)]:
-        raise ValueError(
-            f"every conversation of the expert's class {expert.name} is dropped (empty answers, "
-            "nothing with a weight, or too long); check weights, --max_len and --expert"
-        )
-    complete = with_weights(classes.all, conversations)
-    meta = metadata(config, tokenizer, complete, expert.name, ledgers)
-    meta |= account(conversations, classes)
-    # the file appears when it is whole
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as partial:
-        save_file(arrays, partial, metadata={"crlft": json.dumps(meta)})
+        # what only the whole of the files shows; then the file appears
+        if config.reward and totals.account.highest_reward != highest:
+            raise ValueError("the files were changed while they were read; prepare them again")
+        totals.check()
+        meta = totals.metadata(tokenizer)
+        meta["digests"] = spool.digests()
+        meta["sha256"] = metadata_sha256(meta)
+        spool.join(tuple(ARRAYS), {"crlft": json.dumps(meta)})
     return meta
+
+
+def metadata_sha256(meta: dict) -> str:
+    """The sha256 of the metadata: through their digests, of the whole file."""
+    without = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(without).encode()).hexdigest()
 
 
 def check_no_input(config: PrepareConfig) -> None:
@@ -228,177 +255,141 @@ def check_no_input(config: PrepareConfig) -> None:
             raise ValueError(f"--out {config.out} is the input {path}; give another name")
 
 
-def read_all(config: PrepareConfig | ShowConfig) -> tuple[list[Conversation], Classes]:
-    """The conversations of all files, each with its class and weights; and the classes.
-
-    ValueError: also --label or --reward that reaches nothing.
+def highest_reward(config: PrepareConfig | ShowConfig, makers: Makers) -> float:
+    """With --reward, the highest in all files, which weights are relative to: so they are read
+    twice. ValueError: no answer needs a reward.
     """
-    table = parse_classes(config.classes, config.beta)
-    fields = Fields(config.label or "model", config.reward)
-    conversations = []
-    for path in config.files:
-        conversations += read(path, fields)
-
-    files = ", ".join(map(str, config.files))
-    if config.label and not any(conversation.label for conversation in conversations):
-        raise ValueError(f"--label {config.label}: no row of {files} has a text in that field")
-    rewards = [c.reward for c in conversations if c.reward is not None]
-    if config.reward and not rewards:
+    # What is the same for all weights cancels, so the highest reward may stand for 1.
+    if not config.reward:
+        return 1.0
+    found = list(filter(None, makers.run("find the highest reward", Maker.rewards)))
+    if not found:
+        files = ", ".join(map(str, config.files))
         raise ValueError(
             f"--reward {config.reward}: every answer of {files} has a weight of its own; "
             "remove the weights, or leave out --reward"
         )
+    return max(highest for _, highest in found)
 
-    # What is the same for all weights cancels, so the highest reward may stand for 1.
-    classes = Classes(table, config.beta, max(rewards, default=1.0))
-    assigned = [classes.assign(conversation) for conversation in conversations]
-    return assigned, classes
 
+# ---- prepare: what only the whole of the files shows
 
 # Labels that a message lists, the most frequent first.
 LABELS_SHOWN = 8
+# columns of a label in a list
+LABEL_WIDTH = 60
 
 
-def expert_of(conversations: list[Conversation], classes: Classes, name: str | None) -> Class:
-    """The expert's class. ValueError: it is not known, or no conversation is of it."""
-    if not conversations:
-        raise ValueError("the files hold no conversation; give others")
-    expert = classes.expert(name)
-    if any(classes.all[c.class_id] == expert for c in conversations):
-        return expert
-    labels = collections.Counter(conversation.label for conversation in conversations)
-    shown = [f"{label!r} ({n:,})" for label, n in labels.most_common(LABELS_SHOWN)]
-    if len(labels) > LABELS_SHOWN:
-        shown.append("..")
-    raise ValueError(
-        f"no conversation is of the expert's class {expert.name}; the labels are "
-        f"{', '.join(shown)}; check --classes, --label and --expert"
-    )
+class Totals:
+    """What is counted over all chunks, and the classes by their numbers in the whole of the files.
 
+    The numbers go by the order in which the files name the classes, whichever process has seen
+    them first.
+    """
 
-def account(conversations: list[Conversation], classes: Classes) -> dict:
-    """How the answers came to their weights, and which fields were not asked; for the metadata."""
-    unread = collections.Counter()
-    rewards = []
-    weights = []
-    user_messages = 0
-    for conversation in conversations:
-        unread.update(name for name, _ in conversation.unread)
-        if conversation.reward is not None:
-            rewards.append(conversation.reward)
-        for message in conversation.messages:
-            if message.role == "assistant":
-                weights.append(message.weight)
-            elif message.weight:
-                user_messages += 1
+    def __init__(self, config: PrepareConfig | ShowConfig):
+        self.config = config
+        self.classes = Classes(parse_classes(config.classes, config.beta), config.beta)
+        self.of_class = [OfClass() for _ in self.classes.all]
+        self.account = Account()
+        self.kept = np.zeros(len(self.classes.all), np.int64)
 
-    found = {
-        "decided_by": dict(classes.decided_by),
-        "user_messages": user_messages,
-        "unread": dict(unread),
-    }
-    if rewards:
-        found["rewards"] = {
-            "lowest": min(rewards),
-            "highest": max(rewards),
-            "beta": classes.beta,
-            "answers": len(weights),
-            "sample_size": float(np.sum(weights) ** 2 / np.sum(np.square(weights))),
-        }
-    return found
+    def add(self, made: Made) -> np.ndarray:
+        """Count a chunk; returns the class ids of its conversations, int16 [n]."""
+        ids = []
+        for class_, counted in made.classes.items():
+            i = self.classes.id_of(class_)
+            if i == len(self.of_class):
+                self.of_class.append(OfClass())
+            self.of_class[i].add(counted)
+            ids.append(i)
+        self.account.add(made.account)
+        class_ids = np.array(ids, np.int16)[made.class_ids]
+        kept = np.bincount(class_ids, minlength=len(self.of_class))
+        kept[: len(self.kept)] += self.kept
+        self.kept = kept
+        return class_ids
 
+    @property
+    def labels(self) -> collections.Counter:
+        """Of all classes together."""
+        found = collections.Counter()
+        for of_class in self.of_class:
+            found.update(of_class.labels)
+        return found
 
-def cut_all(
-    conversations: list[Conversation], tokenizer: Tokenizer, config: PrepareConfig
-) -> Iterator[tuple[list, collections.Counter]]:
-    """What `cut_to_length` gives for each, in their order, by several processes where that pays."""
-    chunks = []
-    for start in range(0, len(conversations), CONVERSATIONS_AT_ONCE):
-        chunks.append(conversations[start : start + CONVERSATIONS_AT_ONCE])
+    def check(self) -> None:
+        """ValueError: a flag that reaches nothing, or nothing to train on."""
+        self.check_flags()
+        config = self.config
+        files = ", ".join(map(str, config.files))
+        expert = self.expert()
+        if not self.kept.any():
+            raise ValueError(
+                f"{files}: no conversation has a token to train on; check roles and weights"
+            )
+        if not self.kept[self.classes.ids[expert]]:
+            raise ValueError(
+                f"every conversation of the expert's class {expert.name} is dropped (empty "
+                "answers, nothing with a weight, or too long); check weights, --max_len and "
+                "--expert"
+            )
 
-    # starting a process costs as much as some thousand conversations: four chunks for each
-    processes = min(config.processes, len(chunks) // 4)
-    if processes > 1:
-        # a process is given the tokenizer once: to build Llama-3's takes a second
-        with multiprocessing.Pool(processes, worker_starts, (tokenizer, config)) as pool:
-            yield from itertools.chain.from_iterable(pool.imap(worker_cuts, chunks))
-    else:
-        for chunk in chunks:
-            yield from cut_chunk(chunk, tokenizer, config)
+    def check_flags(self) -> None:
+        """ValueError: --label names a field that no row has."""
+        label = self.config.label
+        if label and not any(self.labels):
+            files = ", ".join(map(str, self.config.files))
+            raise ValueError(f"--label {label}: no row of {files} has a text in that field")
 
-
-def cut_chunk(
-    conversations: list[Conversation], tokenizer: Tokenizer, config: PrepareConfig
-) -> list[tuple[list, collections.Counter]]:
-    """`cut_to_length` of some conversations."""
-    found = []
-    for conversation in conversations:
-        found.append(
-            cut_to_length(conversation, tokenizer, config.template, config.max_len, config.too_long)
+    def expert(self) -> Class:
+        """The expert's class. ValueError: it is not known, or no conversation is of it."""
+        if not self.account.answers and not self.labels:
+            raise ValueError("the files hold no conversation; give others")
+        expert = self.classes.expert(self.config.expert)
+        if self.of_class[self.classes.ids[expert]].ledger["conversations"]:
+            return expert
+        labels = self.labels
+        shown = [f"{label!r} ({n:,})" for label, n in labels.most_common(LABELS_SHOWN)]
+        if len(labels) > LABELS_SHOWN:
+            shown.append("..")
+        raise ValueError(
+            f"no conversation is of the expert's class {expert.name}; the labels are "
+            f"{', '.join(shown)}; check --classes, --label and --expert"
         )
-    return found
 
-
-# In a worker process: what all its chunks need.
-of_this_worker = {}
-
-
-def worker_starts(tokenizer: Tokenizer, config: PrepareConfig) -> None:
-    of_this_worker.update(tokenizer=tokenizer, config=config)
-
-
-def worker_cuts(conversations: list[Conversation]) -> list[tuple[list, collections.Counter]]:
-    """`cut_chunk`, in a worker process."""
-    return cut_chunk(conversations, **of_this_worker)
-
-
-def with_weights(classes: list[Class], conversations: list[Conversation]) -> list[Class]:
-    """The classes, none without a weight: one that only the rows name gets their highest."""
-    highest = [0.0] * len(classes)
-    for conversation in conversations:
-        for message in conversation.messages:
-            highest[conversation.class_id] = max(highest[conversation.class_id], message.weight)
-
-    complete = []
-    for class_, weight in zip(classes, highest):
-        if class_.weight is None:
-            class_ = dataclasses.replace(class_, weight=weight)
-        complete.append(class_)
-    return complete
-
-
-def metadata(
-    config: PrepareConfig,
-    tokenizer: Tokenizer,
-    classes: list[Class],
-    expert: str,
-    ledgers: list[collections.Counter],
-) -> dict:
-    """What train.py and the export must know of a prepared file beside its arrays."""
-    shown = []
-    for class_ in classes:
-        # with a template without it no prompt says the condition, so sampling has none to say
+    def metadata(self, tokenizer: Tokenizer) -> dict:
+        """What train.py and the export must know of a prepared file beside its arrays."""
+        config = self.config
         template = TEMPLATES[config.template]
-        if "{c}" not in f"{template.user}{template.assistant}{template.opening}":
-            class_ = dataclasses.replace(class_, condition="")
-        shown.append(dataclasses.asdict(class_))
+        shown = []
+        counts = {}
+        labels = {}
+        for class_, of_class in zip(self.classes.all, self.of_class):
+            # a class that only the rows name has their highest weight
+            if class_.weight is None:
+                class_ = dataclasses.replace(class_, weight=of_class.highest_weight)
+            # with a template without it no prompt says the condition, so sampling has none to say
+            if "{c}" not in f"{template.user}{template.assistant}{template.opening}":
+                class_ = dataclasses.replace(class_, condition="")
+            shown.append(dataclasses.asdict(class_))
+            counts[class_.name] = {key: int(of_class.ledger[key]) for key in LEDGER}
+            labels[class_.name] = dict(of_class.labels.most_common(LABELS_SHOWN))
 
-    counts = {}
-    for class_, ledger in zip(classes, ledgers):
-        counts[class_.name] = {key: int(ledger[key]) for key in LEDGER}
-
-    return {
-        "format": FORMAT,
-        "tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(),
-        **tokenizer.ids,
-        "eot": tokenizer.eot,
-        "vocab_size": tokenizer.vocab_size,
-        "template": config.template,
-        "max_len": config.max_len,
-        "classes": shown,
-        "expert": expert,
-        "counts": counts,
-    }
+        return {
+            "format": FORMAT,
+            "tokenizer_sha256": hashlib.sha256(tokenizer.bytes).hexdigest(),
+            **tokenizer.ids,
+            "eot": tokenizer.eot,
+            "vocab_size": tokenizer.vocab_size,
+            "template": config.template,
+            "max_len": config.max_len,
+            "classes": shown,
+            "expert": self.expert().name,
+            "counts": counts,
+            "labels": labels,
+            **self.account.fields(config.beta),
+        }
 
 
 # The printed table: (title, key in the counts, columns).
@@ -430,6 +421,7 @@ def ledger_table(meta: dict) -> str:
         for _, key, width in LEDGER_COLUMNS:
             line += f" {counts[key]:{width},}"
         lines.append(line)
+    lines += label_lines(meta)
 
     dropped = f"{total['dropped_conversations']:,} conversations dropped"
     why_dropped = "(an empty answer, nothing to train on, or too long)"
@@ -443,6 +435,19 @@ def ledger_table(meta: dict) -> str:
     return "\n".join(lines + account_lines(meta))
 
 
+def label_lines(meta: dict) -> list[str]:
+    """Which labels each class has, the most frequent first: `Model: GPT-4 805 -> GPT4`."""
+    lines = []
+    for name, labels in (meta.get("labels") or {}).items():
+        for label, conversations in labels.items():
+            label = textwrap.shorten(label, LABEL_WIDTH, placeholder="..") or "(no label)"
+            lines.append(f"{label} {conversations:,} -> {name}")
+        others = meta["counts"][name]["conversations"] - sum(labels.values())
+        if others:
+            lines.append(f"other labels {others:,} -> {name}")
+    return lines
+
+
 # What decides an answer's weight, in words; in the order in which it is asked.
 DECIDED_BY = {
     "message": "the message",
@@ -453,21 +458,21 @@ DECIDED_BY = {
 
 
 def account_lines(meta: dict) -> list[str]:
-    """What `account` found, in words. Files that were prepared before it was kept say nothing."""
+    """What `Account` found, in words. Files that were prepared before it was kept say nothing."""
     lines = []
-    decided = meta.get("decided_by", {})
+    decided = meta.get("decided_by") or {}
     if decided:
         counts = [f"{decided[key]:,} by {DECIDED_BY[key]}" for key in DECIDED_BY if key in decided]
         lines.append(f"weights of answers: {', '.join(counts)}")
     if meta.get("user_messages"):
         lines.append(f"messages of users with a weight of their own: {meta['user_messages']:,}")
-    if "rewards" in meta:
+    if meta.get("rewards"):
         r = meta["rewards"]
         lines.append(
             f"rewards from {r['lowest']:g} to {r['highest']:g}, beta {r['beta']:g}: effective "
             f"sample size (sum w)^2 / sum w^2: {r['sample_size']:,.1f} of {r['answers']:,} answers"
         )
-    for name, rows in meta.get("unread", {}).items():
+    for name, rows in (meta.get("unread") or {}).items():
         lines.append(
             f"not used: {name} (rows: {rows:,}); if it says who wrote an answer or how much it "
             "counts, see docs/data.md"
@@ -477,17 +482,28 @@ def account_lines(meta: dict) -> list[str]:
 
 # ---- a prepared file, opened
 
-# Conversations whose weights are summed at once: the file may be larger than the memory.
-SUMMED_AT_ONCE = 2**14
+# Tokens whose weights are summed at once: the file may be larger than the memory.
+SUMMED_AT_ONCE = 2**20
+# Values that are checked at once: few enough to be in the processor's cache still when they are
+# hashed.
+CHECKED_AT_ONCE = 2**17
+
+# What is said of a file that was prepared before there were digests.
+NO_DIGESTS = (
+    "{path}: carries no digests, as it was prepared before there were any; a value that changed "
+    "on the disk may go unseen"
+)
 
 # The validation split looks at a prompt's hash modulo this: fractions are exact to 0.01%.
 HASH_SHARES = 10_000
 
 
 class Prepared:
-    """A prepared file, memory-mapped: every rank opens it, none has a copy.
+    """A prepared file, open: every rank opens it, none has a copy.
 
-    The arrays of the file have its names (see the top of this file). Besides:
+    A conversation is read when it is asked for, from the file that was opened, also if another one
+    takes its name. The arrays of the file have its names (see the top of this file); `tokens` and
+    `weights` are mapped. Besides:
 
         lengths      int64 [N]  tokens of each conversation
         weight_sums  fp64 [N]   sum of its weights
@@ -499,23 +515,76 @@ class Prepared:
     """
 
     def __init__(self, path: str | Path):
-        """ValueError: no prepared file, or one that does not hold what its own counts say."""
+        """ValueError: no prepared file, or one whose metadata or offsets are wrong.
+
+        Tokens and weights are not read here. `check` reads them all, `weight_sums` the weights.
+        """
         self.path = str(path)
-        self.meta, arrays = open_mapped(path)
-        self.tokens = arrays["tokens"]
-        self.weights = arrays["weights"]
-        self.offsets = arrays["offsets"]
-        self.class_ids = arrays["class_ids"]
-        self.group = arrays["group"]
-        self.tokenizer_bytes = arrays["tokenizer"]
+        if not Path(path).is_file():
+            raise ValueError(
+                f"{path}: no such prepared file; make it with `python data.py prepare`"
+            )
+        self.file = Arrays(path)
+        if "crlft" not in self.file.metadata:
+            raise ValueError(
+                f"{path}: a safetensors file, but not one that `python data.py prepare` wrote"
+            )
+        self.meta = checked_metadata(self.file.metadata["crlft"], f"{path}: metadata")
         self.classes = [Class(**fields) for fields in self.meta["classes"]]
+        self.check_arrays()
+        self.offsets = self.file.read("offsets")
+        self.class_ids = self.file.read("class_ids")
+        self.group = self.file.read("group")
+        self.tokenizer_bytes = self.file.read("tokenizer")
 
         # what plan needs of each conversation, known before any of it is trained on
         self.lengths = np.diff(self.offsets)
-        self.weight_sums = np.zeros(len(self))
-        self.supervised = np.zeros(len(self), np.int64)
-        self.sum_weights()
-        self.check_counts()
+        self.check_small_arrays()
+
+    def check_arrays(self) -> None:
+        """ValueError: not the arrays of a prepared file, by their names, types and lengths."""
+        stored = self.file.stored
+        if set(stored) != set(ARRAYS):
+            raise self.broken(f"has the arrays {', '.join(stored)}, not {', '.join(ARRAYS)}")
+        conversations = stored["class_ids"].length
+        tokens = stored["tokens"].length
+        lengths = {"group": conversations, "offsets": conversations + 1, "weights": tokens}
+        for name, array in stored.items():
+            if array.dtype != np.dtype(ARRAYS[name]):
+                raise self.broken(f"{name}: of type {array.dtype}, not {np.dtype(ARRAYS[name])}")
+            if array.length != lengths.get(name, array.length):
+                raise self.broken(f"{name}: {array.length:,} values instead of {lengths[name]:,}")
+
+    def check_small_arrays(self) -> None:
+        """ValueError: values that cannot be in the arrays that have been read by now."""
+        tokens = self.file.stored["tokens"].length
+        if self.offsets[0] != 0 or self.offsets[-1] != tokens:
+            raise self.broken(f"offsets: not from 0 to the {tokens:,} tokens")
+        if len(self) and not 2 <= self.lengths.min() <= self.lengths.max() <= tokens:
+            raise self.broken("offsets: a conversation of fewer than 2 tokens")
+        if len(self) and not 0 <= self.class_ids.min() <= self.class_ids.max() < len(self.classes):
+            raise self.broken(f"class_ids: one that is none of the {len(self.classes):,} classes")
+        if hashlib.sha256(self.tokenizer_bytes).hexdigest() != self.meta["tokenizer_sha256"]:
+            raise self.broken("tokenizer: not the bytes of tokenizer_sha256")
+        counted = sum(n["trained"] + n["prompt"] for n in self.meta["counts"].values())
+        if counted != tokens:
+            raise self.broken(f"{tokens:,} tokens are not what its own counts say, {counted:,}")
+
+    def broken(self, why: str) -> ValueError:
+        return ValueError(f"{self.path}: {why}; {REMEDY}")
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether its metadata have them; files that were prepared before have none."""
+        return "digests" in self.meta
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.file.mapped("tokens")
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.file.mapped("weights")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -533,42 +602,98 @@ class Prepared:
             return [], None
         return tokens_of(template, self.tokenizer), self.tokenizer.first_special
 
-    def sum_weights(self) -> None:
-        """Fill weight_sums and supervised."""
-        for first in range(0, len(self), SUMMED_AT_ONCE):
-            some = slice(first, first + SUMMED_AT_ONCE)
-            offsets = self.offsets[first : first + SUMMED_AT_ONCE + 1]
-            weights = self.weights[offsets[0] : offsets[-1]]
+    @property
+    def weight_sums(self) -> np.ndarray:
+        return self.sums[0]
+
+    @property
+    def supervised(self) -> np.ndarray:
+        return self.sums[1]
+
+    @functools.cached_property
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """(weight_sums, supervised). ValueError: the ledger counts otherwise."""
+        weight_sums = np.zeros(len(self))
+        supervised = np.zeros(len(self), np.int64)
+        first = 0
+        while first < len(self):
+            # at least one conversation, and no more than so many tokens
+            stop = np.searchsorted(self.offsets, self.offsets[first] + SUMMED_AT_ONCE, "right") - 1
+            stop = max(first + 1, stop)
+            offsets = self.offsets[first : stop + 1]
+            weights = self.file.read("weights", offsets[0], offsets[-1])
+            self.check_values("weights", offsets[0], weights)
             # reduceat adds up from each start to the next
             starts = offsets[:-1] - offsets[0]
-            self.weight_sums[some] = np.add.reduceat(weights, starts, dtype=np.float64)
-            self.supervised[some] = np.add.reduceat(weights != 0, starts, dtype=np.int64)
+            weight_sums[first:stop] = np.add.reduceat(weights, starts, dtype=np.float64)
+            supervised[first:stop] = np.add.reduceat(weights != 0, starts, dtype=np.int64)
+            first = stop
 
-    def check_counts(self) -> None:
-        """ValueError unless the file holds, to the token, what its counts say."""
-        # a file that was copied in part, or edited, would be trained on without a word
-        trained = sum(counts["trained"] for counts in self.meta["counts"].values())
-        prompt = sum(counts["prompt"] for counts in self.meta["counts"].values())
-        if (
-            self.supervised.sum() != trained
-            or self.offsets[-1] != trained + prompt
-            or len(self.tokens) != self.offsets[-1]
-        ):
-            found = f"{len(self.tokens):,} tokens, {self.supervised.sum():,} of them trained on"
-            raise ValueError(
-                f"{self.path}: {found}, are not what its own counts say; prepare it again"
-            )
+        # a file that was edited would be trained on without a word
+        for i, class_ in enumerate(self.classes):
+            found = supervised[self.class_ids == i].sum()
+            counted = self.meta["counts"][class_.name]["trained"]
+            if found != counted:
+                raise self.broken(
+                    f"{found:,} tokens of class {class_.name} are trained on, which is not what "
+                    f"its own counts say, {counted:,}"
+                )
+        return weight_sums, supervised
+
+    def check_values(self, name: str, first: int, values: np.ndarray) -> None:
+        """ValueError: values of an array that cannot be; they are those from `first` on."""
+        if name not in ("tokens", "weights") or len(values) == 0:
+            return
+        most = MAX_WEIGHT if name == "weights" else self.vocab_size - 1
+        # NaN is not in this range either
+        if not (values.min() >= 0 and values.max() <= most):
+            raise self.broken(f"{name}: a value that is not from 0 to {most:,}")
+        if name == "weights":
+            one, other = np.searchsorted(self.offsets[:-1], [first, first + len(values)])
+            if values[self.offsets[one:other] - first].any():
+                raise self.broken("weights: a weight on a conversation's first token")
+
+    def check(self) -> None:
+        """ValueError: anything in the file is not as it was prepared."""
+        self.check_digests(self.check_pieces())
+        assert len(self.supervised) == len(self)
+
+    def check_pieces(self, part: int = 0, parts: int = 1) -> dict[tuple[str, int], bytes]:
+        """Check the values of every so many-th piece of the file; returns what `check_digests`
+        takes: {(array, its first value): sha256} of these pieces, nothing without digests."""
+        found = {}
+        pieces = list(itertools.islice(self.file.pieces(), part, None, parts))
+        # a bar where it takes over two seconds, on a terminal
+        is_quiet = True if part else None
+        for name, first, stop in tqdm(pieces, f"check {self.path}", disable=is_quiet, delay=2):
+            digest = hashlib.sha256()
+            for start in range(first, stop, CHECKED_AT_ONCE):
+                values = self.file.read(name, start, min(start + CHECKED_AT_ONCE, stop))
+                self.check_values(name, start, values)
+                if self.has_digests:
+                    digest.update(values)
+            if self.has_digests:
+                found[name, first] = digest.digest()
+        return found
+
+    def check_digests(self, found: dict[tuple[str, int], bytes]) -> None:
+        """ValueError: an array is not the one that was prepared. found: of all pieces."""
+        for name, digest in self.meta.get("digests", {}).items():
+            mine = sorted(key for key in found if key[0] == name)
+            if digest_of([found[key] for key in mine]) != digest:
+                raise self.broken(f"{name}: not what was prepared, by its digest")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, weights) of conversation i."""
-        rows = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[rows], self.weights[rows]
+        first, stop = self.offsets[i : i + 2].tolist()
+        return self.file.read("tokens", first, stop), self.file.read("weights", first, stop)
 
     def batch(self, conversations: Sequence[int]) -> Batch:
-        """The Batch of these conversations, in this order."""
+        """The Batch of these conversations, in this order. ValueError: the file has changed."""
+        self.file.check_unchanged()
         return pack([self.conversation(i) for i in conversations], self.class_ids[conversations])
 
     def split(self, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -581,22 +706,91 @@ class Prepared:
         return np.flatnonzero(~in_val), np.flatnonzero(in_val)
 
 
-def open_mapped(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(metadata, {name: array}) of a prepared file; the arrays are read where they are used."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such prepared file; make it with `python data.py prepare`")
-    try:
-        # "pt": tensors of torch are mapped, and numpy shares their memory; "np" would copy
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("crlft", "null"))
-            arrays = {key: file.get_tensor(key).numpy() for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole prepared file ({error}); prepare it again") from None
-    if meta is None:
-        raise ValueError(
-            f"{path}: a safetensors file, but not one that `python data.py prepare` wrote"
-        )
-    return meta, arrays
+# what a prepared file needs that is not as it was written
+REMEDY = "copy or prepare it again"
+# above all ids and lengths
+MOST = 2**31
+
+
+def checked_metadata(text: str, place: str) -> dict:
+    """The metadata of a prepared file. ValueError names the field that cannot be.
+
+    Files that were prepared before lack some of the fields.
+    """
+    meta = parse_object(text.encode("utf-8", "surrogatepass"), place, REMEDY)
+    # one of the two is enough to know that both were there
+    if "digests" in meta or "sha256" in meta:
+        check_seal(meta, text, place)
+    fields = Fields(meta, place, REMEDY)
+    fields.whole("format", 1, MOST, default=1)
+    fields.whole("max_len", 2, MOST)
+    fields.text("tokenizer_sha256")
+    if fields.text("template") not in TEMPLATES | FORMER_TEMPLATES:
+        raise fields.wrong("template", f"one of {', '.join(TEMPLATES)}")
+    vocab_size = fields.whole("vocab_size", 1, MOST, default=MOST)
+    for name in ("bos", "eos", "pad", "eot"):
+        fields.whole(name, 0, vocab_size - 1, default=0)
+    check_classes(fields)
+    return meta
+
+
+def check_seal(meta: dict, text: str, place: str) -> None:
+    """ValueError: the metadata are not those that were written with their sha256."""
+    # the text, too: `1e-05` and `1E-05` are the same number
+    is_same = meta.get("sha256") == metadata_sha256(meta) and text == json.dumps(meta)
+    digests = meta.get("digests")
+    if not is_same or not isinstance(digests, dict) or set(digests) != set(ARRAYS):
+        raise ValueError(f"{place}: not what was prepared, by their sha256; {REMEDY}")
+
+
+def check_classes(fields: Fields) -> None:
+    """ValueError: classes, expert or counts cannot be, or the counts do not add up."""
+    names = []
+    for class_ in fields.objects("classes"):
+        names.append(class_.text("name"))
+        class_.text("condition")
+        class_.number("weight", 0, MAX_WEIGHT)
+        if set(class_.content) != {field.name for field in dataclasses.fields(Class)}:
+            raise fields.wrong("classes", "a list of names, conditions and weights")
+    if len(names) > MOST_CLASSES or len(set(names)) < len(names):
+        raise fields.wrong("classes", f"a list of at most {MOST_CLASSES:,}, each with its own name")
+    if fields.text("expert") not in names:
+        raise fields.wrong("expert", "the name of a class")
+
+    counts = fields.object("counts")
+    if set(counts.content) != set(names):
+        raise fields.wrong("counts", "an object with each class's name")
+    for name in names:
+        of_class = counts.object(name)
+        n = {key: of_class.whole(key, 0, 2**63) for key in LEDGER}
+        ends = n["trained"] + n["prompt"] + n["truncated"] + n["dropped"] + n["trailing_cut"]
+        if n["tokens_read"] + n["added_by_split"] != ends:
+            raise counts.wrong(name, "a ledger that adds up")
+    check_accounts(fields)
+
+
+def check_accounts(fields: Fields) -> None:
+    """ValueError: what `show` and `stats` only print is of another kind."""
+    fields.whole("user_messages", 0, 2**63, default=0)
+    nothing = Fields({}, fields.place)
+    for name in ("decided_by", "unread"):
+        counted = fields.object(name, default=nothing)
+        for key in counted.content:
+            counted.whole(key, 0, 2**63)
+
+    labels = fields.object("labels", default=nothing)
+    for name in labels.content:
+        # a class of that name there must be
+        fields.object("counts").object(name)
+        of_class = labels.object(name)
+        for label in of_class.content:
+            of_class.whole(label, 0, 2**63)
+
+    rewards = fields.object("rewards", default=None)
+    if rewards:
+        for name in ("lowest", "highest", "beta", "sample_size"):
+            rewards.number(name, -1e308, 1e308)
+        rewards.whole("answers", 0, 2**63)
 
 
 # ---- show: a few conversations, token by token
@@ -614,12 +808,12 @@ class Shown:
 
     tokenizer: Tokenizer
     class_names: list[str]
-    # of all conversations, int64
-    lengths: np.ndarray
     # the highest weight, which is the brightest colour
     heaviest: float
-    # (class id, tokens, weights) of the first few
-    rows: list[tuple[int, np.ndarray, np.ndarray]]
+    # (number, class id, tokens, weights) of the conversations to print
+    rows: list[tuple[int, int, np.ndarray, np.ndarray]]
+    # int64, of all conversations; None where not all were read
+    lengths: np.ndarray | None
 
 
 def show(config: ShowConfig) -> None:
@@ -627,6 +821,8 @@ def show(config: ShowConfig) -> None:
     prepared: tokens by weight, classes, lengths."""
     if not config.files:
         raise ValueError("show needs a prepared file, or conversation files and --tokenizer")
+    if config.at < 0 or config.n < 0:
+        raise ValueError(f"--at {config.at} --n {config.n}: conversations are counted from 0")
     if config.files[0].endswith(".safetensors"):
         if len(config.files) > 1:
             raise ValueError(
@@ -634,60 +830,92 @@ def show(config: ShowConfig) -> None:
             )
         data = Prepared(config.files[0])
         print(ledger_table(data.meta))
-        shown = shown_of_prepared(data, config.n)
+        shown = shown_of_prepared(data, config)
     else:
         shown = shown_of_conversations(config)
 
-    if len(shown.lengths) == 0:
+    if not shown.rows and config.n:
+        wanted = "conversation"
+        if config.of is not None:
+            wanted += f" of class {config.of}"
+        if config.at:
+            wanted += f" from number {config.at} on"
         raise ValueError(
-            f"{', '.join(config.files)}: no conversation has a token to train on; "
+            f"{', '.join(config.files)}: no {wanted} has a token to train on; "
             "check roles, answers and weights"
         )
-    for i in range(len(shown.rows)):
-        print_conversation(shown, i)
-    print_lengths(shown.lengths)
+    for row in shown.rows:
+        print_conversation(shown, *row)
+    if shown.lengths is not None:
+        print_lengths(shown.lengths)
 
 
-def shown_of_prepared(data: Prepared, n: int) -> Shown:
-    """The first n conversations of a prepared file."""
+def check_class_is_known(name: str | None, names: list[str]) -> None:
+    """ValueError: --of names a class that there is not."""
+    if name is not None and name not in names:
+        raise ValueError(f"--of {name!r} is none of the classes {', '.join(names)}")
+
+
+def shown_of_prepared(data: Prepared, config: ShowConfig) -> Shown:
+    """n conversations of a prepared file, from one number on, of one class or of all."""
     names = [class_.name for class_ in data.classes]
-    heaviest = max(class_.weight for class_ in data.classes)
+    check_class_is_known(config.of, names)
+    wanted = np.arange(config.at, len(data))
+    if config.of is not None:
+        wanted = wanted[data.class_ids[config.at :] == names.index(config.of)]
     rows = []
-    for i in range(min(n, len(data))):
+    for i in wanted[: config.n].tolist():
         tokens, weights = data.conversation(i)
-        rows.append((data.class_ids[i], tokens, weights))
-    return Shown(data.tokenizer, names, data.lengths, heaviest, rows)
+        data.check_values("tokens", data.offsets[i], tokens)
+        data.check_values("weights", data.offsets[i], weights)
+        rows.append((i, data.class_ids[i], tokens, weights))
+    heaviest = max(class_.weight for class_ in data.classes)
+    lengths = None if config.is_part else data.lengths
+    return Shown(data.tokenizer, names, heaviest, rows, lengths)
 
 
 def shown_of_conversations(config: ShowConfig) -> Shown:
-    """The first conversations of conversation files, cut as `prepare` would."""
+    """The same of conversation files, cut as `prepare` would; what comes after is not read."""
     check_conversation_flags(config)
     if not config.tokenizer:
         raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
     tokenizer = tokenizer_for(config.template, config.tokenizer)
-    conversations, classes = read_all(config)
-    for line in account_lines(account(conversations, classes)):
-        print(line)
-
+    totals = Totals(config)
     rows = []
-    for conversation in conversations:
-        parts, _ = cut_to_length(
-            conversation, tokenizer, config.template, config.max_len, config.too_long
-        )
-        for tokens, weights in parts:
-            rows.append((conversation.class_id, tokens, weights))
-    names = [class_.name for class_ in classes.all]
-    lengths = np.array([len(tokens) for _, tokens, _ in rows])
-    heaviest = max((weights.max() for _, _, weights in rows), default=1.0)
-    return Shown(tokenizer, names, lengths, heaviest, rows[: config.n])
+    lengths = []
+    heaviest = 0.0
+    number = 0
+    with Makers(config, tokenizer, processes=1) as makers:
+        for made in makers.run("read", Maker.make, highest_reward(config, makers)):
+            class_ids = totals.add(made)
+            lengths.append(made.lengths)
+            heaviest = max(heaviest, made.weights.max(initial=0.0))
+            ends = np.cumsum(made.lengths)
+            for class_id, length, end in zip(class_ids, made.lengths, ends):
+                is_wanted = config.of in (None, totals.classes.all[class_id].name)
+                if number >= config.at and is_wanted and len(rows) < config.n:
+                    mine = slice(end - length, end)
+                    rows.append((number, class_id, made.tokens[mine], made.weights[mine]))
+                number += 1
+            if config.is_part and len(rows) == config.n:
+                break
+    names = [class_.name for class_ in totals.classes.all]
+    check_class_is_known(config.of, names)
+    if not config.is_part:
+        totals.check_flags()
+        for line in account_lines(totals.account.fields(config.beta)):
+            print(line)
+    lengths = None if config.is_part else np.concatenate([*lengths, np.empty(0, np.int64)])
+    return Shown(tokenizer, names, heaviest or 1.0, rows, lengths)
 
 
-def print_conversation(shown: Shown, i: int) -> None:
+def print_conversation(
+    shown: Shown, number: int, class_id: int, tokens: np.ndarray, weights: np.ndarray
+) -> None:
     """One conversation: its class, its tokens by weight, and what the model learns where."""
-    class_id, tokens, weights = shown.rows[i]
     name = shown.class_names[class_id]
     trained = np.count_nonzero(weights)
-    print(f"\n-- conversation {i}, class {name}, {len(tokens)} tokens, {trained} trained")
+    print(f"\n-- conversation {number}, class {name}, {len(tokens)} tokens, {trained} trained")
     print(colored(shown.tokenizer, tokens, weights, shown.heaviest))
 
     # Weights and labels of a batch stand one row before the token that they are of. Where an answer
@@ -761,6 +989,9 @@ def stats(config: StatsConfig) -> None:
             raise ValueError(f"--{name} {value} is not above 0")
 
     data = Prepared(config.files[0])
+    data.check()
+    if not data.has_digests:
+        print(NO_DIGESTS.format(path=data.path))
     print(ledger_table(data.meta), "\n")
     print_classes(data)
     print_sample_size(data)
@@ -812,8 +1043,9 @@ def percentiles(lengths: np.ndarray) -> str:
 def print_sample_size(data: Prepared) -> None:
     """How many tokens of equal weight would be worth as much as these of unequal weight."""
     squares = 0.0
-    for start in range(0, len(data.weights), SQUARED_AT_ONCE):
-        weights = data.weights[start : start + SQUARED_AT_ONCE].astype(np.float64)
+    for first in range(0, data.offsets[-1], SQUARED_AT_ONCE):
+        stop = min(first + SQUARED_AT_ONCE, data.offsets[-1])
+        weights = data.file.read("weights", first, stop).astype(np.float64)
         squares += float((weights**2).sum())
     size = data.weight_sums.sum() ** 2 / squares
     print(
@@ -901,10 +1133,16 @@ def draw_lengths(data: Prepared, path: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    check_help(argv)
     command, words = argv[:1], argv[1:]
     if command == ["prepare"]:
         config = parse_args(PrepareConfig, words, positional="files")
-        print(ledger_table(prepare(config)))
+        try:
+            meta = prepare(config)
+        except KeyboardInterrupt:
+            print(f"stopped; nothing is left of {config.out}", file=sys.stderr)
+            raise
+        print(ledger_table(meta))
         print(f"wrote {config.out}")
     elif command == ["show"]:
         show(parse_args(ShowConfig, words, positional="files"))

@@ -21,11 +21,12 @@ from evaluation.agieval import AgievalConfig, agieval
 from evaluation.answers import AnswersConfig, answers
 from evaluation.judge import JudgeConfig, read_verdicts, write_requests
 from evaluation.report import ReportConfig, report
-from support.cli import parse_args, run
+from support.cli import check_help, parse_args, run
 
 
 def main(argv: list[str]) -> None:
     """The first word is the command, the others are its own."""
+    check_help(argv)
     command = argv[0] if argv else ""
     words = argv[1:]
     if command == "agieval":

@@ -10,6 +10,7 @@ trainer's. `finetune_lr` tells how 6.7e-5 follows from the size of a batch.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +26,7 @@ class TrainConfig:
     None is for what depends on the model or the machine: `train.resolve` fills it in.
     """
 
-    # a file that `python data.py prepare` wrote
+    # a file that `data.py prepare` wrote
     data: str = ""
     # a Hugging Face directory to fine-tune, or a preset to train from random weights
     model: str = ""
@@ -209,17 +210,23 @@ def epoch_steps(
 
 
 def all_steps(
-    data: PlanData, conversations: np.ndarray, config: TrainConfig, cost: tuple[float, float]
+    data: PlanData,
+    conversations: np.ndarray,
+    config: TrainConfig,
+    cost: tuple[float, float],
+    say: Callable[[int], None] = lambda epoch: None,
 ) -> tuple[Steps, list[int]]:
     """(the steps of the whole run, [the number of steps up to the end of each epoch]).
 
     They follow from data and config alone. So a resumed run makes them again, and goes on in them
-    where it stopped. ValueError: they are too many to plan.
+    where it stopped. say(k) is called before epoch k, from 1, is planned. ValueError: they are too
+    many to plan.
     """
     steps = []
     epoch_ends = []
     while not is_whole(steps, epoch_ends, config):
         epoch = len(epoch_ends)
+        say(epoch + 1)
         steps += epoch_steps(data, conversations, config, epoch, cost)
         epoch_ends.append(len(steps))
         if epoch == 0:

@@ -14,17 +14,21 @@ answer side by side, and every answer gets its mean log-probability under each o
 prompts.jsonl has a {"prompt": ..} or {"messages": [{"role", "content"}, ..]} per line;
 answers.jsonl has the same rows with "response" and "finish" ("stop" or "length"). With several
 conditions they have "responses" instead, a {"response", "finish", "logprob"} for each condition;
-"logprob" has a number for each condition.
+"logprob" has a number for each condition. While it works, answers.jsonl.partial keeps them: stopped
+at any time, the same command goes on. A prompt's random numbers follow from --seed and its place in
+the file, whatever is answered beside it.
 
 Shapes: B prompts, V vocab.
 """
 
 import copy
+import dataclasses
+import io
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +38,10 @@ import torch
 from tqdm import tqdm
 
 from conversations import (
+    FORMAT,
     FORMER_TEMPLATES,
     TURN_KEYS,
+    Conversation,
     Message,
     first_of,
     parse,
@@ -46,32 +52,43 @@ from model import KVCache
 from packing import pack
 from prompts import BASELINES, PROMPTS, prompt_tokenizer, tokenize_prompt
 from support.cli import parse_args, run
-from support.files import read_json, written_whole
-from support.hf import load_model, read_config, tokenizer_files
-from tokenizer import TOKENIZER_FILES
+from support.fields import read_fields
+from support.files import written_whole
+from support.hf import load_model, model_digest, read_config, tokenizer_files
+from support.kept import KeptAnswers, Part, check_out, digest_of
 from support.rows import read_rows
+from tokenizer import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """What to ask, and how to draw the answer's tokens: the flags of sample.py."""
 
-    # the model's directory: a list of one
+    # the model's directory, one: an export, or the --out of train.py
     folder: tuple = ()
+    # one prompt, instead of a chat
     prompt: str | None = None
+    # a file of prompts, instead of a chat
     input: str | None = None
+    # where the answers to --input go
     output: str | None = None
-    # default: the expert's, from crlft.json. Several, with commas between: each answers
+    # under which class's prompt; several, with commas between, answer side by side
+    # default: the expert's
     condition: str | None = None
-    # default: the one trained with; another model's, or `base`, the raw text: see prompts.py
+    # another model's prompt, or `base`, the raw text: see prompts.py
+    # default: the one trained with
     template: str | None = None
+    # a system text, for every prompt that has none of its own
     system: str | None = None
-    # 0: always the likeliest token
+    # what the logits are divided by; 0: always the likeliest token
     temperature: float = 0.7
+    # draw from so many of the likeliest tokens; 0, or without it: from all
     top_k: int | None = None
+    # draw from the fewest likeliest tokens that have this much of the probability
     top_p: float = 1.0
     # tokens of an answer, at most
     max_new: int = 512
+    # of the random numbers; each prompt's follow from the seed and its place in the file
     seed: int = 0
     # prompts that are answered side by side
     batch: int = 16
@@ -113,9 +130,24 @@ def model_folder(folder: str | Path) -> Path:
 
 
 def read_training(folder: Path) -> dict | None:
-    """crlft.json: the template and the classes trained with; None in another model's directory."""
+    """crlft.json: the template and the classes trained with; None in another model's directory.
+
+    ValueError: what is read of it is of another kind, or the expert is none of the classes.
+    """
     path = folder / "crlft.json"
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    fields = read_fields(path, "export the directory again")
+    fields.text("template")
+    fields.whole("format", 1, FORMAT, default=1)
+    fields.text("prompts", default="")
+    names = set()
+    for class_ in fields.objects("classes"):
+        class_.text("condition")
+        names.add(class_.text("name"))
+    if fields.text("expert") not in names:
+        raise fields.wrong("expert", "the name of one of its classes")
+    return fields.content
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -220,6 +252,7 @@ class Speaker:
         seed: int = 0,
     ):
         folder = model_folder(folder)
+        self.folder = folder
         config = read_config(folder)
         training = read_training(folder)
         if training is None and not (condition or template):
@@ -247,16 +280,18 @@ class Speaker:
             store_by_columns(self.model)
         self.context = config.max_position_embeddings
 
-        # one stream of random numbers for all that this speaker says
-        self.generator = torch.Generator(device).manual_seed(seed)
+        # every answer has random numbers of its own, by the seed and how many were asked before
+        self.seed = seed
+        self.asked = 0
         # how many prompts have lost their beginning
         self.cut = 0
 
     def under(self, condition: str, seed: int) -> "Speaker":
-        """The same model, spoken to under another condition, with random numbers of its own."""
+        """The same model, spoken to under another condition, from the first random numbers on."""
         other = copy.copy(self)
         other.condition = condition
-        other.generator = torch.Generator(self.generator.device).manual_seed(seed)
+        other.seed = seed
+        other.asked = 0
         other.cut = 0
         return other
 
@@ -303,23 +338,38 @@ class Speaker:
             return text.split(stop)[0].rstrip()
         return text
 
-    def generate(self, prompts: list[list[int]], config: SampleConfig) -> Iterator[list]:
+    def numbers(self, n: int) -> range:
+        """The numbers of the next n prompts to be asked."""
+        first = self.asked
+        self.asked += n
+        return range(first, self.asked)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        config: SampleConfig,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[list]:
         """Yield, a step at a time, the next token id of each of B prompts; None once one has ended.
 
         An answer ends with `<|end_of_turn|>` or `</s>`, which is then its last id, or after max_new
-        ids, or where the context ends.
+        ids, or where the context ends. numbers: the prompts', which their random numbers follow
+        from; the next ones where it is None.
         """
         room = [min(config.max_new, self.context - len(ids)) for ids in prompts]
+        if numbers is None:
+            numbers = self.numbers(len(prompts))
 
         # All prompts go through the model once, packed as in training; the cache keeps their keys
         # and values, so that from then on a step costs one token of each.
         logits_BV, cache = self.prefill(prompts, steps=max(room))
+        uniform_SB = uniforms(self.seed, numbers, max(room)).to(logits_BV.device)
 
         ended = [False] * len(prompts)
         for step in range(1, max(room) + 1):
             # a padded vocabulary has rows that no token of the tokenizer stands for
             logits_BV[:, self.tokenizer.vocab_size :] = -torch.inf
-            tokens_B = choose(logits_BV, config, self.generator)
+            tokens_B = choose(logits_BV, config, uniform_SB[step - 1])
 
             # an answer that has ended runs on with the others, unseen
             seen = []
@@ -346,9 +396,14 @@ class Speaker:
         logits_BV = self.model.prefill(batch.tokens_T, batch.positions_T, batch.cu_seqlens, cache)
         return logits_BV, cache
 
-    def answer(self, prompts: list[list[int]], config: SampleConfig) -> list[Answer]:
+    def answer(
+        self,
+        prompts: list[list[int]],
+        config: SampleConfig,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Answer]:
         """The answers to B prompts, made side by side."""
-        steps = list(self.generate(prompts, config))
+        steps = list(self.generate(prompts, config, numbers))
         answers = []
         for b in range(len(prompts)):
             ids = [step[b] for step in steps if step[b] is not None]
@@ -361,8 +416,15 @@ class Speaker:
             return Answer(ids[:-1], "stop")
         return Answer(ids, "length")
 
-    def answer_each(self, prompts: list[list[int]], config: SampleConfig) -> Iterator[tuple]:
-        """Yield (index, Answer) for any number of prompts, batch by batch, with a progress bar."""
+    def answer_each(
+        self, prompts: list[list[int]], config: SampleConfig, kept: Part | None = None
+    ) -> Iterator[tuple]:
+        """Yield (index, Answer) for any number of prompts, batch by batch, with a progress bar.
+
+        kept: answers of before, which are not made again, and where new ones are written. Batches
+        and random numbers are what they would be without it.
+        """
+        numbers = self.numbers(len(prompts))
         # prompts of like length share a batch, so that the cache has few empty slots
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         tokens = 0
@@ -370,17 +432,36 @@ class Speaker:
         with tqdm(total=len(prompts), unit=" prompts", disable=None) as bar:
             for start in range(0, len(order), config.batch):
                 indices = order[start : start + config.batch]
-                answers = self.answer([prompts[i] for i in indices], config)
-                tokens += sum(len(answer.ids) for answer in answers)
+                found = kept.find(indices) if kept else None
+                if found:
+                    answers = [Answer(*answer) for answer in found]
+                else:
+                    mine = [prompts[i] for i in indices]
+                    answers = self.answer(mine, config, [numbers[i] for i in indices])
+                    if kept:
+                        kept.add(indices, answers, [self.text(answer.ids) for answer in answers])
+                    tokens += sum(len(answer.ids) for answer in answers)
                 seconds = time.monotonic() - began
                 bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s")
                 bar.update(len(indices))
                 yield from zip(indices, answers)
 
-    def answer_all(self, prompts: list[list[int]], config: SampleConfig) -> list[Answer]:
+    def answer_all(
+        self, prompts: list[list[int]], config: SampleConfig, kept: Part | None = None
+    ) -> list[Answer]:
         """The answers to any number of prompts, in their order."""
-        answers = dict(self.answer_each(prompts, config))
+        answers = dict(self.answer_each(prompts, config, kept))
         return [answers[i] for i in range(len(prompts))]
+
+    @property
+    def identity(self) -> dict:
+        """What answers depend on beside the prompts and how they are drawn, for KeptAnswers."""
+        return {
+            "model": model_digest(self.folder),
+            "template": self.template,
+            "condition": self.condition,
+            "device": str(self.model.lm_head.weight.device),
+        }
 
     def mean_logprobs(
         self, prompts: list[list[int]], answers: list[Answer], batch: int
@@ -428,27 +509,45 @@ class Speaker:
         return [-nll_n.mean().item() for nll_n in nll_R.split(counts)]
 
 
-def choose(
-    logits_BV: torch.Tensor, config: SampleConfig, generator: torch.Generator
-) -> torch.Tensor:
+def uniforms(seed: int, numbers: Sequence[int], steps: int) -> torch.Tensor:
+    """fp32 [steps, B], from 0 to below 1: the random numbers of B prompts, a column for each.
+
+    A column follows from the seed and the prompt's number alone: Philox, keyed by the two. More
+    steps only make it longer.
+    """
+    columns = []
+    for number in numbers:
+        key = np.array([seed, number], np.uint64)
+        columns.append(np.random.Generator(np.random.Philox(key=key)).random(steps, np.float32))
+    return torch.from_numpy(np.stack(columns, axis=1))
+
+
+def choose(logits_BV: torch.Tensor, config: SampleConfig, uniform_B: torch.Tensor) -> torch.Tensor:
     """tokens_B int64, drawn from softmax(logits / temperature).
 
     Only the top_k likeliest tokens, and of these the smallest set of mass top_p, can be drawn.
+    uniform_B: from 0 to below 1, a prompt's random number of this step.
     """
     if config.temperature == 0:
         return logits_BV.argmax(-1)
     probs_BV = (logits_BV / config.temperature).softmax(-1)
 
-    # Sorted, both limits are a cut on the right. multinomial divides by the sum of what is left.
+    # Sorted, both limits are a cut on the right.
     probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
     if config.top_k:
         probs_BV[:, config.top_k :] = 0
     # mass of the likelier tokens: 0 for the likeliest, which therefore always stays
-    before_BV = probs_BV.cumsum(-1) - probs_BV
-    probs_BV[before_BV >= config.top_p] = 0
+    mass_BV = probs_BV.cumsum(-1)
+    probs_BV[mass_BV - probs_BV >= config.top_p] = 0
 
-    pick_B1 = torch.multinomial(probs_BV, 1, generator=generator)
-    tokens_B1 = order_BV.gather(1, pick_B1)
+    # What is left has the mass of its last token, total. The token drawn is where the mass passes
+    # a random share of that: each token is met as often as its own part of the mass is wide.
+    mass_BV = probs_BV.cumsum(-1)
+    total_B1 = mass_BV[:, -1:].contiguous()
+    pick_B1 = torch.searchsorted(mass_BV, uniform_B[:, None] * total_B1, right=True)
+    # rounded up to the total, a share points behind the last token that has any mass
+    last_B1 = torch.searchsorted(mass_BV, total_B1)
+    tokens_B1 = order_BV.gather(1, pick_B1.minimum(last_B1))
     return tokens_B1[:, 0]
 
 
@@ -479,7 +578,11 @@ def chat(speaker: Speaker, config: SampleConfig) -> None:
         f"condition {speaker.condition or '-'}, template {speaker.template}; "
         "an empty line or Ctrl-D ends the chat"
     )
+    # what is typed may be no UTF-8: it is taken as it is, and mended below
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     messages = []
+    mended_before = False
     while True:
         try:
             line = input("> ")
@@ -488,6 +591,11 @@ def chat(speaker: Speaker, config: SampleConfig) -> None:
             return
         if not line:
             return
+        typed = line
+        line = typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        if line != typed and not mended_before:
+            print("not all of that is UTF-8: U+FFFD stands for the rest", file=sys.stderr)
+            mended_before = True
         messages.append(Message("user", line))
         ids = speaker.ids(messages, config.system, config.truncate_left, config.max_new)
         answer = say(speaker, ids, config)
@@ -502,17 +610,7 @@ def read_prompts(path: str, system: str | None) -> tuple[list[dict], list[tuple]
     rows = []
     prompts = []
     for where, row in read_rows(path):
-        # {"prompt": ..} is short for a conversation of one message
-        conversation = row
-        is_prompt = isinstance(row, dict) and isinstance(row.get("prompt"), str)
-        if is_prompt and first_of(row, TURN_KEYS) is None:
-            conversation = {"messages": [{"role": "user", "content": row["prompt"]}]}
-        conversation = parse(conversation, where)
-        if conversation.messages[-1].role != "user":
-            raise ValueError(
-                f"{where}: the last message is not the user's, so there is nothing to answer; "
-                "remove it"
-            )
+        conversation = prompt_of(row, where)
         own = conversation.system
         rows.append(row)
         prompts.append((conversation.messages, system if own is None else own))
@@ -521,6 +619,25 @@ def read_prompts(path: str, system: str | None) -> tuple[list[dict], list[tuple]
             f'{path}: no prompts; each line is a {{"prompt": ..}} or {{"messages": [..]}}'
         )
     return rows, prompts
+
+
+def prompt_of(row: object, where: str) -> Conversation:
+    """A row of --input as a conversation, which ends with a user's message."""
+    # {"prompt": ..} is short for a conversation of one message
+    is_prompt = isinstance(row, dict) and isinstance(row.get("prompt"), str)
+    if is_prompt and first_of(row, TURN_KEYS) is None:
+        row = {"messages": [{"role": "user", "content": row["prompt"]}]}
+    if not isinstance(row, dict) or first_of(row, TURN_KEYS) is None:
+        raise ValueError(
+            f'{where}: a prompt is {{"prompt": "text"}}, or {{"messages": [{{"role": "user", '
+            f'"content": "text"}}, ..]}}; the row has neither, mend it'
+        )
+    conversation = parse(row, where)
+    if conversation.messages[-1].role != "user":
+        raise ValueError(
+            f"{where}: the last message is not the user's, so there is nothing to answer; remove it"
+        )
+    return conversation
 
 
 def ids_of_prompts(speaker: Speaker, prompts: list[tuple], config: SampleConfig) -> list[list[int]]:
@@ -539,19 +656,63 @@ def response_of(speaker: Speaker, answer: Answer) -> dict:
     return {"response": speaker.text(answer.ids), "finish": answer.finish}
 
 
-def answer_file(speaker: Speaker, config: SampleConfig) -> None:
-    """--input to --output: the same rows in the same order, with response and finish."""
+def answer_file(speakers: dict[str, Speaker], config: SampleConfig) -> None:
+    """--input to --output: the same rows in the same order, each with its response; with several
+    conditions, with the responses under all of them.
+
+    speakers: {the name in --condition: a speaker under that condition}.
+    """
+    check_out(config.output, config.input)
     # every prompt is checked before the first answer is made
     rows, prompts = read_prompts(config.input, config.system)
-    ids = ids_of_prompts(speaker, prompts, config)
+    ids = {}
+    for name, speaker in speakers.items():
+        ids[name] = ids_of_prompts(speaker, prompts, config)
 
-    # Opened before the work: a folder that cannot be written costs no answers.
-    with written_whole(config.output) as partial, open(partial, "w", encoding="utf-8") as file:
-        answers = speaker.answer_all(ids, config)
-        for row, answer in zip(rows, answers):
-            answered = row | response_of(speaker, answer)
-            file.write(json.dumps(answered, ensure_ascii=False) + "\n")
-    print(f"{len(rows)} answers in {config.output}", file=sys.stderr)
+    first = next(iter(speakers.values()))
+    with KeptAnswers(config.output, run_of(first, rows, config), first.vocab_size) as kept:
+        responses = {}
+        for name, speaker in speakers.items():
+            answers = speaker.answer_all(ids[name], config, kept.part(name))
+            responses[name] = [response_of(speaker, answer) for answer in answers]
+            if len(speakers) > 1:
+                add_logprobs(responses[name], answers, speakers, ids, config)
+
+        with written_whole(config.output) as partial, open(partial, "w", encoding="utf-8") as file:
+            for i, row in enumerate(rows):
+                of_row = {name: responses[name][i] for name in speakers}
+                added = {"responses": of_row} if len(speakers) > 1 else responses[name][i]
+                file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
+    count = f"{len(rows)} x {len(speakers)}" if len(speakers) > 1 else f"{len(rows)}"
+    print(f"{count} answers in {config.output}", file=sys.stderr)
+
+
+def run_of(speaker: Speaker, rows: list[dict], config: SampleConfig) -> dict:
+    """What the answers of --input depend on: another command is not continued as this one."""
+    flags = dataclasses.asdict(config)
+    for name in ("folder", "prompt", "input", "output"):
+        del flags[name]
+    # the flags go last: several conditions are named there
+    return speaker.identity | {"prompts": digest_of(rows)} | flags
+
+
+def add_logprobs(
+    responses: list[dict],
+    answers: list[Answer],
+    speakers: dict[str, Speaker],
+    ids: dict[str, list[list[int]]],
+    config: SampleConfig,
+) -> None:
+    """To each response its mean log-probability under every condition.
+
+    answers: those of the responses. ids: the prompts under every condition.
+    """
+    for response in responses:
+        response["logprob"] = {}
+    for name, speaker in speakers.items():
+        logprobs = speaker.mean_logprobs(ids[name], answers, config.batch)
+        for response, logprob in zip(responses, logprobs):
+            response["logprob"][name] = round(logprob, 4)
 
 
 # ---- side by side: several conditions of one model (Fig. 5)
@@ -599,42 +760,6 @@ def print_logprobs(logprobs: dict[str, dict[str, float]]) -> None:
     print("* the prompt under which the answer is likeliest")
 
 
-def compare_file(speakers: dict[str, Speaker], config: SampleConfig) -> None:
-    """--input to --output: the same rows in the same order, with responses."""
-    rows, prompts = read_prompts(config.input, config.system)
-    ids = {}
-    for name, speaker in speakers.items():
-        ids[name] = ids_of_prompts(speaker, prompts, config)
-
-    with written_whole(config.output) as partial, open(partial, "w", encoding="utf-8") as file:
-        responses = {name: responses_under(name, speakers, ids, config) for name in speakers}
-        for i, row in enumerate(rows):
-            of_row = {name: responses[name][i] for name in speakers}
-            answered = row | {"responses": of_row}
-            file.write(json.dumps(answered, ensure_ascii=False) + "\n")
-    print(f"{len(rows)} x {len(speakers)} answers in {config.output}", file=sys.stderr)
-
-
-def responses_under(
-    name: str,
-    speakers: dict[str, Speaker],
-    ids: dict[str, list[list[int]]],
-    config: SampleConfig,
-) -> list[dict]:
-    """The answers to all prompts under one condition, each with its mean log-probability under
-    every condition. ids: the prompts under every condition."""
-    speaker = speakers[name]
-    answers = speaker.answer_all(ids[name], config)
-    responses = []
-    for answer in answers:
-        responses.append(response_of(speaker, answer) | {"logprob": {}})
-    for other in speakers:
-        logprobs = speaker.mean_logprobs(ids[other], answers, config.batch)
-        for response, logprob in zip(responses, logprobs):
-            response["logprob"][other] = round(logprob, 4)
-    return responses
-
-
 def compare(names: list[str], config: SampleConfig) -> None:
     """Answers under each of these conditions.
 
@@ -657,7 +782,7 @@ def compare(names: list[str], config: SampleConfig) -> None:
     if config.prompt is not None:
         compare_prompt(speakers, config)
     else:
-        compare_file(speakers, config)
+        answer_file(speakers, config)
     # the prompt with the longest condition is cut wherever another is
     report_cut(max(speaker.cut for speaker in speakers.values()))
 
@@ -694,7 +819,7 @@ def main(argv: list[str]) -> None:
         ids = speaker.ids(question, config.system, config.truncate_left, config.max_new)
         say(speaker, ids, config)
     elif config.input:
-        answer_file(speaker, config)
+        answer_file({"": speaker}, config)
     else:
         chat(speaker, config)
     report_cut(speaker.cut)

@@ -17,6 +17,8 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
+from support.fields import Fields, read_fields
+
 # ends every utterance, unless the template names another token
 EOT = "<|end_of_turn|>"
 
@@ -69,6 +71,8 @@ class Tokenizer:
         is_json = file.lstrip()[:1] == b"{"
         self.library = ByteLevel(file) if is_json else SentencePiece(file)
         self.space = space
+        # the ids of templates' texts, which are the same in every conversation (conversations.py)
+        self.of_templates = {}
         self.file_size = self.library.size
         known = ids or {}
         self.bos = known["bos"] if "bos" in known else self.find("bos", names)
@@ -85,6 +89,12 @@ class Tokenizer:
         if self.eot is None:
             self.eot = self.file_size
         self.vocab_size = max(self.file_size, self.eot + 1)
+        for kind, id_ in known.items():
+            if not 0 <= id_ < self.vocab_size:
+                raise ValueError(
+                    f"the id of {kind} is {id_}, and the tokenizer has {self.vocab_size} tokens; "
+                    "the two are not of one model, so export or fetch them again"
+                )
 
         self.pad = known["pad"] if "pad" in known else self.find_pad(names)
 
@@ -163,6 +173,10 @@ class Tokenizer:
         return id_
 
 
+# the tokens that files beside a tokenizer name
+KINDS = "bos", "eos", "pad"
+MOST_ID = 2**24
+
 # What bases call the tokens, where no file beside the tokenizer says it.
 KNOWN_NAMES = {
     "bos": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
@@ -176,11 +190,8 @@ def ids_beside(path: Path) -> dict[str, int]:
     crlft = path.with_name("crlft.json")
     if not crlft.is_file():
         return {}
-    try:
-        fields = json.loads(crlft.read_bytes())
-        return {kind: int(fields[kind]) for kind in ("bos", "eos", "pad") if kind in fields}
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{crlft}: not an export's crlft.json; export it again") from None
+    fields = read_fields(crlft, "export the directory again")
+    return {kind: fields.whole(kind, 0, MOST_ID) for kind in KINDS if fields.has(kind)}
 
 
 def special_names_beside(path: Path) -> dict[str, str]:
@@ -188,19 +199,19 @@ def special_names_beside(path: Path) -> dict[str, str]:
     config = path.with_name("tokenizer_config.json")
     if path.suffix != ".json" or not config.is_file():
         return {}
-    try:
-        fields = json.loads(config.read_bytes())
-        names = {}
-        for kind in ("bos", "eos", "pad"):
-            token = fields.get(f"{kind}_token")
-            # a name, or an object that has it
-            if isinstance(token, dict):
-                token = token["content"]
-            if isinstance(token, str):
-                names[kind] = token
-        return names
-    except (ValueError, AttributeError, KeyError, RecursionError):
-        raise ValueError(f"{config}: not a tokenizer_config.json; fetch the file again") from None
+    fields = read_fields(config)
+    names = {}
+    for kind in KINDS:
+        if fields.has(f"{kind}_token"):
+            names[kind] = token_name(fields, f"{kind}_token")
+    return names
+
+
+def token_name(fields: Fields, field: str) -> str:
+    """The name of a token: the field is the name, or an object that has it."""
+    if isinstance(fields.content[field], dict):
+        return fields.object(field).text("content")
+    return fields.text(field)
 
 
 # ---- the two kinds, with the same names for the same things
@@ -280,6 +291,11 @@ class ByteLevel:
         self.library.no_truncation()
         self.library.no_padding()
         self.size = 1 + max(self.library.get_vocab().values())
+        if self.size > MOST_ID:
+            raise ValueError(
+                f"tokenizer.json has the id {self.size - 1:,}, which no tokenizer has; "
+                "fetch the file again"
+            )
         # bytes spell every text, so none is unknown
         self.unk = None
 
@@ -306,7 +322,7 @@ class ByteLevel:
 
 def check_byte_level(fields: dict) -> None:
     """ValueError: a tokenizer.json of another kind than GPT-2's, which would need more of us."""
-    steps = fields["pre_tokenizer"] or {}
+    steps = fields.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
     if fields["model"].get("type") != "BPE" or not byte_level:
@@ -314,7 +330,7 @@ def check_byte_level(fields: dict) -> None:
             "tokenizer.json is not a byte-level BPE, GPT-2's kind; where the base has a "
             "tokenizer.model too, take that"
         )
-    if fields["normalizer"] is not None:
+    if fields.get("normalizer") is not None:
         raise ValueError(
             f"tokenizer.json has a normalizer ({fields['normalizer'].get('type')}), which changes "
             "texts before they are encoded; only tokenizers without one are supported"

@@ -5,6 +5,7 @@ r"""C-RLFT: fine-tune a LLaMA-2 on conversations of mixed quality, on a laptop o
 
     torchrun --nproc_per_node=8 train.py \
         --data train.safetensors --model llama-2-13b-hf --out out/openchat
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         train.py --data train.safetensors --model llama-2-13b-hf --out out/openchat
 
@@ -24,6 +25,7 @@ a round each rank computes one micro-batch.
 Shapes: T packed tokens of a micro-batch, R its rows with a loss weight.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -33,11 +35,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -51,7 +53,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from data import Prepared
+from data import NO_DIGESTS, Prepared
 from model import RECOMPUTE, SIZES, Block, Config, Losses, Model
 from packing import Batch, ahead, flat, pack
 from recipe import (
@@ -77,7 +79,7 @@ from support.budget import (
 from support.checkpoint import Checkpoints
 from support.cli import one_line, parse_args, run
 from support.export import export
-from support.files import file_sha256
+from support.files import file_sha256, naming
 from support.hf import (
     RandomWeights,
     SafetensorsWeights,
@@ -86,8 +88,18 @@ from support.hf import (
     load_weights,
     read_config,
 )
-from support.metrics import Log, ledger, log, log_line, plot
-from support.ranks import Signals, local_rows, on_first_rank, rank_and_world, start_group, together
+from support.lock import only_run
+from support.metrics import Log, ledger, log, log_line, planning, plot
+from support.ranks import (
+    SIGNALLED,
+    Signals,
+    from_all_ranks,
+    local_rows,
+    on_first_rank,
+    rank_and_world,
+    start_group,
+    together,
+)
 
 # ---- the method
 
@@ -187,17 +199,22 @@ class Tally:
     loss       for each class: the sum of nll over its supervised tokens
     accuracy   for each class: the number of its supervised tokens that were predicted right
     count      for each class: the number of its supervised tokens
-    stop       above 0 if the run is to stop; not a measurement. A rank that has received a signal
-               sets it to 1. It is added up like the rest, so all ranks learn of it in the same step
+    stop       above 0 if the run is to stop; not a measurement. A rank that a signal has asked by
+               then adds 1. It is added up like the rest, so all ranks learn of it in the same step
+
+    asked() -> whether a signal has asked this rank. It is called where the sums are reduced.
     """
 
     # What metrics.jsonl has as NAME_by_class. To add a metric, add its name here, and to `add` a
     # line that gives its value in each row.
     PER_CLASS = ("loss", "accuracy")
 
-    def __init__(self, classes: int, device: torch.device, stop: bool = False):
+    def __init__(
+        self, classes: int, device: torch.device, asked: Callable[[], bool] = lambda: False
+    ):
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.sums = {"loss_sum": zeros(1), "stop": zeros(1) + float(stop)}
+        self.asked = asked
+        self.sums = {"loss_sum": zeros(1), "stop": zeros(1)}
         for name in (*self.PER_CLASS, "count"):
             self.sums[name] = zeros(classes)
 
@@ -215,6 +232,9 @@ class Tally:
 
     def reduce(self) -> None:
         """Add up over the ranks, once. Afterwards the sums and `stop` are Python numbers."""
+        # Only now: a signal that has come while the step was computed stops the run after it.
+        self.sums["stop"] += float(self.asked())
+
         # one vector, so that one collective adds up everything
         lengths = [len(x) for x in self.sums.values()]
         vector = torch.cat(list(self.sums.values()))
@@ -388,7 +408,8 @@ def my_batches(data: Prepared, steps: Iterable, me: int, world: int) -> Iterator
     zeros, and takes part in the collectives that the other ranks wait in.
     """
     # Any few tokens would do, since they weigh 0: here one, and one that it could predict.
-    idle = [(data.tokens[:2], data.weights[:2] * 0)]
+    tokens, weights = data.conversation(0)
+    idle = [(tokens[:2], weights[:2] * 0)]
     for step in steps:
         for number in range(me, rounds(step, world) * world, world):
             yield data.batch(step[number]) if number < len(step) else pack(idle)
@@ -449,8 +470,9 @@ class Bound(NamedTuple):
     words: str
 
 
-# The bound "above 0" is written as: at least the smallest number above 0, which is math.ulp(0.0).
-POSITIVE = Bound(math.ulp(0.0), math.inf, "above 0")
+# AdamW computes in fp32, whose numbers go from 1e-38 to 3e38: outside of that a step would be 0 or
+# infinite, and some room is left for products.
+FP32 = Bound(1e-30, 1e30, "from 1e-30 to below 1e30: AdamW computes in fp32")
 COUNT = Bound(1, 10**9, "above 0 and below 1e9")
 SHARE = Bound(0, 1, "from 0 to below 1")
 BOUNDS = {
@@ -458,15 +480,15 @@ BOUNDS = {
     "epochs": COUNT,
     "batch_tokens": COUNT,
     "micro_tokens": COUNT,
-    "lr": POSITIVE,
-    "pretrain_lr": POSITIVE,
+    "lr": FP32,
+    "pretrain_lr": FP32,
     "min_lr": SHARE,
     "warmup": SHARE,
     "beta1": SHARE,
     "beta2": SHARE,
-    "eps": POSITIVE,
+    "eps": FP32,
     "weight_decay": SHARE,
-    "clip": POSITIVE,
+    "clip": FP32,
     "seed": Bound(0, 2**63, "from 0 to 2^63 - 1"),
     "val_fraction": SHARE,
     "val_every": COUNT,
@@ -484,6 +506,8 @@ CHOICES = {
 FINETUNE_BATCH_TOKENS = 262_144
 # Tokens of a micro-batch, for presets and bases.
 MICRO_TOKENS = 16_384
+# Micro-batches of a step, at most: planning compares all of a step's in pairs.
+MOST_MICRO_BATCHES = 4096
 # The vocabulary where there are no data: Llama-2's 32,000 tokens and <|end_of_turn|>.
 LLAMA_VOCAB = 32_001
 
@@ -525,6 +549,11 @@ def resolve(config: TrainConfig, data: Prepared | None) -> tuple[TrainConfig, Co
         dtype=config.dtype or dtype,
         recompute=config.recompute or recompute,
     )
+    if config.batch_tokens > MOST_MICRO_BATCHES * config.micro_tokens:
+        raise ValueError(
+            f"--batch_tokens {config.batch_tokens} is more than {MOST_MICRO_BATCHES:,} "
+            f"micro-batches of --micro_tokens {config.micro_tokens}; raise --micro_tokens"
+        )
     if data:
         check_lengths(config, model_config, data)
     return config, model_config
@@ -691,7 +720,9 @@ PRETRAIN_LR_WIDE = 1.5e-4
 
 
 def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
-    """Open the data, check that all belongs together, start the process group, plan every step."""
+    """Open the data, check that all belongs together, start the process group, check the data, plan
+    every step."""
+    log(f"opening {config.data}")
     data = Prepared(config.data)
     config, model_config = resolve(config, data)
     # On a CPU the number of threads decides in which order a sum is added up.
@@ -703,6 +734,7 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
     start_group(store, alone=needs_fsdp(config), timeout=config.timeout)
     _, world = rank_and_world()
     check_offload(config, world)
+    check_data(data)
 
     train_on, held_out = data.split(config.val_fraction)
     if len(train_on) == 0:
@@ -710,7 +742,11 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
             f"{config.data}: every prompt falls into --val_fraction {config.val_fraction}; lower it"
         )
     cost = train_flops(model_config).plan_cost
-    steps, epoch_ends = all_steps(data, train_on, config, cost)
+    epochs = config.epochs
+    if config.steps:
+        epochs = math.ceil(config.steps * config.batch_tokens / data.lengths[train_on].sum())
+    with planning(epochs, len(train_on)) as say:
+        steps, epoch_ends = all_steps(data, train_on, config, cost, say)
     val_steps = []
     if len(held_out) > 0:
         val_steps = epoch_steps(data, held_out, config, epoch=0, cost=cost)
@@ -737,6 +773,36 @@ def set_up(config: TrainConfig, store: dist.Store | None) -> Setup:
         val_steps=val_steps,
         why_lr=why_lr,
     )
+
+
+def check_data(data: Prepared) -> None:
+    """ValueError, on all ranks: the data are not as they were prepared, on some node.
+
+    The ranks of a node, who see the same file, share its pieces.
+    """
+    size, _ = data.file.state
+    log(f"checking its {size / 1e6:,.1f} MB")
+    if not data.has_digests:
+        log(NO_DIGESTS.format(path=data.path))
+    # torchrun's words for: which rank of its node this is, of how many, and which node it is
+    part, parts, node = 0, 1, "0"
+    if dist.is_initialized() and "LOCAL_WORLD_SIZE" in os.environ:
+        part, parts = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        node = os.environ["GROUP_RANK"]
+
+    found, problem = {}, None
+    try:
+        found = data.check_pieces(part, parts)
+    except ValueError as error:
+        problem = error
+    pieces_of = collections.defaultdict(dict)
+    for its_node, its_found, its_problem in from_all_ranks((node, found, problem)):
+        if its_problem:
+            raise its_problem
+        pieces_of[its_node].update(its_found)
+    # one node whose file has other bytes is found by all
+    for pieces in pieces_of.values():
+        data.check_digests(pieces)
 
 
 def base_weights(setup: Setup) -> SafetensorsWeights:
@@ -818,8 +884,10 @@ def settings_of(setup: Setup, optimizer: torch.optim.Optimizer) -> dict:
     settings["steps"] = setup.last
     settings["model_config"] = fields_of(setup.model_config)
 
-    # Rank 0 reads the large files, and sends the hashes to the others.
-    settings["data_sha256"] = on_first_rank(lambda: file_sha256(config.data))
+    # The data were compared with the digests that their own hash is made of. A file without digests
+    # is read again: by rank 0, which reads the large files, and sends the hashes to the others.
+    data_sha256 = setup.data.meta.get("sha256")
+    settings["data_sha256"] = data_sha256 or on_first_rank(lambda: file_sha256(config.data))
     settings["model_sha256"] = on_first_rank(lambda: base_sha256(config.model))
 
     # Each rank has planned for itself, all steps of the run.
@@ -839,8 +907,6 @@ def checkpoints_of(setup: Setup, settings: dict) -> Checkpoints:
 
 # ---- the run
 
-# The exit status that shells give a command which Ctrl-C has ended.
-SIGNALLED = 130
 REMAINS = "a checkpoint remains, the same command resumes"
 
 # A step whose loss or gradient is not finite may be an accident. So many in a row are not.
@@ -855,6 +921,24 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
     store: shared by the ranks that torchrun started; None for a process alone.
     """
     setup = set_up(config, store)
+    # If the base cannot be read, the run stops here, before anything is written.
+    if setup.config.model in SIZES:
+        initial = RandomWeights(setup.model_config, setup.config.seed)
+    else:
+        initial = base_weights(setup)
+    # Before a checkpoint is read, or anything written; and before memory is taken, which a run that
+    # has just been killed may still hold.
+    with only_run(setup.out):
+        train_from_newest(setup, initial, signals)
+
+
+def train_from_newest(
+    setup: Setup, initial: RandomWeights | SafetensorsWeights, signals: Signals
+) -> None:
+    """The run in its folder, which no other run writes to meanwhile.
+
+    initial: the weights before the first step, where there is no checkpoint.
+    """
     built = build(setup.config, setup.model_config, setup.device)
     settings = settings_of(setup, built.optimizer)
     checkpoints = checkpoints_of(setup, settings)
@@ -869,11 +953,6 @@ def train(config: TrainConfig, signals: Signals, store: dist.Store | None) -> No
         )
         return
 
-    # If the base cannot be read, the run stops here, before anything is written.
-    if setup.config.model in SIZES:
-        initial = RandomWeights(setup.model_config, setup.config.seed)
-    else:
-        initial = base_weights(setup)
     write_settings(setup, settings)
     if path:
         checkpoints.load(path, built.model, built.optimizer)
@@ -899,7 +978,9 @@ def write_settings(setup: Setup, settings: dict) -> None:
     if me == 0:
         (setup.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings | {"torch": torch.__version__}, indent=1)
-        (setup.out / "run.json").write_text(text)
+        path = setup.out / "run.json"
+        with naming(path):
+            path.write_text(text)
 
 
 def opening_line(setup: Setup, model: Model) -> str:
@@ -932,18 +1013,19 @@ def training_loop(
     loader = batches_after(start, setup, model)
     # From here on a signal does not end the process at once: see the end of the loop.
     signals.in_loop = True
+    if owes_validation(setup, metrics, start):
+        validate_or_stop(setup, model, start, metrics, signals)
 
     for step in range(start + 1, setup.last + 1):
         micro_batches = setup.steps[step - 1]
         conversations = flat([micro_batches])
-        is_last = step == setup.last
         lr = lr_at(step, setup.last, config)
         set_learning_rate(optimizer, lr)
 
         # The method: forward, backward, one division by the step's weight sum, one update. A step
         # that fails has also taken all its batches from the loader: it fails after the last.
         began = time.perf_counter()
-        tally = Tally(len(data.classes), device, stop=signals.received is not None)
+        tally = Tally(len(data.classes), device, asked=lambda: signals.asked)
         batches = itertools.islice(loader, rounds(micro_batches, world))
         weight_sum = data.weight_sums[conversations].sum()
         try:
@@ -963,18 +1045,15 @@ def training_loop(
             metrics.write(measured, memory_and_mfu)
 
         # what is not done in every step
+        stop = tally.stop > 0
         if step in setup.epoch_ends:
             log_epoch(setup, step)
-        if setup.val_steps and (step % config.val_every == 0 or is_last):
-            metrics.write({"step": step} | validate(model, data, setup.val_steps, device))
-        if step % config.save_every == 0 or is_last or tally.stop:
+        if is_validated(step, setup) and not stop:
+            stop = validate_or_stop(setup, model, step, metrics, signals)
+        if step % config.save_every == 0 or step == setup.last or stop:
             checkpoints.save(step, model, optimizer)
-
-        # A rank has received a signal (Ctrl-C, a preempted node). The checkpoint is saved above.
-        if tally.stop and not is_last:
-            checkpoints.wait()
-            log(f"stopped by a signal after step {step}; {REMAINS}")
-            sys.exit(SIGNALLED)
+        if stop:
+            leave(step, checkpoints)
 
     checkpoints.wait()
     signals.in_loop = False
@@ -989,6 +1068,38 @@ def batches_after(start: int, setup: Setup, model: Model) -> Iterator[Batch]:
     batches = my_batches(setup.data, to_come, me, world)
     loader = ahead(batches, pin=setup.device.type == "cuda")
     return copied_once(model, loader, to_come) if setup.config.offload else loader
+
+
+def is_validated(step: int, setup: Setup) -> bool:
+    """Does a validation come after this step?"""
+    is_due = step % setup.config.val_every == 0 or step == setup.last
+    return bool(setup.val_steps) and is_due
+
+
+def validate_or_stop(setup: Setup, model: Model, step: int, metrics: Log, signals: Signals) -> bool:
+    """Validate, unless a signal has come. True: a signal has come, before or meanwhile.
+
+    A validation may take longer than the time that is left to a preempted job.
+    """
+    if signals.asked_on_any_rank():
+        return True
+    found = validate(model, setup.data, setup.val_steps, setup.device)
+    metrics.write({"step": step} | found)
+    return signals.asked_on_any_rank()
+
+
+def owes_validation(setup: Setup, metrics: Log, start: int) -> bool:
+    """Has a signal left out the validation of the step that the run goes on from?"""
+    if start == 0 or not is_validated(start, setup):
+        return False
+    return on_first_rank(lambda: start not in metrics.validated)
+
+
+def leave(step: int, checkpoints: Checkpoints) -> NoReturn:
+    """A rank has received a signal (Ctrl-C, a preempted node). The step's save has begun."""
+    checkpoints.wait()
+    log(f"stopped by a signal after step {step}; {REMAINS}")
+    sys.exit(SIGNALLED)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -1074,7 +1185,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["plot"]:
         if len(argv) != 2:
             raise ValueError("plot takes the --out folder of a run")
-        plot(argv[1])
+        print(f"drew {plot(argv[1])}")
         return
     if "--dry_run" in argv:
         # under torchrun only rank 0 prints

@@ -7,7 +7,8 @@ counts the right letters. openchat-13b has 36.4%, its base model 35.0%, and the 
 
 What you get: the official prompts to the letter, greedy answers, and a table beside the paper's.
 The 95% interval of such a share is almost 2 points wide to each side: read it before you compare.
-Every prompt and response stays in --out, from which `evaluate.py report` counts again.
+Every prompt and response stays in --out, from which `evaluate.py report` counts again. The same
+command goes on with a run that was stopped (support/kept.py).
 
 Three rules decide the numbers, all of them official. The leftmost letter from A to F in the
 response is its answer, whatever else it says. A response may go on to the end of the context:
@@ -15,19 +16,20 @@ OpenChat's own runs set no other limit. The average is over the items, not over 
 (openchat-13b's would else be 37.2).
 """
 
-import json
 import math
+import os
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from conversations import Message
 from evaluation.answers import load_speaker, name_of
-from evaluation.rows import check_out, require, rows_of, table_head, table_row, write_lines
+from evaluation.rows import require, rows_of, table_head, table_row, write_lines
 from sample import Answer, SampleConfig, Speaker, check_sampling
+from support.kept import KeptAnswers, check_out, digest_of
 
 # AGIEval's English tasks and how many items each has; the rows of Table 5
 TASKS = {
@@ -59,17 +61,24 @@ SMALLER_BATCH = 4
 class AgievalConfig:
     """The flags of `evaluate.py agieval`."""
 
-    # the model's directory: a list of one
+    # the model's directory, one
     model: tuple = ()
+    # the folder of AGIEval's v1 jsonl files
     data: str = ""
+    # where prompts and responses go, a JSONL file
     out: str = ""
     # `base` for a model that was not fine-tuned: the raw prompt
+    # default: the one trained with
     template: str | None = None
+    # under which class's prompt
+    # default: the expert's
     condition: str | None = None
     # write the prompts, ask nobody
     prompts_only: bool = False
-    # tokens of a response, at most; default: until the context ends
+    # tokens of a response, at most
+    # default: until the context ends
     max_new: int | None = None
+    # prompts that are answered side by side
     batch: int = 16
 
 
@@ -116,7 +125,8 @@ def agieval_items(folder: str | Path) -> list[dict]:
 
 def check_item(row: object, where: str) -> None:
     """ValueError when a row is not an item of AGIEval's files."""
-    require(row, where, "passage", "question", "options", "label")
+    fields = require(row, where, "passage", "question", "options", "label")
+    fields.text("label")
     options = row["options"]
     has_texts = isinstance(row["passage"] or "", str) and isinstance(row["question"], str)
     has_options = isinstance(options, list) and all(isinstance(text, str) for text in options)
@@ -130,7 +140,7 @@ def check_item(row: object, where: str) -> None:
 
 
 def agieval(config: AgievalConfig) -> None:
-    """Ask every item that --out does not answer yet, then print the table."""
+    """Ask every item, then print the table."""
     if not config.data or not config.out:
         raise ValueError("agieval needs MODEL --data FOLDER --out FILE.jsonl")
     check_out(config.out)
@@ -142,55 +152,58 @@ def agieval(config: AgievalConfig) -> None:
         write_prompts(config.out, items)
         return
 
-    # what an answer depends on besides its prompt; it stands in every row, so that a run is only
-    # continued with the same
+    if Path(config.out).exists():
+        raise ValueError(
+            f"--out {config.out} is there already; `report` counts a run's file again; "
+            "give another name for a new run"
+        )
     speaker = load_speaker(config)
+    # in every row, so that a file says how it was made
     settings = {
-        "model": str(Path(config.model[0]).resolve()),
+        "model": os.path.realpath(config.model[0]),
         "template": speaker.template,
         "condition": speaker.condition,
         "max_new": config.max_new,
     }
-    done = earlier_answers(config.out, items, settings)
-    waiting = [item for item in items if key_of(item) not in done]
-
     ids = []
-    for item in waiting:
+    for item in items:
         cut_before = speaker.cut
         question = [Message("user", item["prompt"])]
         ids.append(speaker.ids(question, truncate_left=True, max_new=first_tokens))
         item["cut"] = speaker.cut > cut_before
 
-    # a line as soon as its answer is there: a kill costs one batch
-    with open(config.out, "a", encoding="utf-8") as file:
-        for i, answer in respond(speaker, ids, sampling, to_the_end=config.max_new is None):
+    run = settings | speaker.identity | {"batch": config.batch, "prompts": digest_of(items)}
+    with KeptAnswers(config.out, run, speaker.vocab_size) as kept:
+        answers = respond(speaker, ids, sampling, kept, to_the_end=config.max_new is None)
+        rows = []
+        for item, answer in zip(items, answers):
             response = speaker.text(answer.ids)
             letter = agieval_letter(response)
             found = {"response": response, "letter": letter, "finish": answer.finish}
-            row = waiting[i] | found | settings
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            done[key_of(row)] = row
+            rows.append(item | found | settings)
+        write_lines(config.out, rows)
 
-    print(agieval_table(done.values(), name_of(config.model[0])))
-    cut = sum(row["cut"] for row in done.values())
+    print(agieval_table(rows, name_of(config.model[0])))
+    cut = sum(row["cut"] for row in rows)
     print(f"{cut} prompts cut on the left; prompts and responses in {config.out}")
 
 
 def respond(
-    speaker: Speaker, prompts: list[list[int]], sampling: SampleConfig, to_the_end: bool
-) -> Iterator[tuple[int, Answer]]:
-    """Yield (index, greedy answer) for each prompt; with to_the_end those that have no letter yet
-    are asked again, and may fill the context."""
+    speaker: Speaker,
+    prompts: list[list[int]],
+    sampling: SampleConfig,
+    kept: KeptAnswers,
+    to_the_end: bool,
+) -> list[Answer]:
+    """The greedy answer to each prompt; with to_the_end those that have no letter yet are asked
+    again, and may fill the context."""
+    answers = speaker.answer_all(prompts, sampling, kept.part("first tokens"))
     unfinished = []
-    for i, answer in speaker.answer_each(prompts, sampling):
-        open_ended = answer.finish == "length" and agieval_letter(speaker.text(answer.ids)) is None
-        if to_the_end and open_ended:
+    for i, answer in enumerate(answers):
+        if answer.finish == "length" and agieval_letter(speaker.text(answer.ids)) is None:
             unfinished.append(i)
-        else:
-            yield i, answer
-    if not unfinished:
-        return
+    if not to_the_end or not unfinished:
+        return answers
 
     whole = replace(
         sampling,
@@ -198,8 +211,9 @@ def respond(
         batch=max(1, sampling.batch // SMALLER_BATCH),
     )
     again = [prompts[i] for i in unfinished]
-    for at, answer in speaker.answer_each(again, whole):
-        yield unfinished[at], answer
+    for i, answer in zip(unfinished, speaker.answer_all(again, whole, kept.part("to the end"))):
+        answers[i] = answer
+    return answers
 
 
 def write_prompts(out: str, items: list[dict]) -> None:
@@ -208,59 +222,6 @@ def write_prompts(out: str, items: list[dict]) -> None:
         raise ValueError(f"--out {out} holds responses; give another name")
     write_lines(out, items)
     print(f"{len(items)} prompts in {out}")
-
-
-# ---- going on where a run was killed
-
-
-def key_of(row: dict) -> tuple[str, int]:
-    """Which item a row is about."""
-    return row["task"], row["index"]
-
-
-def earlier_answers(out: str, items: list[dict], settings: dict) -> dict[tuple, dict]:
-    """{key: row} of an earlier run into the same file.
-
-    ValueError: the file is of another model, other settings or other questions; it stays as it is.
-    """
-    if not Path(out).is_file():
-        return {}
-    asked = {key_of(item): item for item in items}
-    found = {}
-
-    # every whole line ends in a newline, so what a kill cut short stands after the last one
-    *lines, rest = Path(out).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        row = matching_answer(line, asked, settings)
-        if row is None:
-            raise ValueError(
-                f"{out}:{number}: not an answer of this model, in this way, to these questions; "
-                "give another --out"
-            )
-        found[key_of(row)] = row
-
-    # Half a line is dropped, and its question asked again. But only if it begins as our lines do,
-    # as far as it goes: anything else is somebody's file, given by mistake.
-    if rest:
-        start = b'{"task"'
-        if rest[: len(start)] != start[: len(rest)]:
-            raise ValueError(
-                f"{out}:{len(lines) + 1}: not a line of an agieval run; give another --out"
-            )
-        write_lines(out, found.values())
-    return found
-
-
-def matching_answer(line: bytes, asked: dict[tuple, dict], settings: dict) -> dict | None:
-    """The row of a line; None unless it answers one of the items asked, under these settings."""
-    try:
-        row = json.loads(line)
-        item = asked[key_of(row)]
-    except (ValueError, KeyError, TypeError):
-        return None
-    wanted = item | settings
-    same = all(row.get(key) == value for key, value in wanted.items())
-    return row if same and isinstance(row.get("response"), str) else None
 
 
 # ---- the table

@@ -14,19 +14,22 @@ that a model was trained on, and a warning counts the questions among them.
 """
 
 import base64
+import dataclasses
 import hashlib
 import json
+import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from conversations import Conversation, Message, prompt_hash
-from evaluation.rows import check_out, require, require_turns, rows_of, write_lines
-from sample import SampleConfig, Speaker, check_sampling
+from evaluation.rows import name_or_number, require, require_turns, rows_of, write_lines
+from sample import SampleConfig, Speaker, check_sampling, model_folder, read_training
+from support.fields import FETCH
 from support.files import written_whole
+from support.kept import KeptAnswers, check_out, digest_of
 
 # FastChat's temperatures by category: the colder, the more there is one right answer
 TEMPERATURE = {
@@ -47,21 +50,32 @@ OTHER_TEMPERATURE = 0.7
 class AnswersConfig:
     """The flags of `evaluate.py answers`."""
 
-    # the model's directory: a list of one
+    # the model's directory, one
     model: tuple = ()
     # alpaca, mt or vicuna
     bench: str = ""
+    # the bench's file of questions
     questions: str = ""
-    # default: NAME.jsonl, for alpaca NAME.json; FastChat takes a model's name from its file's
+    # where the answers go; FastChat takes a model's name from its file's
+    # default: NAME.jsonl, for alpaca NAME.json
     out: str = ""
-    # of the model in the file; default: its folder's
+    # what the file calls the model
+    # default: its folder's name
     name: str | None = None
+    # another model's prompt, or `base`, the raw text: see prompts.py
+    # default: the one trained with
     template: str | None = None
+    # under which class's prompt
+    # default: the expert's
     condition: str | None = None
+    # what the logits are divided by
     # default: 0.7; in mt and vicuna by category
     temperature: float | None = None
+    # tokens of an answer, at most
     max_new: int = 1024
+    # prompts that are answered side by side
     batch: int = 16
+    # of the random numbers
     seed: int = 0
 
 
@@ -81,20 +95,28 @@ def answers(config: AnswersConfig) -> None:
 
     speaker = load_speaker(config, config.seed)
     warn_of_training_data(config.model[0], questions)
-    responses = converse(speaker, questions, temperatures, sampling)
-
-    if config.bench == "alpaca":
-        write_alpaca(out, name, rows, responses)
-    else:
-        write_fastchat(out, name, rows, responses)
+    with KeptAnswers(out, run_of(speaker, rows, config), speaker.vocab_size) as kept:
+        responses = converse(speaker, questions, temperatures, sampling, kept)
+        if config.bench == "alpaca":
+            write_alpaca(out, name, rows, responses)
+        else:
+            write_fastchat(out, name, rows, responses, kept.began)
     print(f"{len(rows)} answers of {name} in {out}; {speaker.cut} prompts cut on the left")
     if config.bench != "alpaca" and Path(out).stem != name:
         print(f"FastChat will call this model {Path(out).stem}, as its file is named")
 
 
+def run_of(speaker: Speaker, rows: list[dict], config: AnswersConfig) -> dict:
+    """What the answers depend on: another command is not continued as this one."""
+    flags = dataclasses.asdict(config)
+    for name in ("model", "questions", "out", "name"):
+        del flags[name]
+    return flags | speaker.identity | {"prompts": digest_of(rows)}
+
+
 def name_of(folder: str | Path) -> str:
     """A model's name: its folder's, or that of the run whose hf/ it is."""
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     return folder.parent.name if folder.name == "hf" else folder.name
 
 
@@ -128,10 +150,12 @@ def read_questions(path: str, bench: str) -> tuple[list[dict], list[list[str]]]:
     questions = []
     for where, row in rows_of(path):
         if bench == "alpaca":
-            require(row, where, "instruction", "dataset")
-            turns = [row["instruction"]]
+            fields = require(row, where, "instruction", "dataset")
+            turns = [fields.text("instruction")]
         else:
-            require(row, where, "turns", "question_id", "category")
+            fields = require(row, where, "turns", "question_id", "category")
+            name_or_number(fields, "question_id")
+            fields.text("category")
             turns = row["turns"]
         rows.append(row)
         questions.append(require_turns(turns, where))
@@ -170,14 +194,18 @@ def warn_of_training_data(folder: str, questions: list[list[str]]) -> None:
 
 def trained_on(folder: str | Path, questions: list[str]) -> int:
     """How many of these first messages the model was trained on; 0 when crlft.json says nothing."""
-    path = Path(folder) / "crlft.json"
-    if not path.is_file():
-        path = Path(folder) / "hf" / "crlft.json"
-    if not path.is_file():
+    folder = model_folder(folder)
+    training = read_training(folder)
+    if training is None:
         return 0
     # "prompts" is base64 of uint32: 32 bits are left of each first message's hash
-    hashes = json.loads(path.read_text(encoding="utf-8")).get("prompts", "")
-    seen = set(np.frombuffer(base64.b64decode(hashes), np.uint32).tolist())
+    try:
+        hashes = base64.b64decode(training.get("prompts") or "", validate=True)
+        seen = set(np.frombuffer(hashes, np.uint32).tolist())
+    except ValueError:
+        raise ValueError(
+            f"{folder / 'crlft.json'}: prompts is no base64 of 32-bit numbers; {FETCH}"
+        ) from None
     known = 0
     for question in questions:
         group = prompt_hash(Conversation((Message("user", question),)))
@@ -193,6 +221,7 @@ def converse(
     questions: list[list[str]],
     temperatures: list[float],
     sampling: dict[float, SampleConfig],
+    kept: KeptAnswers,
 ) -> list[list[str]]:
     """The answers to each question's turns.
 
@@ -213,7 +242,8 @@ def converse(
             ids = []
             for i in asked:
                 ids.append(speaker.ids(conversations[i], truncate_left=True, max_new=how.max_new))
-            for at, answer in speaker.answer_each(ids, how):
+            part = kept.part(f"turn {turn + 1} at temperature {temperature:g}")
+            for at, answer in speaker.answer_each(ids, how, part):
                 i = asked[at]
                 text = speaker.text(answer.ids).strip()
                 conversations[i].append(Message("assistant", text))
@@ -240,8 +270,13 @@ def write_alpaca(out: str, name: str, rows: list[dict], responses: list[list[str
         partial.write_text(json.dumps(outputs, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_fastchat(out: str, name: str, rows: list[dict], responses: list[list[str]]) -> None:
-    """FastChat's model_answer: a line for each question, all its turns in one choice."""
+def write_fastchat(
+    out: str, name: str, rows: list[dict], responses: list[list[str]], began: float
+) -> None:
+    """FastChat's model_answer: a line for each question, all its turns in one choice.
+
+    began: when the run began, in seconds since 1970.
+    """
     lines = []
     for row, turns in zip(rows, responses):
         question = row["question_id"]
@@ -253,7 +288,7 @@ def write_fastchat(out: str, name: str, rows: list[dict], responses: list[list[s
                 "answer_id": answer_id,
                 "model_id": name,
                 "choices": [{"index": 0, "turns": turns}],
-                "tstamp": time.time(),
+                "tstamp": began,
             }
         )
     write_lines(out, lines)

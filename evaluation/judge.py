@@ -25,6 +25,8 @@ is counted, and OUT.retry.jsonl asks it again.
 
 import hashlib
 import json
+import math
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -35,10 +37,11 @@ from typing import NamedTuple
 import numpy as np
 
 from conversations import Conversation, read
-from evaluation.rows import check_out, require, require_turns, rows_of, write_lines
-from support.files import read_json
+from evaluation.rows import name_or_number, require, require_turns, rows_of, write_lines
+from support.fields import read_fields
+from support.kept import check_out
 
-JUDGE_TEXTS = read_json(Path(__file__).with_name("judge_prompts.json"))
+JUDGE_TEXTS = read_fields(Path(__file__).with_name("judge_prompts.json")).content
 # (mode, turn, with a reference answer): (name, system, user), FastChat's texts; a test holds each
 # to the official one by its hash
 JUDGE_PROMPTS = {
@@ -73,16 +76,21 @@ class JudgeConfig:
     files: tuple = ()
     # single, pair or conversation
     mode: str = ""
+    # single, pair: the bench's file of questions
     questions: str = ""
     # pair: the answer file of the model to compare with
     baseline: str = ""
-    # FastChat's reference_answer/gpt-4.jsonl, for questions of NEED_REFERENCE
+    # FastChat's reference_answer/gpt-4.jsonl, for questions of math, reasoning and coding
     references: str = ""
+    # the judge's name; one that begins with `claude` is asked as FastChat asks claude
     judge: str = "gpt-4"
     # conversation: so many of each source, drawn at random
     count: int = 128
+    # of that draw
     seed: int = 0
+    # the requests that the files answer; without it, requests are written
     requests: str = ""
+    # the file of requests; with --requests, of judgments
     out: str = ""
 
 
@@ -210,6 +218,8 @@ def check_request_flags(config: JudgeConfig) -> None:
         raise ValueError("--mode single needs --questions FILE")
     if config.mode == "pair" and not (config.questions and config.baseline):
         raise ValueError("--mode pair needs --questions FILE and --baseline FILE")
+    if config.count < 1 or not 0 <= config.seed < 2**63:
+        raise ValueError("--count is at least 1, --seed is from 0 to 2^63 - 1")
 
 
 def conversation_requests(config: JudgeConfig) -> Iterator[Request]:
@@ -295,8 +305,9 @@ def read_judged_questions(path: str) -> dict[int, tuple[str, list[str]]]:
     """{question_id: (category, turns)} of a FastChat question file."""
     questions = {}
     for where, row in rows_of(path):
-        require(row, where, "question_id", "category", "turns")
-        questions[row["question_id"]] = row["category"], require_turns(row["turns"], where)
+        fields = require(row, where, "question_id", "category", "turns")
+        question = name_or_number(fields, "question_id")
+        questions[question] = fields.text("category"), require_turns(row["turns"], where)
     return questions
 
 
@@ -305,15 +316,15 @@ def read_answers(path: str) -> tuple[str, dict[int, list[str]]]:
     found = {}
     models = set()
     for where, row in rows_of(path):
-        require(row, where, "question_id", "model_id", "choices")
-        question = row["question_id"]
+        fields = require(row, where, "question_id", "model_id", "choices")
+        question = name_or_number(fields, "question_id")
         if question in found:
             raise ValueError(f"{where}: question {question} is answered twice; remove one")
         choices = row["choices"]
         choice = choices[0] if isinstance(choices, list) and choices else {}
         require(choice, where, "turns")
         found[question] = require_turns(choice["turns"], where)
-        models.add(row["model_id"])
+        models.add(fields.text("model_id"))
     if len(models) != 1:
         raise ValueError(
             f"{path}: answers of {len(models)} models; give each model a file of its own"
@@ -350,7 +361,8 @@ def read_verdicts(config: JudgeConfig) -> None:
         )
     retry = Path(f"{config.out}.retry.jsonl")
     check_out(config.out, *config.files, config.requests)
-    if retry.resolve() in {Path(path).resolve() for path in (config.requests, *config.files)}:
+    inputs = {os.path.realpath(path) for path in (config.requests, *config.files)}
+    if os.path.realpath(retry) in inputs:
         raise ValueError(
             f"{retry} would be overwritten; give the first --requests, "
             "and the outputs of all its batches: BATCH1.jsonl BATCH2.jsonl"
@@ -387,10 +399,10 @@ def read_requests(path: str) -> dict[str, dict]:
     """{custom_id: request row} of a file that write_requests wrote."""
     asked = {}
     for where, row in rows_of(path):
-        require(row, where, "custom_id")
-        if "body" not in row and "params" not in row:
+        custom_id = require(row, where, "custom_id").text("custom_id")
+        if user_prompt(row) is None:
             raise ValueError(f"{where}: not a request that `judge --mode` wrote; give its file")
-        asked[str(row["custom_id"])] = row
+        asked[custom_id] = row
     return asked
 
 
@@ -404,8 +416,14 @@ def read_ids(requests: str, asked: Iterable[str]) -> dict[str, RequestId]:
         )
     ids = {}
     for where, row in rows_of(path):
-        require(row, where, "custom_id", *RequestId._fields)
-        ids[row["custom_id"]] = RequestId(*(row[field] for field in RequestId._fields))
+        custom_id = require(row, where, "custom_id", *RequestId._fields).text("custom_id")
+        found = RequestId(*(row[field] for field in RequestId._fields))
+        # the id is a hash of the rest, so it tells whether the line is as it was written
+        if found.custom_id() != custom_id:
+            raise ValueError(
+                f"{where}: the line is not as `judge --mode` wrote it; write both files again"
+            )
+        ids[custom_id] = found
     for custom_id in asked:
         if custom_id not in ids:
             raise ValueError(
@@ -431,7 +449,7 @@ def read_outputs(files: tuple, asked: dict[str, dict]) -> tuple[dict[str, str], 
                 row = json.loads(line)
                 custom_id = row["custom_id"]
                 known = custom_id in asked
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 faults["malformed"] += 1
                 continue
             text = verdict_text(row)
@@ -509,10 +527,14 @@ def judgments_of(
     return judgments, waiting
 
 
-def user_prompt(request: dict) -> str:
-    """What the judge was asked; FastChat keeps it in the judgment."""
-    sent = request["params"] if "params" in request else request["body"]
-    return sent["messages"][-1]["content"]
+def user_prompt(request: dict) -> str | None:
+    """What the judge was asked; FastChat keeps it in the judgment. None: it is no request."""
+    try:
+        sent = request["params"] if "params" in request else request["body"]
+        content = sent["messages"][-1]["content"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return content if isinstance(content, str) else None
 
 
 def unparsed_verdicts(judgment: dict) -> int:
@@ -526,7 +548,9 @@ def unparsed_verdicts(judgment: dict) -> int:
 def rating(text: str) -> float:
     """The number in [[n]], else in [n]; without either NO_SCORE, as FastChat has it."""
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
-    return float(found[1]) if found else NO_SCORE
+    # as many digits as make it infinite are no score
+    score = float(found[1]) if found else NO_SCORE
+    return score if math.isfinite(score) else NO_SCORE
 
 
 def winner(text: str, game: int) -> str:

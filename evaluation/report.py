@@ -17,6 +17,7 @@ tables: many of them mean that the judge, not the model, is at fault.
 
 import itertools
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluation.agieval import TASKS, agieval_table
-from evaluation.rows import require, rows_of, table_head, table_row
+from evaluation.rows import MEND, name_or_number, require, rows_of, table_head, table_row
+from support.fields import is_number, shown
 
 # AlpacaEval's answers are compared with those of a reference model, each a column of its own
 ALPACA = "AlpacaEval against "
@@ -45,6 +47,11 @@ MT_CATEGORIES = (
 # FastChat's numbers: Vicuna-bench has 1 to 80, MT-bench follows
 MT_FIRST, MT_LAST = 81, 160
 MT_PER_CATEGORY = 10
+# what a judge may say of a game
+WINNERS = "model_1", "model_2", "tie", "error"
+# scores go to 10, and a judge may write any number
+HIGHEST_SCORE = 1e6
+MOST_TURNS = 10**6
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class ReportConfig:
     files: tuple = ()
     # the model that pairs are counted against
     baseline: str = "gpt-3.5-turbo"
-    # scatter of the first two judges (Fig. 8)
+    # where to draw the scatter of the first two judges (Fig. 8)
     png: str = ""
 
 
@@ -100,12 +107,14 @@ def print_agieval(path: str) -> None:
     """Table 5, scored again from the responses."""
     rows = []
     for where, row in rows_of(path):
-        require(row, where, "task", "label", "response")
-        if str(row["task"]) not in TASKS or not isinstance(row["response"], str):
+        fields = require(row, where, "task", "label", "response")
+        is_text = isinstance(row["response"], str) and isinstance(row["task"], str)
+        if not is_text or row["task"] not in TASKS:
             raise ValueError(
                 f"{where}: no response to one of AGIEval's English tasks; "
                 "give the --out of an agieval run"
             )
+        fields.text("label")
         rows.append(row)
     print(agieval_table(rows, Path(path).stem))
 
@@ -173,56 +182,67 @@ def parse_judgment(row: object, where: str) -> Judgment:
 
 def parse_pair(row: dict, where: str) -> Judgment:
     """FastChat's judgment of two answers, in both orders."""
-    require(row, where, "judge", "model_1", "model_2", "question_id", "turn", "g2_winner")
+    fields = require(row, where, "judge", "model_1", "model_2", "question_id", "turn", "g2_winner")
     judge, _ = judge_and_prompt(row, where)
     check_question_number(row, where)
-    item = row["model_1"], row["model_2"], row["question_id"], row["turn"]
+    models = fields.text("model_1"), fields.text("model_2")
+    item = *models, row["question_id"], fields.whole("turn", 1, 2)
+    for game in ("g1_winner", "g2_winner"):
+        if fields.text(game) not in WINNERS:
+            raise fields.wrong(game, f"one of {', '.join(WINNERS)}")
     has_verdict = "error" not in (row["g1_winner"], row["g2_winner"])
     return Judgment(judge, "pair", item, row, has_verdict)
 
 
 def parse_score(row: dict, where: str) -> Judgment:
     """A score from 1 to 10: FastChat's of an answer, or ours of a conversation's turn."""
-    require(row, where, "judge", "model", "question_id", "turn")
+    fields = require(row, where, "judge", "model", "question_id", "turn")
     judge, prompt = judge_and_prompt(row, where)
     kind = "conversation" if prompt == "table-6" else "single"
     if kind == "single":
         check_question_number(row, where)
-    item = row["model"], row["question_id"], row["turn"]
+    question = name_or_number(fields, "question_id")
+    # a conversation may have no source
+    model = fields.text("model", default="")
+    item = model, question, fields.whole("turn", 0, MOST_TURNS)
+    row = row | {"model": model}
     # -1 is FastChat's for a text without a rating
-    has_verdict = isinstance(row["score"], (int, float)) and row["score"] != -1
+    has_verdict = is_number(row["score"]) and -1 < row["score"] <= HIGHEST_SCORE
     return Judgment(judge, kind, item, row, has_verdict)
 
 
 def parse_alpaca(row: dict, where: str) -> Judgment:
     """AlpacaEval's annotation: preference 1 is the first output's win, 2 the second's."""
-    require(row, where, "generator_1", "generator_2", "instruction")
-    judge = row.get("annotator") or "annotator"
-    item = row["generator_1"], row["generator_2"], row["instruction"]
+    fields = require(row, where, "generator_1", "generator_2", "instruction")
+    judge = fields.text("annotator", default="") or "annotator"
+    models = fields.text("generator_1"), fields.text("generator_2")
+    item = *models, fields.text("instruction")
     # older files write a draw as 0, newer ones as 1.5
     if row["preference"] == 0:
         row = row | {"preference": 1.5}
     preference = row["preference"]
-    has_verdict = isinstance(preference, (int, float)) and 1 <= preference <= 2
+    has_verdict = is_number(preference) and 1 <= preference <= 2
     return Judgment(judge, "alpaca", item, row, has_verdict)
 
 
 def judge_and_prompt(row: dict, where: str) -> list:
     """[the judge's name, its prompt's name] of a FastChat row."""
     judge = row["judge"]
-    if not isinstance(judge, list) or len(judge) != 2:
+    is_pair = isinstance(judge, list) and len(judge) == 2
+    if not is_pair or not all(isinstance(name, str) for name in judge):
         raise ValueError(
-            f"{where}: judge is [its name, its prompt's name], not {judge!r}; mend the line"
+            f"{where}: judge is [its name, its prompt's name], not {shown(judge)}; {MEND}"
         )
     return judge
 
 
 def check_question_number(row: dict, where: str) -> None:
     """ValueError unless the question has a number: the number tells its bench and category."""
-    if not str(row["question_id"]).isdigit():
+    question = row["question_id"]
+    is_named = isinstance(question, (int, str)) and not isinstance(question, bool)
+    if not is_named or not re.fullmatch(r"[0-9]{1,9}", str(question)[:10]):
         raise ValueError(
-            f"{where}: question_id {row['question_id']!r} is not one of FastChat's numbers; "
-            "mend the line"
+            f"{where}: question_id {shown(question)} is not one of FastChat's numbers; {MEND}"
         )
 
 

@@ -8,8 +8,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from support.fields import Fields, is_whole, shown
 from support.files import written_whole
 from support.rows import read_rows
+
+MEND = "mend the line"
 
 
 def rows_of(path: str | Path) -> list[tuple[str, object]]:
@@ -20,34 +23,30 @@ def rows_of(path: str | Path) -> list[tuple[str, object]]:
     return rows
 
 
-def require(row: object, where: str, *names: str) -> None:
-    """ValueError when the row is no JSON object with fields of these names."""
+def require(row: object, where: str, *names: str) -> Fields:
+    """The row's fields. ValueError when it is no JSON object with fields of these names."""
     for name in names:
         if not isinstance(row, dict) or name not in row:
             raise ValueError(
                 f"{where}: no {name!r}; give the official file, or one that this program wrote"
             )
+    return Fields(row, where, MEND)
+
+
+def name_or_number(fields: Fields, name: str) -> int | str:
+    """A question's id: FastChat's are numbers, a conversation's is FILE#N."""
+    value = fields.content[name]
+    if not isinstance(value, str) and not (is_whole(value) and abs(value) < 2**63):
+        raise fields.wrong(name, "a text or a whole number")
+    return value
 
 
 def require_turns(turns: object, where: str) -> list[str]:
     """The same turns, known to be one or two texts; else ValueError."""
     is_pair = isinstance(turns, list) and 1 <= len(turns) <= 2
     if not is_pair or not all(isinstance(text, str) for text in turns):
-        raise ValueError(
-            f"{where}: turns are one or two texts, not {str(turns)[:60]}; mend the line"
-        )
+        raise ValueError(f"{where}: turns are one or two texts, not {shown(turns)}; mend the line")
     return turns
-
-
-def check_out(out: str, *inputs: str) -> None:
-    """ValueError when the result cannot be written, or would replace what it is made from."""
-    for path in inputs:
-        if path and Path(path).resolve() == Path(out).resolve():
-            raise ValueError(f"--out {out} is an input; give another name")
-    if not Path(out).resolve().parent.is_dir() or Path(out).is_dir():
-        raise ValueError(
-            f"--out {out}: no such folder, or a folder itself; make it first, or give another name"
-        )
 
 
 def write_lines(path: str | Path, rows: Iterable[dict]) -> None:

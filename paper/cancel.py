@@ -32,6 +32,8 @@ TOY_SIZES = 1536, 384
 
 @dataclass(frozen=True)
 class CancelConfig:
+    """The flags of `python -m paper.cancel`."""
+
     # a prepared file, instead of the toy's data
     data: str | None = None
     # number of ShareGPT-like lengths

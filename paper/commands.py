@@ -56,11 +56,17 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class PaperConfig:
+    """The flags of every table and figure of the paper."""
+
+    # a folder for the runs; what is there already is not run again
     out: str = "out/paper"
+    # runs of each kind, each with a seed of its own
     # default: 5 for table2, 3 for the others
     seeds: int | None = None
     # shorten every run to so many steps; with this or --seeds results stay in --out
     steps: int | None = None
+    # runs at a time
+    # default: the cores that this process may use
     processes: int = cores()
     # a folder with real conversations, for paper.seven
     assets: str = ""

@@ -42,6 +42,8 @@ RUNS = 5
 
 @dataclass(frozen=True)
 class PackingConfig:
+    """The flags of `python -m paper.packing`."""
+
     # a prepared file, to compare the ways on its lengths, too
     data: str | None = None
     # number of ShareGPT-like lengths

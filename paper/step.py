@@ -90,15 +90,17 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class StepConfig:
+    """The flags of `python -m paper.step`."""
+
     # the width: cpu, 7b or 13b
     model: str = "cpu"
-    # of a GPU's model
+    # blocks of a GPU's model
     layers: int = 8
     # micro-batches of an optimizer step: the paper's recipe has 2 on each of 8 GPUs
     micro: int = 1
     # how often each contestant runs
     rounds: int = 3
-    # no contestant is begun after so many
+    # no contestant is begun after so many minutes
     minutes: float = 60.0
     # of ours: none, cheap or all
     recompute: str = "none"

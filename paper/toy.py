@@ -53,12 +53,17 @@ Turn = tuple[str, str, bool]
 class ToyConfig:
     """The flags of `python -m paper.toy`; one of out and score."""
 
+    # a folder for the demo's data
     out: str = ""
-    # a folder that train.py has filled
+    # a folder that train.py has filled, to be scored
     score: str = ""
+    # conversations of the expert, who is always right
     experts: int = 500
+    # conversations of the other source, which is wrong six times in ten
     others: int = 5500
+    # prompts that are kept for the score
     heldout: int = 500
+    # of all that is drawn at random
     seed: int = 0
 
 

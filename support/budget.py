@@ -249,10 +249,11 @@ class FitConfig(TrainConfig):
     Without --data it takes --steps steps of batch_tokens each.
     """
 
+    # GPUs of the run
     ranks: int = 1
-    # of one GPU, dense bf16: A100 312; H100, H200 989
+    # what one GPU can compute in a second, dense bf16, in 1e12 FLOPs: A100 312; H100, H200 989
     tflops: float = 312.0
-    # of one GPU
+    # memory of one GPU
     gb: float = 80.0
     # FLOPs that the method needs (recomputation not counted), as a share of what the GPU could do
     mfu: float = 0.45

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -29,7 +30,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -37,8 +45,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_map
 
-from support.files import file_sha256, fsync, written_whole
-from support.ranks import cause, rank
+from support.files import file_sha256, fsync, naming, written_whole
+from support.ranks import cause, is_finite, local_rows, rank
 
 # A run of one process has no process group on purpose.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -76,14 +84,112 @@ class HashedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: Path, mode: str):
-        with HashedFile(path, mode) as stream:
-            yield stream
-        fsync(path)
+        with naming(path):
+            with HashedFile(path, mode) as stream:
+                yield stream
+            fsync(path)
         self.files[path.name] = {"bytes": stream.bytes, "sha256": stream.hash.hexdigest()}
 
     def rename(self, path: Path, new_path: Path):
         super().rename(path, new_path)
         self.files[new_path.name] = self.files.pop(path.name)
+
+
+# ---- reading what a file says, and running nothing
+
+# the file that says what stands where in the others
+METADATA = ".metadata"
+
+# All that a `.metadata` of torch.distributed.checkpoint names, in torch 2.11 and 2.13, where a
+# checkpoint holds fp32 tensors and plain values.
+DCP_METADATA = "torch.distributed.checkpoint.metadata"
+METADATA_NAMES = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "float32"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    (DCP_METADATA, "BytesStorageMetadata"),
+    (DCP_METADATA, "ChunkStorageMetadata"),
+    (DCP_METADATA, "Metadata"),
+    (DCP_METADATA, "MetadataIndex"),
+    (DCP_METADATA, "StorageMeta"),
+    (DCP_METADATA, "TensorProperties"),
+    (DCP_METADATA, "TensorStorageMetadata"),
+    (DCP_METADATA, "_MEM_FORMAT_ENCODING"),
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Knows METADATA_NAMES and no other. A pickle can name any function of Python, to be called."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in METADATA_NAMES:
+            raise ValueError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a checkpoint's `.metadata` says. ValueError: it is not as DCP writes it."""
+    file = path / METADATA
+    raw = file.read_bytes()
+    try:
+        metadata = MetadataUnpickler(io.BytesIO(raw)).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"it holds a {type(metadata).__name__}")
+        for shard in metadata.storage_data.values():
+            require_inside(shard.relative_path)
+    # a damaged pickle may raise anything
+    except Exception as error:
+        raise ValueError(
+            f"{file} is not as torch.distributed.checkpoint writes it ({error}); nothing in it was "
+            f"run. Move {path.name} away: then the checkpoint before it is taken"
+        ) from None
+    return metadata
+
+
+class Reader(FileSystemReader):
+    """DCP's own reads `.metadata` with a pickle.load, which runs what the file says.
+
+    Here it has been read before: DCP takes an error in read_metadata for a file that is missing.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.metadata = read_metadata(path)
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        self.metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return self.metadata
+
+
+class Planner(DefaultLoadPlanner):
+    """DCP's own loads what is no tensor, AdamW's param_groups, with weights_only=False."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        try:
+            loaded = torch.load(value, weights_only=True)
+        # a damaged pickle may raise anything
+        except Exception as error:
+            # torch goes on with advice that does not hold here
+            reason = str(error).partition(". ")[0]
+            reason = re.search(r"GLOBAL \S+|$", str(error))[0] or reason
+            raise ValueError(
+                f"the checkpoint's {name} holds more than numbers and text ({reason}); nothing in "
+                "it was run. Move that step's folder away: then the checkpoint before it is taken"
+            ) from None
+        *parents, last = self.mappings[name]
+        inner = self.original_state_dict
+        for key in parents:
+            inner = inner[key]
+        inner[last] = loaded
+
+
+def require_inside(name: str) -> None:
+    """ValueError: the name of a file leads out of its folder."""
+    if Path(name).name != name:
+        raise ValueError(f"it names {name!r}, outside its folder")
 
 
 # ---- what stands on the disk
@@ -113,16 +219,24 @@ def fault(path: Path, share: slice = slice(None)) -> str | None:
     """
     # Whatever a damaged manifest holds, this is a fault of the checkpoint and no error here.
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_text())
-        if manifest.pop("sha256") != digest(manifest):
+        text = (path / "MANIFEST.json").read_text()
+        manifest = json.loads(text)
+        # the text, too: `1e-05` and `1E-05` are the same number
+        is_same = text == json.dumps(manifest, indent=1)
+        if manifest.pop("sha256") != digest(manifest) or not is_same:
             return "MANIFEST.json changed"
         expected = {}
         for name, entry in manifest["files"].items():
+            require_inside(name)
             expected[name] = entry["bytes"], entry["sha256"]
+        if METADATA not in expected:
+            return f"MANIFEST.json does not list {METADATA}"
         if path.name != f"step-{manifest['step']}":
             return "MANIFEST.json is of another checkpoint"
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"MANIFEST.json missing or changed ({error})"
+    except FileNotFoundError:
+        return "MANIFEST.json missing"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"MANIFEST.json changed ({error})"
 
     for name in sorted(expected)[share]:
         if not is_as_written(path / name, *expected[name]):
@@ -143,6 +257,19 @@ def state_of(model, optimizer) -> dict:
     names = {name for name, _ in model.named_parameters()}
     model_state = {name: tensor for name, tensor in model_state.items() if name in names}
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def first_not_finite(state: dict, prefix: str = "") -> str | None:
+    """The name of a tensor of which this rank's rows hold a NaN or an infinity; None: of none."""
+    for name, value in state.items():
+        found = None
+        if isinstance(value, dict):
+            found = first_not_finite(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor) and not is_finite(local_rows(value)[0]):
+            found = f"{prefix}{name}"
+        if found:
+            return found
+    return None
 
 
 def to_host(state: dict) -> dict:
@@ -213,13 +340,30 @@ class Checkpoints:
     # -- saving
 
     def save(self, step: int, model, optimizer) -> None:
-        """Write checkpoint step-N, every rank its shards. OSError: the old ones are untouched."""
+        """Write checkpoint step-N, every rank its shards. OSError: the old ones are untouched.
+
+        ValueError: a number is not finite, so a run that resumes from here would be lost.
+        """
         self.wait()
         state = state_of(model, optimizer)
+        self._require_finite(step, state)
         if self.thread is None:
             self._write(step, state)
         else:
             self.pending = self.thread.submit(self._write, step, to_host(state))
+
+    def _require_finite(self, step: int, state: dict) -> None:
+        name = self.first_problem(first_not_finite(state))
+        if name is None:
+            return
+        there = steps(self.root)
+        newest = "there is none before it"
+        if there:
+            newest = f"the newest whole one is {self.root}/step-{there[0]}"
+        raise ValueError(
+            f"step {step}: {name} is not finite, so no checkpoint is written and nothing exported; "
+            f"{newest}. Lower --lr, under a new --out"
+        )
 
     def wait(self) -> None:
         """Until the last save has its name, or has raised its OSError."""
@@ -348,7 +492,17 @@ class Checkpoints:
         Each rank reads the shards that it holds now.
         """
         state = state_of(model, optimizer)
-        dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        alone = self.group is None
+        try:
+            dcp.load(
+                state,
+                storage_reader=Reader(path),
+                planner=Planner(),
+                process_group=self.group,
+                no_dist=alone,
+            )
+        except CheckpointException as error:
+            raise cause(error) from None
         # Not strict about names: a tied head's second name is not in it (`state_of`). dcp.load has
         # already refused a checkpoint that lacks any other.
         set_state_dict(

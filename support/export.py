@@ -16,7 +16,7 @@ from model import Config, Model
 from support.export_tokenizer import write_tokenizer
 from support.files import file_sha256, write_json
 from support.hf import SafetensorsWeights, check_manifest, parameter_shapes
-from support.ranks import barrier, local_rows, rank
+from support.ranks import barrier, is_finite, local_rows, rank
 from tokenizer import Tokenizer
 
 # Bytes of a weight file, at most.
@@ -49,7 +49,7 @@ def export(folder: Path, model: Model, config: Config, data, dtype: torch.dtype)
         if is_first:
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
@@ -117,6 +117,12 @@ def write_weights(
 
     shard = {}
     for name, tensor in tensors:
+        # on every rank, so that all stop
+        if not is_finite(tensor, dtype):
+            raise ValueError(
+                f"{name} is not finite in {dtype}, so nothing is exported; lower --lr, under a new "
+                "--out"
+            )
         if write:
             shard[name] = tensor.detach().to("cpu", dtype).contiguous()
             file = file_of[name]
@@ -136,7 +142,13 @@ def save_shard(shard: dict[str, torch.Tensor], path: Path) -> None:
     # safetensors makes a file that only its owner may read, also in the place of one that exists
     path.touch()
     mode = path.stat().st_mode
-    save_file(shard, path, metadata={"format": "pt"})
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    # names no file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} could not be written ({error}); free space or choose another folder"
+        ) from None
     path.chmod(mode)
 
 
@@ -167,8 +179,13 @@ def write_configs(folder: Path, config: Config, tokenizer: Tokenizer, dtype: tor
     padding_idx, whose row gets no gradient.
     """
     write_json(folder / "config.json", config_json(config, dtype, tokenizer.bos, tokenizer.eot))
-    # either id ends an answer, as in sample.py
+    # Either id ends an answer, and tokens are drawn, as in sample.py with its defaults. top_k 0:
+    # from all; without it transformers would draw from the 50 likeliest.
     generation = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": 0,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": [tokenizer.eot, tokenizer.eos],
         "pad_token_id": tokenizer.pad,

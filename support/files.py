@@ -6,6 +6,8 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.fields import read_fields
+
 
 def file_sha256(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hex."""
@@ -15,13 +17,7 @@ def file_sha256(path: str | Path) -> str:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError names a file that holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; fetch the file again")
-    return content
+    return read_fields(path).content
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -49,6 +45,17 @@ def written_whole(path: str | Path):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | Path):
+    """For `with`: an OSError that names no file gets this name. A write to a full disk has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def fsync(path: Path) -> None:

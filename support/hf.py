@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Config, Model, RopeScaling
-from support.files import file_sha256, read_json
+from support.fields import Fields, file_in, read_fields, shown
+from support.files import file_sha256
 from tokenizer import TOKENIZER_FILES
 
 # Fields of config.json, and the values under which model.py computes the same thing. Another value
@@ -39,121 +40,122 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no config.json; give a Hugging Face LLaMA directory")
-    fields = read_json(path)
+    fields = read_fields(path)
     for field, allowed in UNSUPPORTED.items():
-        if field in fields and fields[field] not in allowed:
+        value = fields.content.get(field, allowed[0])
+        if value not in allowed:
             choices = " or ".join(repr(value) for value in allowed if value is not None)
             raise ValueError(
-                f"{path}: {field} = {fields[field]!r} is not supported, only {choices or 'null'}"
+                f"{path}: {field} = {shown(value)} is not supported, only {choices or 'null'}"
             )
-    # directories as old as LLaMA-1 have a key-value head for each query head, and no field for it
-    if fields.get("num_key_value_heads") is None:
-        fields["num_key_value_heads"] = fields.get("num_attention_heads")
-    fields["rope_theta"], scaling = rope_of(fields, path)
-
-    values = {}
-    for name, kind in NUMBERS.items():
-        values[name] = positive(fields, name, kind, path)
+    heads = fields.whole("num_attention_heads", 1, MOST_HEADS)
+    theta, scaling = rope_of(fields)
     config = Config(
-        **values,
-        head_dim=head_dim(fields, path),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings")),
+        hidden_size=fields.whole("hidden_size", 1, MOST_WIDE),
+        intermediate_size=fields.whole("intermediate_size", 1, MOST_WIDE),
+        num_hidden_layers=fields.whole("num_hidden_layers", 1, MOST_LAYERS),
+        num_attention_heads=heads,
+        # directories as old as LLaMA-1 have a key-value head for each query head, and no field
+        num_key_value_heads=fields.whole("num_key_value_heads", 1, MOST_HEADS, default=heads),
+        vocab_size=fields.whole("vocab_size", 1, MOST_TOKENS),
+        max_position_embeddings=context_of(fields),
+        rms_norm_eps=fields.above_0("rms_norm_eps", 1),
+        rope_theta=theta,
+        head_dim=head_dim(fields),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         rope_scaling=scaling,
     )
-    check_multiple(fields, "num_attention_heads", "num_key_value_heads", path)
-
-    # Within its window Mistral is LLaMA. Beyond it a token would not see all tokens before it.
-    window = fields.get("sliding_window")
-    if fields.get("model_type") == "mistral" and window is not None:
-        window = positive(fields, "sliding_window", int, path)
-        context = min(config.max_position_embeddings, window)
-        config = dataclasses.replace(config, max_position_embeddings=context)
+    if heads % config.num_key_value_heads:
+        raise ValueError(
+            f"{path}: num_attention_heads = {heads} is not a multiple of "
+            f"num_key_value_heads = {config.num_key_value_heads}; {fields.remedy}"
+        )
     return config
 
 
-# The fields of Config that are numbers, and their kinds.
-NUMBERS = {f.name: f.type for f in dataclasses.fields(Config) if f.type in (int, float)}
+# The highest sizes that are believed: far above every LLaMA, and low enough that a broken file can
+# neither fill the memory nor keep the program busy.
+MOST_WIDE = 2**18
+MOST_LAYERS = 1000
+MOST_HEADS = 2**12
+MOST_TOKENS = 2**24
+# positions are counted in fp32, which tells whole numbers apart up to here
+MOST_POSITIONS = 2**24
+MOST_THETA = 1e12
+MOST_FACTOR = 1e6
 
 
-def positive(fields: dict, name: str, kind: type, path: Path) -> int | float:
-    """The number above 0, whole or not, that config.json has under this name."""
-    if name not in fields:
-        raise ValueError(f"{path}: no {name}; add the field")
-    value = fields[name]
-    # JSON writes some floats without a point; to Python, true is the number 1
-    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not is_number or not value > 0:
-        words = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{path}: {name} = {value!r} is not {words} above 0; fetch the file again")
-    return value
+def context_of(fields: Fields) -> int:
+    """How many tokens a conversation can have."""
+    context = fields.whole("max_position_embeddings", 1, MOST_POSITIONS)
+    # Within its window Mistral is LLaMA. Beyond it a token would not see all tokens before it.
+    if fields.text("model_type", default="llama") == "mistral" and fields.has("sliding_window"):
+        return min(context, fields.whole("sliding_window", 1, MOST_POSITIONS))
+    return context
 
 
-def check_multiple(fields: dict, whole: str, part: str, path: Path) -> None:
-    if fields[whole] % fields[part]:
-        raise ValueError(
-            f"{path}: {whole} = {fields[whole]} is not a multiple of {part} = {fields[part]}"
-        )
-
-
-def head_dim(fields: dict, path: Path) -> int | None:
+def head_dim(fields: Fields) -> int | None:
     """A head's width; None where it is hidden_size / num_attention_heads, which most have."""
-    if fields.get("head_dim") is None:
-        check_multiple(fields, "hidden_size", "num_attention_heads", path)
-        return None
-    size = positive(fields, "head_dim", int, path)
+    width = fields.whole("hidden_size", 1, MOST_WIDE)
+    heads = fields.whole("num_attention_heads", 1, MOST_HEADS)
+    if fields.has("head_dim"):
+        size = fields.whole("head_dim", 1, MOST_WIDE)
+    elif width % heads == 0:
+        size = width // heads
+    else:
+        raise ValueError(
+            f"{fields.place}: hidden_size = {width} is not a multiple of "
+            f"num_attention_heads = {heads}; {fields.remedy}"
+        )
     # RoPE rotates pairs
     if size % 2:
-        raise ValueError(f"{path}: head_dim = {size} is odd; fetch the file again")
-    if size * fields["num_attention_heads"] == fields["hidden_size"]:
-        return None
-    return size
+        raise ValueError(f"{fields.place}: head_dim = {size} is odd; {fields.remedy}")
+    return None if size * heads == width else size
 
 
 # ---- RoPE: transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters
 
 
-def rope_of(fields: dict, path: Path) -> tuple[float, RopeScaling | None]:
+def rope_of(fields: Fields) -> tuple[float, RopeScaling | None]:
     """(rope_theta, Llama-3.1's scaling or None)."""
-    theta = fields.get("rope_theta")
+    theta = fields.above_0("rope_theta", MOST_THETA, default=None)
     scalings = {}
     for place in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(place)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise ValueError(f"{path}: {place} = {rope!r} is not an object; fetch the file again")
-        scalings[place] = rope_scaling(rope, place, path)
-        theta = rope.get("rope_theta", theta)
+        rope = fields.object(place, default=None)
+        if rope is not None:
+            scalings[place] = rope_scaling(rope)
+            theta = rope.above_0("rope_theta", MOST_THETA, default=theta)
     if len(set(scalings.values())) > 1:
-        raise ValueError(f"{path}: rope_scaling is not as rope_parameters has it; fetch it again")
+        raise ValueError(
+            f"{fields.place}: rope_scaling is not as rope_parameters has it; {fields.remedy}"
+        )
 
     if theta is None:
-        print(f"{path}: no rope_theta; taking 10000, LLaMA-2's", file=sys.stderr)
+        print(f"{fields.place}: no rope_theta; taking 10000, LLaMA-2's", file=sys.stderr)
         theta = 10000.0
     return theta, next(iter(scalings.values()), None)
 
 
-def rope_scaling(rope: dict, place: str, path: Path) -> RopeScaling | None:
+def rope_scaling(rope: Fields) -> RopeScaling | None:
     """What one of the two places says; None for the plain RoPE."""
     # older files have `type` for `rope_type`
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.text("rope_type", default=rope.text("type", default="default"))
     if kind == "default":
         return None
     if kind != "llama3":
         raise ValueError(
-            f"{path}: {place}.rope_type = {kind!r} is not supported, only 'default' or 'llama3'"
+            f"{rope.place}: {rope.within}rope_type = {shown(kind)} is not supported, "
+            "only 'default' or 'llama3'"
         )
-    named = {f"{place}.{name}": value for name, value in rope.items()}
-    values = {}
-    for field in dataclasses.fields(RopeScaling):
-        values[field.name] = positive(named, f"{place}.{field.name}", field.type, path)
-    scaling = RopeScaling(**values)
-    if not scaling.low_freq_factor < scaling.high_freq_factor:
+    low = rope.above_0("low_freq_factor", MOST_FACTOR)
+    high = rope.above_0("high_freq_factor", MOST_FACTOR)
+    if not low < high:
         raise ValueError(
-            f"{path}: {place}.low_freq_factor = {scaling.low_freq_factor} is not below "
-            f"high_freq_factor = {scaling.high_freq_factor}; fetch the file again"
+            f"{rope.place}: {rope.within}low_freq_factor = {low} is not below "
+            f"high_freq_factor = {high}; {rope.remedy}"
         )
-    return scaling
+    context = rope.whole("original_max_position_embeddings", 1, MOST_POSITIONS)
+    return RopeScaling(rope.above_0("factor", MOST_FACTOR), low, high, context)
 
 
 # ---- tokenizer
@@ -277,6 +279,10 @@ class SafetensorsWeights:
         head = self.files.pop("lm_head.weight", None)
         if head is None:
             return
+        if "model.embed_tokens.weight" not in self.files:
+            raise ValueError(
+                f"{folder}: no tensor model.embed_tokens.weight; fetch the files again"
+            )
         theirs = head.get_tensor("lm_head.weight")
         embedding = self.files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
         if not torch.equal(theirs, embedding):
@@ -311,11 +317,13 @@ def weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return ["model.safetensors"]
-    files = read_json(index).get("weight_map")
-    is_map = isinstance(files, dict) and all(isinstance(name, str) for name in files.values())
-    if not is_map:
-        raise ValueError(f"{index}: no weight_map of tensors to files; fetch the file again")
-    return sorted(set(files.values()))
+    weight_map = read_fields(index).object("weight_map")
+    names = {weight_map.text(tensor) for tensor in weight_map.content}
+    if not names:
+        raise ValueError(f"{index}: an empty weight_map; fetch the file again")
+    for name in names:
+        file_in(folder, name, index)
+    return sorted(names)
 
 
 def open_weights(folder: Path, name: str):
@@ -392,18 +400,48 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.floa
 def check_manifest(folder: str | Path) -> None:
     """ValueError names the first file that is not as manifest.json has it.
 
-    For a directory without a manifest a line is printed.
+    For a directory without a manifest, and for files that it does not list, a line is printed.
     """
-    path = Path(folder) / "manifest.json"
+    folder = Path(folder)
+    path = folder / "manifest.json"
     if not path.is_file():
         print(f"{folder}: no manifest.json, files not verified", file=sys.stderr)
         return
-    for name, entry in read_json(path).items():
-        if not is_as_listed(path.with_name(name), entry):
+    listed = read_fields(path).content
+    for name, entry in listed.items():
+        file = file_in(folder, name, path)
+        if not is_as_listed(file, entry):
             raise ValueError(
-                f"{path.with_name(name)}: missing or not as manifest.json has it; fetch or export "
+                f"{file}: missing or not as manifest.json has it; fetch or export "
                 "the directory again"
             )
+    # a tokenizer that was put there later, for one
+    unlisted = [name for name in files_read(folder) if name not in listed]
+    if unlisted:
+        names = ", ".join(unlisted)
+        print(f"{path}: does not list {names}; not verified", file=sys.stderr)
+
+
+def files_read(folder: Path) -> list[str]:
+    """Names of the files of a directory that decide what the model says."""
+    names = ["config.json", "crlft.json", "tokenizer_config.json", *TOKENIZER_FILES]
+    names += ["model.safetensors.index.json", *weight_files(folder)]
+    return [name for name in names if (folder / name).is_file()]
+
+
+def model_digest(folder: str | Path) -> str:
+    """A sha256 that changes with any file that decides what the model says.
+
+    It is that of the manifest, which has all of them; without one, that of the files themselves.
+    """
+    folder = Path(folder)
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        return file_sha256(manifest)
+    digest = hashlib.sha256()
+    for name in files_read(folder):
+        digest.update(f"{name} {file_sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
 
 
 def is_as_listed(file: Path, entry: dict) -> bool:

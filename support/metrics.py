@@ -3,13 +3,27 @@
 import json
 import math
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from support.files import written_whole
+from support.files import naming, written_whole
 from support.ranks import rank
+
+
+# A number that a picture can show is below this, a step far below.
+HUGE = 10**18
+
+
+def has_bar() -> bool:
+    """Is there a terminal, and wide enough for a bar? Some say that they have 0 columns."""
+    if not sys.stderr.isatty():
+        return False
+    return os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def log(text: str) -> None:
@@ -19,19 +33,56 @@ def log(text: str) -> None:
         tqdm.write(text)
 
 
+@contextmanager
+def planning(epochs: int, conversations: int) -> Iterator[Callable[[int], None]]:
+    """Yields say(k), which tells that epoch k, from 1, is planned: by a bar, where all of them take
+    over two seconds and somebody looks. epochs: how many there are, or about so many."""
+    log(f"planning {epochs:,} epochs of {conversations:,} conversations")
+    is_quiet = rank() != 0 or not has_bar()
+    with tqdm(total=epochs, unit="epoch", disable=is_quiet, delay=2, leave=False) as bar:
+
+        def say(k: int) -> None:
+            bar.set_description(f"planning epoch {k} of {epochs}", refresh=False)
+            bar.update(k - 1 - bar.n)
+
+        yield say
+
+
 def read_metrics(path: Path, until: float = math.inf) -> list[dict]:
-    """The lines of a metrics.jsonl, up to a step; without the last where a crash has torn it."""
+    """The lines of a metrics.jsonl, up to a step.
+
+    What is none of ours is read past, whatever bytes it holds: a line that a crash has torn, or
+    that somebody else wrote. A log is a record; nothing that stands in it may stop a run.
+    """
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for raw in path.read_bytes().split(b"\n"):
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = json.loads(raw)
+        # no UTF-8 and no JSON are both a ValueError
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and "step" in line and line["step"] <= until:
+        if isinstance(line, dict) and is_step(line.get("step")) and line["step"] <= until:
             lines.append(line)
     return lines
+
+
+def is_step(value: object) -> bool:
+    # not isinstance: a bool is an int, too
+    return type(value) is int and 0 < value < HUGE
+
+
+def means_of(line: dict, key: str) -> dict[str, float | None]:
+    """{class: mean} under this key of a line, without what is no number; {} where there is none."""
+    found = line.get(key)
+    if not isinstance(found, dict):
+        return {}
+    means = {}
+    for name, mean in found.items():
+        is_number = type(mean) in (int, float) and abs(mean) < HUGE
+        means[name] = float(mean) if is_number else None
+    return means
 
 
 class Log:
@@ -42,6 +93,8 @@ class Log:
 
     def __init__(self, out: Path, start: int, steps: int):
         self.is_first = rank() == 0
+        # the steps that have a validation
+        self.validated = set()
         self.steps = steps
         # off a terminal: some twenty lines a run
         self.every = max(1, steps // 20)
@@ -55,12 +108,15 @@ class Log:
         # Steps after the checkpoint are taken again, so their lines go.
         kept = read_metrics(path, until=start)
         self.skipped = sum("skipped" in line for line in kept)
-        with written_whole(path) as partial:
+        self.validated = {line["step"] for line in kept if "val_loss" in line}
+        with naming(path), written_whole(path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         # a line reaches the file as soon as it is whole
+        self.path = path
         self.file = open(path, "a", buffering=1)
-        # disable=None: no bar where the output is no terminal
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not has_bar(), dynamic_ncols=True
+        )
 
     def write(self, line: dict, tail: str = "") -> None:
         """Add a line to metrics.jsonl and show it. tail: what only the terminal shows."""
@@ -68,7 +124,8 @@ class Log:
             self.in_a_row = 0
         if not self.is_first:
             return
-        self.file.write(json.dumps(line) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps(line) + "\n")
         step = line["step"]
         if "loss" in line:
             self.show_step(line, tail)
@@ -145,8 +202,8 @@ def log_line(step, data, conversations, tally, norm, lr, seconds) -> dict:
     }
 
 
-def plot(folder: str | Path) -> None:
-    """loss.png from metrics.jsonl."""
+def plot(folder: str | Path) -> Path:
+    """loss.png from metrics.jsonl; returns its path."""
     try:
         import matplotlib
     except ImportError:
@@ -167,14 +224,25 @@ def plot(folder: str | Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     curves = ("loss_by_class", "-", "training"), ("val_loss_by_class", "o--", "held-out prompts")
     for key, style, where in curves:
-        drawn = [line for line in lines if key in line]
-        names = drawn[0][key] if drawn else []
+        drawn = []
+        for line in lines:
+            means = means_of(line, key)
+            if means:
+                drawn.append((line["step"], means))
+        names = drawn[0][1] if drawn else []
         for name in names:
-            steps = [line["step"] for line in drawn]
-            means = [line[key][name] for line in drawn]
+            steps = [step for step, _ in drawn]
+            values = [means.get(name) for _, means in drawn]
             label = f"{name}, {where}"
-            axes.plot(steps, means, style, linewidth=1, markersize=3, label=label)
-    axes.set(xlabel="optimizer step", ylabel="nll per supervised token", title=str(folder))
-    axes.legend()
+            axes.plot(steps, values, style, linewidth=1, markersize=3, label=label)
+    axes.set(xlabel="optimizer step", ylabel="nll per supervised token")
+    # names are no formulas, whatever dollar signs they have
+    axes.set_title(str(folder), parse_math=False)
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
     figure.tight_layout()
-    figure.savefig(Path(folder) / "loss.png", dpi=120)
+    picture = Path(folder) / "loss.png"
+    with naming(picture):
+        figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+    return picture

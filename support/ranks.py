@@ -1,9 +1,11 @@
-"""Ranks that meet, leave and fail together."""
+"""Ranks that meet, leave and fail together; and the signals that ask them to."""
 
+import math
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
 
 # ---- who am I
 
@@ -45,6 +48,17 @@ def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
     return parameter.to_local(), me * rows_of_a_rank
 
 
+def is_finite(numbers: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """No NaN and no infinity among them; nor, rounded to dtype, where that is given."""
+    if numbers.numel() == 0:
+        return True
+    # No copy, which isfinite() makes. A NaN makes both NaN.
+    low, high = numbers.detach().aminmax()
+    if dtype is not None:
+        low, high = low.to(dtype), high.to(dtype)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
 def on_first_rank(function: Callable[[], object]) -> object:
     """What function() returns on rank 0, on every rank. Its ValueError is raised on every rank."""
     result, problem = None, None
@@ -60,6 +74,15 @@ def on_first_rank(function: Callable[[], object]) -> object:
     if problem:
         raise problem
     return result
+
+
+def from_all_ranks(value: object) -> list:
+    """What each rank has called this with, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # ---- meeting
@@ -137,6 +160,9 @@ def together(explain: Callable[[BaseException], str | None]) -> Iterator[dist.St
     store = None
     try:
         if "RANK" in os.environ:
+            # torchrun's own mark; another launcher's child may outlive its parent on purpose
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                leave_without_agent()
             store = meet()
         yield store
     except (Exception, CheckpointException) as error:
@@ -189,27 +215,112 @@ def account(error: BaseException, explain: Callable[[BaseException], str | None]
     return traceback.format_exc()
 
 
+def leave_without_agent() -> None:
+    """Let this process end within seconds after torchrun's agent, which started it, has died.
+
+    A rank notices nothing of that by itself: its collectives work on, and it would train beside the
+    ranks that the agent's successor starts.
+    """
+    agent = os.getppid()
+
+    def watch():
+        while os.getppid() == agent:
+            time.sleep(1)
+        if int(os.environ["LOCAL_RANK"]) == 0:
+            print(
+                f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']} leaves: the torchrun that "
+                "started it is gone. The same command resumes from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ---- signals
+
+# The exit status that shells give a command which Ctrl-C has ended.
+SIGNALLED = 130
+
+# Seconds after the first Ctrl-C from which another one means it. Under torchrun a rank gets one
+# Ctrl-C twice: from the terminal, and at once again from its agent.
+MEANT = 1.0
+
+
 class Signals:
     """Within `with`: Ctrl-C and SIGTERM (preemption) ask the loop to save and leave.
 
-    A second signal does not wait for that, nor does one before the loop (in_loop is False).
+    asked: whether this rank has been asked. in_loop: set by the loop; outside of it nothing is
+    there to be saved, and a signal ends the process. A second Ctrl-C quits without saving; SIGTERM
+    never does, since Slurm and torchrun may both send it.
+
+    Python calls a handler only between two lines of Python, and a step has few of them: the main
+    thread waits for the device or for other ranks. The kernel's side of the handler writes the
+    signal's number into a pipe at once (set_wakeup_fd), and a thread reads it there.
     """
 
     def __enter__(self):
-        self.received = None
+        self.asked = False
         self.in_loop = False
-        self.before = {}
+        # when Ctrl-C came first, and whether the line has been said
+        self.first = None
+        self.said = False
+
+        self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.receive)
+            self.handlers[number] = signal.signal(number, self.handle)
+        self.heard, self.tell = os.pipe()
+        os.set_blocking(self.tell, False)
+        self.tell_before = signal.set_wakeup_fd(self.tell)
+        self.thread = threading.Thread(target=self.listen, daemon=True)
+        self.thread.start()
         return self
 
-    def receive(self, number, _frame):
-        # nothing is there to be saved
+    def __exit__(self, *_):
+        signal.set_wakeup_fd(self.tell_before)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        # the thread reads to the end of the pipe
+        os.close(self.tell)
+        self.thread.join()
+        os.close(self.heard)
+
+    def handle(self, _number, _frame):
+        """In the main thread, as soon as it is in Python again."""
         if not self.in_loop:
             raise KeyboardInterrupt
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        self.asked = True
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def listen(self):
+        """In the thread: each signal, as soon as it has come."""
+        while numbers := os.read(self.heard, 64):
+            for number in numbers:
+                if self.in_loop and number in self.handlers:
+                    self.hear(number, time.monotonic())
+
+    def hear(self, number: int, now: float) -> None:
+        self.asked = True
+        is_ctrl_c = number == signal.SIGINT
+        if not self.said:
+            self.said = True
+            again = "; Ctrl-C again quits without saving" if is_ctrl_c else ""
+            self.say(f"{signal.Signals(number).name}: finishing the step and saving{again}")
+        if is_ctrl_c and self.first is None:
+            self.first = now
+        elif is_ctrl_c and now - self.first >= MEANT:
+            # the main thread may be in a collective that never ends
+            self.say("stopped by a second Ctrl-C without saving; an earlier checkpoint remains")
+            os._exit(SIGNALLED)
+
+    def say(self, text: str) -> None:
+        """One line of each node."""
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    def asked_on_any_rank(self) -> bool:
+        """The same on all ranks, so that all stop after the same step."""
+        asked = torch.tensor(float(self.asked))
+        if dist.is_initialized():
+            dist.all_reduce(asked)
+        return asked.item() > 0

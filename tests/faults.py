@@ -239,35 +239,37 @@ def agents(mode, ranks):
     return [agent, agent]
 
 
+def agent(out, flags, words, file, plan=(), restarts=0, **env):
+    """Start a torchrun with these flags, whose ranks run `victim`; it prints into the file."""
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "FAULTS": json.dumps(plan),
+        "JOB": "0",
+        "PYTHONPATH": str(ROOT),
+        **env,
+    }
+    env.pop("TRITON_INTERPRET", None)
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun += [f"--max_restarts={restarts}", "--monitor_interval=0.1", *flags]
+    command = [*torchrun, __file__, "--out", str(out), *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+
+
 def job(out, plan, words, ranks=2, mode="standalone", timeout=900, restarts=None, ok=True):
     """Run train.py's words under torchrun with a fault in each attempt; returns what it printed.
 
     As many restarts as faults, or `restarts`. It must end with exit code 0, or with another one
     where ok is False.
     """
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "FAULTS": json.dumps(plan),
-        "JOB": str(time.time()),
-        "PYTHONPATH": str(ROOT),
-    }
-    env.pop("TRITON_INTERPRET", None)
     if restarts is None:
         restarts = len(plan)
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    torchrun += [f"--max_restarts={restarts}", "--monitor_interval=0.1"]
-    script = [__file__, "--out", out, *words]
-
     log = Path(f"{out}.log")
+    number = str(time.time())
     with open(log, "a") as file:
         started = []
         for flags in agents(mode, ranks):
-            command = [*torchrun, *flags, *map(str, script)]
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT
-            )
-            started.append(process)
+            started.append(agent(out, flags, words, file, plan, restarts, JOB=number))
         try:
             codes = [process.wait(timeout) for process in started]
         finally:

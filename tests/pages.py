@@ -1,15 +1,35 @@
-"""The tables of README and docs, rendered from results/*.json.
+"""The tables of README and docs, rendered from results/*.json; docs/flags.md from the dataclasses
+of the flags.
 
     python tests/pages.py        write them into the pages, after `<!-- name -->`
 
 tests/test_readme.py checks that each page shows what its results say.
 """
 
+import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import PrepareConfig, ShowConfig, StatsConfig  # noqa: E402, after the path
+from evaluation.agieval import AgievalConfig  # noqa: E402
+from evaluation.answers import AnswersConfig  # noqa: E402
+from evaluation.judge import JudgeConfig  # noqa: E402
+from evaluation.report import ReportConfig  # noqa: E402
+from paper.cancel import CancelConfig  # noqa: E402
+from paper.commands import PaperConfig  # noqa: E402
+from paper.packing import PackingConfig  # noqa: E402
+from paper.step import StepConfig  # noqa: E402
+from paper.toy import ToyConfig  # noqa: E402
+from recipe import TrainConfig  # noqa: E402
+from sample import SampleConfig  # noqa: E402
+from support.budget import FitConfig  # noqa: E402
+from support.cli import flags_of  # noqa: E402
+
 RESULTS = ROOT / "results"
 
 # Where our kernels stand in README: one case of each, LLaMA-2 7B's.
@@ -262,7 +282,52 @@ def real_samples() -> str:
     return "\n\n".join(blocks)
 
 
+# ---- the flags
+
+# each entry point, and the field that takes the words which belong to no flag
+ENTRY_POINTS = [
+    ("train.py", TrainConfig, None),
+    ("train.py --dry_run", FitConfig, None),
+    ("data.py prepare", PrepareConfig, "files"),
+    ("data.py show", ShowConfig, "files"),
+    ("data.py stats", StatsConfig, "files"),
+    ("sample.py", SampleConfig, "folder"),
+    ("evaluate.py agieval", AgievalConfig, "model"),
+    ("evaluate.py answers", AnswersConfig, "model"),
+    ("evaluate.py judge", JudgeConfig, "files"),
+    ("evaluate.py report", ReportConfig, "files"),
+    ("-m paper, and each of its tables and figures", PaperConfig, None),
+    ("-m paper.toy", ToyConfig, None),
+    ("-m paper.packing", PackingConfig, None),
+    ("-m paper.cancel", CancelConfig, None),
+    ("-m paper.step", StepConfig, None),
+]
+
+
+def flags() -> str:
+    """docs/flags.md: what --help says, a table for each entry point."""
+    inherited = {field.name for field in dataclasses.fields(TrainConfig)}
+    sections = []
+    for title, config_class, positional in ENTRY_POINTS:
+        rows = []
+        for name, default, lines in flags_of(config_class):
+            # --dry_run takes the run's own flags, too
+            if config_class is FitConfig and name in inherited:
+                continue
+            flag = f"{name.upper()}.." if name == positional else f"--{name}"
+            shown = f"`{default}`" if default else ""
+            for line in lines:
+                if line.startswith("default: "):
+                    shown = line.removeprefix("default: ")
+            said = "<br>".join(line for line in lines if not line.startswith("default:"))
+            rows.append([f"`{flag}`", shown, said])
+        note = "The run's own flags, and:\n\n" if config_class is FitConfig else ""
+        sections.append(f"## {title}\n\n{note}{markdown(['flag', 'default', 'what'], rows)}")
+    return "\n" + "\n\n".join(sections) + "\n"
+
+
 PAGES = {
+    "docs/flags.md": [flags],
     "README.md": [gpu],
     "docs/data.md": [packing, plan_times],
     "docs/kernels.md": [bench],

@@ -5,17 +5,96 @@ import os
 import subprocess
 import sys
 
+import pages
 import pytest
 from conftest import ROOT, call, refused
 
 import data
+import evaluate
+import paper.__main__
+import paper.toy
 import sample
 import train
+from support.cli import flags_of, one_line, run
 
 ROW = {
     "model": "m",
     "conversations": [{"from": "human", "value": "copy a"}, {"from": "gpt", "value": "a"}],
 }
+
+
+# ---- help
+
+
+def helped(monkeypatch, capsys, main, *words):
+    """What a program prints when it is asked for help, and nothing else happens."""
+    monkeypatch.setattr("sys.argv", ["x.py", *words])
+    # it returns: the program ends with 0
+    run(main)
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_every_field_has_a_comment():
+    for title, config_class, _ in pages.ENTRY_POINTS:
+        for name, _, lines in flags_of(config_class):
+            assert lines, f"{title}: --{name} has no comment line directly above its field"
+
+
+MAINS = {
+    "train": train.main,
+    "data": data.main,
+    "sample": sample.main,
+    "evaluate": evaluate.main,
+    "-m paper,": paper.__main__.main,
+    "-m paper.toy": paper.toy.main,
+}
+
+
+def test_help_says_every_flag_with_its_default_and_comment(monkeypatch, capsys):
+    shown = 0
+    for title, config_class, positional in pages.ENTRY_POINTS:
+        name = next((name for name in MAINS if title.split(".py")[0].startswith(name)), None)
+        if name is None:
+            continue
+        words = title.split(".py")[1].split() if ".py" in title else []
+        for asked in ("--help", "-h"):
+            out = helped(monkeypatch, capsys, MAINS[name], *words, asked)
+            for flag, default, lines in flags_of(config_class):
+                start = f"{flag.upper()}.." if flag == positional else f"--{flag}"
+                text = "".join(f"    {line}\n" for line in lines)
+                text += f"    default: {default}\n" if default else ""
+                assert f"\n{start}\n{text}" in out + "\n"
+                shown += 1
+    assert shown > 200
+
+
+def test_help_of_a_program_with_commands_names_them(monkeypatch, capsys):
+    for main, commands in ((data.main, ("prepare", "show", "stats")), (evaluate.main, ("judge",))):
+        out = helped(monkeypatch, capsys, main, "-h")
+        for command in commands:
+            assert f".py {command} " in out
+    # as a user calls it; and a value that looks like a flag is a value
+    out, _ = call("sample.py", "--help")
+    assert "\n--top_p\n" in out
+    assert "give one model directory" in refused(sample.main, "--prompt", "-h")
+
+
+# ---- what is no text
+
+
+def test_arguments_that_are_not_utf8_are_refused():
+    line = refused(sample.main, "x", "--prompt", os.fsdecode(b"caf\xe9"))
+    assert "argument 3, 'caf\\udce9', is not UTF-8 from character 3 on" in line
+
+
+def test_an_error_is_one_line_whatever_stands_in_it():
+    assert one_line(ValueError("a\nb\u2028c")) == "a\\nb\\nc"
+    line = one_line(ValueError(f"x.json:3: {'y' * 10**6}; mend the line"))
+    assert len(line) < 1100
+    assert line.startswith("x.json:3: yyy")
+    assert line.endswith("; mend the line")
 
 
 def refused_prepare(toy, tmp_path, line, *words):
@@ -74,7 +153,7 @@ def test_train_names_what_is_wrong(toy, toy_run, tmp_path):
     assert "neither a directory nor one of toy, small" in fail("--model", "llama-3")
     assert "max_len 128, more than --micro_tokens 64" in fail("--micro_tokens", 64)
     assert "--warmup 3.0 is not from 0" in fail("--warmup", 3)
-    assert "--lr 0.0 is not above 0" in fail("--lr", 0)
+    assert "--lr 0.0 is not from 1e-30 to below 1e30" in fail("--lr", 0)
     assert "--seed -1 is not" in fail("--seed", -1)
     assert not (tmp_path / "run").exists()
 
@@ -171,7 +250,7 @@ def test_sample_names_the_row_that_is_wrong(toy_run, tmp_path):
         return refused(sample.main, toy_run / "hf", "--input", source, "--output", output, *words)
 
     source.write_text('{"prompt": "copy a"}\n{"prompt": 7}\n')
-    assert "in.jsonl:2: no messages" in fail(out)
+    assert "in.jsonl:2: a prompt is" in fail(out)
     source.write_text(json.dumps({"prompt": "a " * 200}))
     assert "nowhere" in fail(tmp_path / "nowhere" / "out.jsonl", "--truncate_left")
     assert "row 1: the prompt has" in fail(out)

@@ -4,6 +4,7 @@ The golden token lists are those of the public trainer.
 """
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -23,7 +24,7 @@ from conversations import (
     template_of,
     tokenize,
 )
-from data import PrepareConfig, Prepared, prepare
+from data import LEDGER, PrepareConfig, Prepared, prepare
 from prompts import tokenize_prompt
 from tokenizer import EOT, Tokenizer
 
@@ -321,29 +322,46 @@ def own():
     line, = [line for line in lines if line.startswith("RssAnon")]
     return int(line.split()[1])
 
-data.Tokenizer = lambda model: None
 before = own()
 prepared = data.Prepared(sys.argv[1])
-assert prepared.weight_sums.sum() == 2**25
+assert prepared.weight_sums.sum() == 2**25 - 2**14
 prepared.batch([0, 1])
 print((own() - before) // 1024)
 """
 
 
+def made_up(path, lengths):
+    """The path of a prepared file of before there were digests: conversations of these lengths, all
+    of whose tokens but the first are trained on."""
+    tokens = int(lengths.sum())
+    arrays = {}
+    arrays["tokens"] = np.ones(tokens, np.int32)
+    arrays["weights"] = np.ones(tokens, np.float32)
+    arrays["offsets"] = np.cumsum([0, *lengths], dtype=np.int64)
+    arrays["weights"][arrays["offsets"][:-1]] = 0
+    arrays["class_ids"] = np.zeros(len(lengths), np.int16)
+    arrays["group"] = np.arange(len(lengths))
+    arrays["tokenizer"] = np.zeros(1, np.uint8)
+    counts = dict.fromkeys(LEDGER, 0)
+    counts["tokens_read"] = tokens
+    counts["prompt"] = len(lengths)
+    counts["trained"] = tokens - len(lengths)
+    meta = {
+        "tokenizer_sha256": hashlib.sha256(arrays["tokenizer"]).hexdigest(),
+        "vocab_size": 99,
+        "template": "none",
+        "max_len": 4096,
+        "classes": [{"name": "A", "condition": "A", "weight": 1}],
+        "expert": "A",
+        "counts": {"A": counts},
+    }
+    save_file(arrays, path, metadata={"crlft": json.dumps(meta)})
+    return path
+
+
 def test_a_prepared_file_is_mapped_not_loaded(tmp_path):
     """Opening 256 MB of tokens and weights costs little memory of one's own, and reading a
     conversation touches only its pages."""
-    n, sentence = 2**25, 2**11
-    arrays = {}
-    arrays["tokens"] = np.ones(n, np.int32)
-    arrays["weights"] = np.ones(n, np.float32)
-    arrays["offsets"] = np.arange(0, n + 1, sentence, dtype=np.int64)
-    arrays["class_ids"] = np.zeros(n // sentence, np.int16)
-    arrays["group"] = np.zeros(n // sentence, np.int64)
-    arrays["tokenizer"] = np.zeros(0, np.uint8)
-    meta = {"classes": [], "counts": {"x": {"trained": n, "prompt": 0}}}
-    path = tmp_path / "x.safetensors"
-    save_file(arrays, path, metadata={"crlft": json.dumps(meta)})
-
+    path = made_up(tmp_path / "x.safetensors", np.full(2**14, 2**11))
     out, _ = call("-c", OPENING, path)
     assert int(out) < 64, out  # MB, of 256

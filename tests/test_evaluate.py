@@ -1,6 +1,7 @@
 """evaluate.py: the official rules item by item, a tiny model through every subcommand, batches that
 went wrong, win rates by counting."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -205,6 +206,23 @@ def test_templates_against_transformers(llama_tokenizer, assets):
 # ---- a tiny model through every subcommand
 
 
+@contextlib.contextmanager
+def stopped_after(batches, monkeypatch):
+    """Ctrl-C in the batch after so many."""
+    real = Speaker.answer
+    made = []
+
+    def answer(self, *args):
+        if len(made) == batches:
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Speaker, "answer", answer)
+        yield
+
+
 def exam_item(question, passage=None, options=("(A)a", "(B)b")):
     return {"passage": passage, "question": question, "options": options, "label": "A"}
 
@@ -222,7 +240,7 @@ def agieval_words(toy_run, exam, max_new):
     return "agieval", toy_run / "hf", *files, "--max_new", max_new
 
 
-def test_agieval_answers_resumes_and_is_scored_again_from_its_file(toy_run, exam, capsys):
+def test_agieval_answers_and_is_scored_again_from_its_file(toy_run, exam, capsys):
     out = exam / "out.jsonl"
     words = agieval_words(toy_run, exam, max_new=4)
     evaluate(*words)
@@ -239,43 +257,47 @@ def test_agieval_answers_resumes_and_is_scored_again_from_its_file(toy_run, exam
     evaluate("report", out)
     assert capsys.readouterr().out.splitlines()[-1] in said.out
 
-    # killed in the middle of a line
-    text = out.read_bytes()
-    out.write_bytes(text[: len(text) // 2])
-    evaluate(*words)
-    assert sorted(lines(out), key=str) == sorted(first, key=str)
-    # killed after its first letters
-    out.write_bytes(out.read_bytes() + b'{"ta')
-    evaluate(*words)
-    assert sorted(lines(out), key=str) == sorted(first, key=str)
-
-    # other settings, other questions, or only prompts: the answers stay
+    # a night of answers is not written over
     kept = out.read_bytes()
-    assert "give another --out" in refused(main, *words[:-1], 5)
+    assert "is there already" in refused(main, *words)
     assert "holds responses" in refused(main, *words, "--prompts_only")
-    write(exam / "sat-en.jsonl", [exam_item("other?")] * 3)
-    assert "to these questions" in refused(main, *words)
     assert out.read_bytes() == kept
+    assert {path.suffix for path in exam.iterdir()} == {".jsonl"}
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_run_of_agieval_goes_on_where_it_was_stopped(toy_run, exam, batches, monkeypatch):
+    """Both passes: answers of few tokens, and those that went on without a letter."""
+    monkeypatch.setattr("evaluation.agieval.FIRST_TOKENS", 2)
+    monkeypatch.setattr(Speaker, "text", lambda self, ids: f"so {'B' if len(ids) > 2 else ids}")
+    words = "agieval", toy_run / "hf", "--data", exam, "--batch", 10, "--out"
+    evaluate(*words, exam / "whole.jsonl")
+    out = exam / "out.jsonl"
+    with stopped_after(batches, monkeypatch):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*words, out)
+    assert not out.exists()
+    evaluate(*words, out)
+    assert out.read_bytes() == (exam / "whole.jsonl").read_bytes()
 
 
 def test_agieval_names_what_is_wrong_and_leaves_other_files_alone(toy_run, exam):
     words = "agieval", toy_run / "hf", "--data", exam
     new = exam / "x.jsonl"
-    notes = exam / "notes.txt"
-    for text in (
-        "a line without an end",
-        '{"model": 1',
-        "[1]\n",
-        '{"task": "sat-en", "index": 0}\n',
-    ):
-        notes.write_text(text)
-        assert "give another --out" in refused(main, *words, "--out", notes)
-        assert notes.read_text() == text
+    partial = exam / "x.jsonl.partial"
+    for text in ("a line without an end", '{"model": 1', "[1]\n", '{"task": "sat-en"}\n'):
+        partial.write_text(text)
+        assert "give another name" in refused(main, *words, "--out", new)
+        assert partial.read_text() == text
+    partial.unlink()
     no_data = refused(main, "agieval", toy_run / "hf", "--data", exam / "no", "--out", new)
     assert "no such file" in no_data
     no_model = refused(main, "agieval", "--data", exam, "--out", new)
     assert "give one model directory" in no_model
     assert "no such folder" in refused(main, *words, "--out", exam / "no" / "x.jsonl")
+    write(exam / "sat-math.jsonl", [exam_item("?") | {"label": ["A"]}])
+    assert "label = ['A'] is not a text" in refused(main, *words, "--out", new)
+    write(exam / "sat-math.jsonl", [exam_item("?")])
     assert "at least 1" in refused(main, *words, "--out", new, "--batch", 0)
     write(exam / "sat-en.jsonl", [exam_item("?", options=None)])
     assert "options a list" in refused(main, *words, "--out", new)
@@ -284,7 +306,9 @@ def test_agieval_names_what_is_wrong_and_leaves_other_files_alone(toy_run, exam)
 def test_a_response_with_a_line_separator_can_be_resumed(toy_run, exam, monkeypatch):
     monkeypatch.setattr(Speaker, "text", lambda self, ids: "A\u2028B\u0085")
     words = agieval_words(toy_run, exam, max_new=1)
-    evaluate(*words)
+    with stopped_after(1, monkeypatch):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*words)
     evaluate(*words)
     assert (exam / "out.jsonl").read_text().count("\n") == 24
 
@@ -294,9 +318,9 @@ def test_a_response_without_a_letter_goes_on_to_the_end_of_the_context(toy_run, 
     real = Speaker.answer_each
     asked = []
 
-    def answer_each(self, prompts, config):
+    def answer_each(self, prompts, config, kept):
         asked.append((len(prompts), config.max_new, config.batch))
-        return real(self, prompts, config)
+        return real(self, prompts, config, kept)
 
     monkeypatch.setattr("evaluation.agieval.FIRST_TOKENS", 2)
     monkeypatch.setattr(Speaker, "answer_each", answer_each)
@@ -321,10 +345,13 @@ def test_a_response_without_a_letter_goes_on_to_the_end_of_the_context(toy_run, 
 
 def test_prompts_that_leave_no_room_lose_their_beginning_and_are_counted(toy_run, exam, capsys):
     write(exam / "sat-en.jsonl", [exam_item("?", passage="long " * 300)])
-    # counted from the file: the second run has nothing to ask
-    for _ in range(2):
-        evaluate(*agieval_words(toy_run, exam, max_new=3))
-        assert "1 prompts cut on the left" in capsys.readouterr().out
+    words = agieval_words(toy_run, exam, max_new=3)
+    with stopped_after(1, pytest.MonkeyPatch()):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*words)
+    # a run that goes on counts those of before, too
+    evaluate(*words)
+    assert "1 prompts cut on the left" in capsys.readouterr().out
 
 
 QUESTIONS = [
@@ -361,9 +388,9 @@ def test_answers_have_two_turns_and_the_category_s_temperature(answered, toy_run
     asked = []
     real = Speaker.answer_each
 
-    def answer_each(self, prompts, config):
+    def answer_each(self, prompts, config, kept):
         asked.append((config.temperature, [self.text(ids) for ids in prompts]))
-        return real(self, prompts, config)
+        return real(self, prompts, config, kept)
 
     monkeypatch.setattr(Speaker, "answer_each", answer_each)
     words = "answers", toy_run, "--bench", "mt", "--questions", questions
@@ -376,6 +403,34 @@ def test_answers_have_two_turns_and_the_category_s_temperature(answered, toy_run
     assert "reverse a b" in second_prompt
     assert TEMPERATURE["stem"] == TEMPERATURE["humanities"] == 0.1
     assert len(TEMPERATURE) == 8
+
+
+def test_answers_go_on_where_they_were_stopped(answered, toy_run, tmp_path, monkeypatch, capsys):
+    """Four lists of prompts, one at each temperature of each turn, and the second turn's prompts
+    hold the first's answers."""
+    questions, _, _ = answered
+    monkeypatch.setattr("time.time", lambda: 1.0)
+    words = "answers", toy_run, "--bench", "mt", "--questions", questions, "--max_new", 8
+    evaluate(*words, "--out", tmp_path / "whole.jsonl", "--name", "m")
+    out = tmp_path / "out.jsonl"
+    words += "--out", out, "--name", "m"
+    for batches in (2, 0, 1):
+        with stopped_after(batches, monkeypatch):
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(*words)
+        said = capsys.readouterr().err
+        assert f"answers are kept in {out}.partial; the same command goes on" in said
+        assert not out.exists()
+        assert "made with seed 0, not 1" in refused(main, *words, "--seed", 1)
+    assert "going on after 3 answers" in said_by(capsys, *words)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def said_by(capsys, *words):
+    """What a command that works says on stderr."""
+    evaluate(*words)
+    return capsys.readouterr().err
 
 
 def test_alpaca_answers_and_the_warning_about_its_own_training_data(toy_run, toy, tmp_path, capsys):
@@ -738,7 +793,7 @@ def test_a_pair_waits_for_its_other_game(pair_requests, tmp_path, capsys):
     words = "judge", lonely, "--requests"
     assert "outputs of all its batches" in refused(main, *words, retry, "--out", out)
     assert "is an input" in refused(main, *words, pair_requests, "--out", lonely)
-    foreign = write(tmp_path / "foreign.jsonl", [{"custom_id": 7, "body": {}}])
+    foreign = write(tmp_path / "foreign.jsonl", [asked[0] | {"custom_id": "7"}])
     new = tmp_path / "x"
     assert "keep the two together" in refused(main, *words, foreign, "--out", new)
     ids = tmp_path / "requests.jsonl.ids.jsonl"
@@ -940,6 +995,32 @@ def test_report_names_a_row_that_is_no_judgment(tmp_path):
     for task, response in (("gaokao", "A"), ("sat-en", 5), ([], "A")):
         row = {"task": task, "label": "A", "response": response}
         assert "the --out of an agieval run" in report_of(row)
+    # of another kind than it must be
+    assert "turn = [1] is not a whole number" in report_of(MT_ROWS[0] | {"turn": [1]})
+    assert "g1_winner = 'B' is not one of" in report_of(MT_ROWS[0] | {"g1_winner": "B"})
+    assert "model_1 = 7 is not a text" in report_of(MT_ROWS[0] | {"model_1": 7})
+    assert "FastChat's numbers" in report_of(MT_ROWS[0] | {"question_id": "\u00b2"})
+    assert "FastChat's numbers" in report_of(MT_ROWS[0] | {"question_id": 10**400})
+
+
+def test_scores_that_are_no_numbers_are_no_verdicts(tmp_path, capsys):
+    rows = [score_row(81, 1, 4)]
+    for score in (None, "9", True, float("nan"), float("inf"), 10**400, -1):
+        rows.append(score_row(82, 1, score))
+    evaluate("report", write(tmp_path / "s.jsonl", rows))
+    said = capsys.readouterr().out
+    assert "| m | 4.00 |  | 4.00 |" in said
+    assert "1 judgments of 1 items; left out: 7 without a verdict" in said
+    assert rating(f"[[{'9' * 400}]]") == -1
+
+
+def test_a_line_of_ids_that_was_changed_is_refused(pair_requests, tmp_path):
+    ids = tmp_path / "requests.jsonl.ids.jsonl"
+    rows = lines(ids)
+    write(ids, [rows[0] | {"model": "another"}, *rows[1:]])
+    batch = write(tmp_path / "batch.jsonl", [])
+    words = "judge", batch, "--requests", pair_requests, "--out", tmp_path / "x"
+    assert "ids.jsonl:1: the line is not as `judge --mode` wrote it" in refused(main, *words)
 
 
 def score_row(question, turn, score, judge="gpt-4"):

@@ -182,6 +182,10 @@ def test_the_end_of_turn_is_the_eos_and_unk_the_pad(toy_run):
     hf = toy_run / "hf"
     config = read_json(hf / "config.json")
     generation = read_json(hf / "generation_config.json")
+    drawn = SampleConfig()
+    assert generation["do_sample"]
+    assert generation["temperature"] == drawn.temperature
+    assert (generation["top_p"], generation["top_k"]) == (drawn.top_p, drawn.top_k or 0)
     tokens = read_json(hf / "tokenizer_config.json")
     added = {
         token["content"]: token["id"] for token in read_json(hf / "tokenizer.json")["added_tokens"]

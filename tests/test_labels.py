@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import time
 from itertools import chain, repeat
 
 import pytest
@@ -17,6 +18,7 @@ from test_data import TABLE, prepared, user
 
 import data
 from conversations import (
+    MOST_CLASSES,
     Classes,
     Conversation,
     Message,
@@ -28,7 +30,9 @@ from conversations import (
     role_texts,
     tokenize,
 )
-from data import PrepareConfig, Prepared, account_lines, read_all
+from data import PrepareConfig, Prepared, account_lines
+from support.makers import Account, Makers
+from support.rows import read_chunks
 
 
 # ---- reading
@@ -116,7 +120,7 @@ def test_formats_are_recognized_by_content_and_may_be_mixed(tmp_path, as_array):
         ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "None is not a text"),
         ("[" * 100_000, "not JSON"),
         ('{"messages": [{"role": ["user"], "content": "x"}]}', "role .'user'. is not one of"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a character"),
         ('{"system": 5, "messages": [{"role": "user", "content": "x"}]}', "system 5 is not a text"),
         ('{"model": 4, "messages": [{"role": "user", "content": "x"}]}', "model 4"),
     ],
@@ -224,6 +228,27 @@ def write(path, *rows):
     return str(path)
 
 
+def read_all(config):
+    """(conversations with weights, classes) of all files, as `prepare` has them."""
+    makers = Makers(config, None, processes=1)
+    highest = data.highest_reward(config, makers)
+    maker = Makers(config, None, processes=1).maker
+    maker.classes.highest_reward = highest
+    conversations = []
+    for path in config.files:
+        for chunk in read_chunks(path):
+            conversations += maker.conversations(chunk)
+    return conversations, maker.classes
+
+
+def account_of(conversations, classes):
+    """What the metadata say of them."""
+    account = Account(classes.decided_by)
+    for conversation in conversations:
+        account.see(conversation)
+    return account.fields(classes.beta)
+
+
 @pytest.fixture
 def assigned(tmp_path):
     """(conversations with weights, classes) of some rows, under flags of `prepare`."""
@@ -262,6 +287,45 @@ def stop(toy, tmp_path):
         return line
 
     return of
+
+
+def test_many_classes_are_found_at_once_and_too_many_are_refused_by_number():
+    """The most that 16 bits hold, in the table and by the rows' own conditions: in linear time."""
+
+    def table(classes):
+        return ",".join(f"label {i}=class {i}:1" for i in range(classes)) + ",label*=rest:1"
+
+    began = time.process_time()
+    classes = Classes(parse_classes(table(MOST_CLASSES - 1)))
+    assert len(classes.all) == MOST_CLASSES
+    for i in (0, 1, 32_000):
+        of_label = Conversation((user("q"),), f"label {i}")
+        assert classes.all[classes.assign(of_label).class_id].name == f"class {i}"
+    assert classes.class_of(Conversation((user("q"),), "label x")).name == "rest"
+    with pytest.raises(ValueError, match="32,768 classes, and at most 32,767"):
+        parse_classes(table(MOST_CLASSES))
+
+    own = Classes()
+    for i in range(MOST_CLASSES):
+        assigned = own.assign(Conversation((user("q"),), condition=f"c{i}"))
+        assert assigned.class_id == i
+    with pytest.raises(ValueError, match="32,768 classes, and at most 32,767"):
+        own.assign(Conversation((user("q"),), condition="one more"))
+    # three times as many as one second is for, with room for a busy machine
+    assert time.process_time() - began < 5
+
+
+def test_labels_are_listed_with_their_classes(toy, tmp_path):
+    rows = [row(model="Model: GPT-4"), row(model="two\nlines " + 99 * "x"), row(), row()]
+    rows += [row(model=f"m{i}") for i in range(9)]
+    source = write(tmp_path / "rows.jsonl", *rows)
+    meta, _ = prepared(tmp_path, [source], toy / "tokenizer.model")
+    lines = data.ledger_table(meta).splitlines()
+    assert "Model: GPT-4 1 -> GPT4" in lines
+    assert "(no label) 2 -> GPT3" in lines
+    assert "two lines.. 1 -> GPT3" in lines
+    # eight are listed
+    assert "other labels 3 -> GPT3" in lines
 
 
 # ---- kinds of files, and formats
@@ -387,7 +451,7 @@ def test_2_a_label_under_another_name_stops_and_is_read_by_its_name(assigned, fi
         assigned(labelled, row(model="Model: GPT-4"), classes=TABLE, label=field)
 
 
-def test_2_a_label_is_asked_only_where_the_table_asks(assigned):
+def test_2_a_label_is_asked_only_where_the_table_asks(assigned, stop):
     several = row(source="flan", dataset="x")
     with pytest.raises(ValueError, match="but source 'flan', dataset 'x'; .*--label source"):
         assigned(several, classes=TABLE)
@@ -395,8 +459,8 @@ def test_2_a_label_is_asked_only_where_the_table_asks(assigned):
     assert conversations[0].condition == "SFT"
     conversations, _ = assigned(several | {"condition": "GPT3"}, classes=TABLE)
     assert conversations[0].condition == "GPT3"
-    with pytest.raises(ValueError, match="--label sorce: no row of .*rows.jsonl has a text"):
-        assigned(several, classes="*=SFT:1", label="sorce")
+    line = stop(several, "--classes", "*=SFT:1", "--label", "sorce")
+    assert "--label sorce: no row of" in line and "rows.jsonl has a text" in line
 
 
 def test_3_an_answers_weight_is_its_own_then_the_rows_then_the_classes(assigned, answer_weights):
@@ -409,7 +473,7 @@ def test_3_an_answers_weight_is_its_own_then_the_rows_then_the_classes(assigned,
     assert answer_weights(*rows, classes=table) == [0.7, 0.6, 0.5, 0.4, 0.3, 0.0]
     conversations, classes = assigned(*rows, classes=table)
     assert classes.decided_by == {"message": 4, "row": 1, "class": 1}
-    (line,) = account_lines(data.account(conversations, classes))
+    (line,) = account_lines(account_of(conversations, classes))
     assert line == "weights of answers: 4 by the message, 1 by the row's weight, 1 by the class"
 
 
@@ -417,7 +481,7 @@ def test_3_a_users_weight_is_its_own_or_0(assigned):
     messages = [ASKED | {"weight": 0.5}, ANSWERED, ASKED, ANSWERED]
     conversations, classes = assigned({"messages": messages, "weight": 2}, classes="*=A:1")
     assert [m.weight for m in conversations[0].messages] == [0.5, 2, 0, 2]
-    lines = account_lines(data.account(conversations, classes))
+    lines = account_lines(account_of(conversations, classes))
     assert "messages of users with a weight of their own: 1" in lines
 
 
@@ -430,7 +494,7 @@ def test_4_rewards_become_weights_beside_the_highest_of_all_files(tmp_path, assi
     weights = [c.messages[1].weight for c in conversations]
     assert weights == [1.0, 0.25, pytest.approx(math.exp(-2)), 0.25]
     assert classes.decided_by == {"reward": 2, "message": 2}
-    line = account_lines(data.account(conversations, classes))[-1]
+    line = account_lines(account_of(conversations, classes))[-1]
     size = (1.5 + math.exp(-2)) ** 2 / (1 + 2 / 16 + math.exp(-4))
     assert line.startswith("rewards from -1 to 2, beta 1.5: effective sample size")
     assert line.endswith(f"{size:.1f} of 4 answers")
@@ -547,7 +611,7 @@ def test_what_looks_like_a_label_a_weight_or_a_reward_and_is_not_used_is_named(a
         row(answer(loss_scale=2), scores=[1]),
     ]
     conversations, classes = assigned(*rows, classes="*=A:1")
-    found = data.account(conversations, classes)
+    found = account_of(conversations, classes)
     assert found["unread"] == {
         "source": 2,
         "a message's reward": 1,

@@ -6,13 +6,20 @@ import sys
 import pytest
 from conftest import ROOT
 
-SUPPORT_WITHOUT_RANKS = {"support.cli", "support.files", "support.hf", "support.rows"}
+SUPPORT_WITHOUT_RANKS = {
+    "support.cli",
+    "support.fields",
+    "support.files",
+    "support.hf",
+    "support.kept",
+    "support.rows",
+}
 
 # A room, and what it may import beyond the standard library: rooms of ours, and packages. `support`
 # stands for all of its rooms, `support.cli` for one. What a room must not know is what is not here.
 MAY = {
     # a tokenizer's file, but no template and no class
-    "tokenizer.py": {"sentencepiece", "tokenizers"},
+    "tokenizer.py": {"sentencepiece", "tokenizers", "support.fields"},
     # conversation files, but no batch, no device, no model
     "conversations.py": {"numpy", "tokenizer", "support.rows"},
     # pure in lengths, seed and epoch: no conversation, no rank, no model
@@ -26,8 +33,8 @@ MAY = {
     # the prepared file: no process group, no model
     "data.py": {
         *("conversations", "packing", "recipe", "tokenizer"),
-        *("support.cli", "support.files"),
-        *("numpy", "safetensors", "tqdm", "matplotlib"),
+        *("support.arrays", "support.cli", "support.fields", "support.makers"),
+        *("numpy", "tqdm", "matplotlib"),
     },
     # directories, ranks, devices, the clock: not those who call it
     "support/": {
@@ -120,6 +127,17 @@ def test_no_rank_and_no_pickle_through_any_import(room):
     """A prepared file or a directory may be a stranger's: what opens one runs nothing it says."""
     for name, where in reached(ROOT / room).items():
         assert not name.startswith(("torch.distributed", "pickle")), f"{where} imports {name}"
+
+
+@pytest.mark.parametrize("room", ["sample.py", "evaluate.py"])
+def test_nobody_they_reach_loads_a_pickle(room):
+    """torch.load can be one; weights come from safetensors."""
+    files = {ROOT / room} | {file_of(name) for name in reached(ROOT / room)}
+    assert len(files) > 5
+    for path in files - {None}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_load = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
+            assert not is_load, f"{path.name}:{node.lineno} calls torch.load"
 
 
 def test_nothing_imports_in_a_circle():

@@ -3,25 +3,32 @@ can get wrong."""
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import call, refused
+from conftest import ROOT, call, refused
 
 from conversations import Message
 from model import SIZES, KVCache
-from prompts import PROMPTS
+from prompts import BASELINES, PROMPTS
 from sample import (
     Answer,
     SampleConfig,
     Speaker,
+    chat,
     check_comparison,
     choose,
     main,
     read_prompts,
     say,
     split_conditions,
+    uniforms,
 )
+from support.kept import KeptAnswers
 
 GREEDY = SampleConfig(temperature=0, max_new=12)
 QUESTIONS = "copy a b c d", "reverse h g f e d c b", "sort", "shift a a a a a", "a"
@@ -87,7 +94,7 @@ def test_unequal_prompts_in_one_batch_give_each_prompts_own_text(speaker):
 
 def test_an_answer_ends_at_the_turns_end_at_max_new_or_at_the_contexts(speaker, monkeypatch):
     plan = iter([[5, 5], [speaker.tokenizer.eot, 5], [7, 5], [7, 5]])
-    monkeypatch.setattr("sample.choose", lambda logits, config, generator: torch.tensor(next(plan)))
+    monkeypatch.setattr("sample.choose", lambda logits, config, uniform: torch.tensor(next(plan)))
     answers = speaker.answer(ids_of(speaker, "copy a", "sort b"), greedy(4))
     assert answers == [([5], "stop"), ([5, 5, 5, 5], "length")]
     monkeypatch.undo()
@@ -102,8 +109,8 @@ def test_choose():
 
     def draw(**how):
         """How often each of the four tokens is drawn."""
-        generator = torch.Generator().manual_seed(0)
-        tokens = choose(logits.clone(), SampleConfig(**how), generator)
+        uniform_B = uniforms(0, range(4000), 1)[0]
+        tokens = choose(logits.clone(), SampleConfig(**how), uniform_B)
         return torch.bincount(tokens, minlength=4) / 4000
 
     # the first two in the order of their mass: tokens 1 and 3
@@ -116,6 +123,39 @@ def test_choose():
     # the first.
     assert torch.allclose(draw(temperature=1.0, top_p=0.7), two, atol=0.03)
     assert draw(temperature=1.0, top_p=0.6).tolist() == [0, 1, 0, 0]
+
+
+def test_a_prompts_random_numbers_follow_from_the_seed_and_its_number():
+    numbers = uniforms(3, [0, 7, 2**40], 50)
+    assert numbers.shape == (50, 3)
+    assert 0 <= numbers.min() < 0.05 < 0.95 < numbers.max() < 1
+    # whatever is beside it, and however long it is
+    assert torch.equal(uniforms(3, [7], 20)[:, 0], numbers[:20, 1])
+    assert not torch.equal(uniforms(4, [7], 50)[:, 0], numbers[:, 1])
+    # evenly spread over prompts, in every step
+    means = uniforms(0, range(4000), 8).mean(1)
+    assert torch.allclose(means, torch.full((8,), 0.5), atol=0.02)
+
+
+def test_the_ends_of_the_random_numbers_draw_tokens_that_have_a_mass():
+    logits = torch.tensor([[-torch.inf, 1.0, 3.0, 2.0, -torch.inf, -torch.inf]]).repeat(3, 1)
+    # the largest fp32 below 1, and, as rounding may make it, 1 itself
+    uniform_B = torch.tensor([0.0, 1 - 2.0**-24, 1.0])
+    for how in ({}, {"top_k": 3}, {"top_p": 0.999}):
+        config = SampleConfig(temperature=1.0, **how)
+        assert choose(logits.clone(), config, uniform_B).tolist() == [2, 1, 1]
+    config = SampleConfig(temperature=1.0, top_k=2)
+    assert choose(logits.clone(), config, uniform_B).tolist() == [2, 3, 3]
+
+
+def test_answers_do_not_depend_on_what_is_answered_beside_them(speaker):
+    prompts = ids_of(speaker, *QUESTIONS)
+    together = []
+    for batch in (1, 2, 5):
+        speaker.asked = 0
+        config = SampleConfig(temperature=1.0, max_new=12, batch=batch)
+        together.append(speaker.answer_all(prompts, config))
+    assert together[0] == together[1] == together[2]
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(speaker, monkeypatch):
@@ -133,7 +173,8 @@ def test_the_seed_decides(speaker):
     prompts = ids_of(speaker, *QUESTIONS)
 
     def draw(seed):
-        speaker.generator.manual_seed(seed)
+        speaker.seed = seed
+        speaker.asked = 0
         return speaker.answer(prompts, SampleConfig(temperature=1.0, max_new=12))
 
     assert draw(1) == draw(1)
@@ -173,7 +214,7 @@ def test_conditions_and_templates(toy_run, speaker):
     assert ask(condition="GPT3") == "<s> GPT3 User: copy a<|end_of_turn|> GPT3 Assistant:"
     assert ask(template="base") == "<s> copy a"
     for how in (dict(condition="GPT5"), dict(template="chatml")):
-        with pytest.raises(ValueError, match="GPT3|before_speaker"):
+        with pytest.raises(ValueError, match="GPT3|<.im_end.>"):
             ask(**how)
 
 
@@ -253,9 +294,7 @@ def test_prompts_of_a_file_that_were_cut_are_counted(toy_run, tmp_path, capsys):
 
 def test_streaming_prints_the_answer_once(speaker, capsys, monkeypatch):
     plan = iter([*speaker.tokenizer.encode("a b c d"), speaker.tokenizer.eot])
-    monkeypatch.setattr(
-        "sample.choose", lambda logits, config, generator: torch.tensor([next(plan)])
-    )
+    monkeypatch.setattr("sample.choose", lambda logits, config, uniform: torch.tensor([next(plan)]))
     (ids,) = ids_of(speaker, "copy a b c d")
     assert say(speaker, ids, GREEDY) == (speaker.tokenizer.encode("a b c d"), "stop")
     assert capsys.readouterr().out == "a b c d\n"
@@ -290,6 +329,179 @@ def test_mean_logprobs_are_those_of_tokens_fed_one_at_a_time(speaker):
     # whether the end of turn counts, and after which prompt, shows
     assert abs(want[0] - one_at_a_time(speaker, prompts[0], answers[1])) > 1e-2
     assert abs(want[0] - one_at_a_time(speaker, prompts[1], answers[0])) > 1e-4
+
+
+# ---- answers that survive
+
+
+def stopped_after(batches, monkeypatch):
+    """Ctrl-C in the batch after so many; returns how often batches were made."""
+    real = Speaker.answer
+    made = []
+
+    def answer(self, *args):
+        if len(made) == batches:
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(self, *args)
+
+    monkeypatch.setattr(Speaker, "answer", answer)
+
+
+@pytest.mark.parametrize("condition", ["GPT4", "GPT3,GPT4"])
+def test_answers_survive_and_end_as_if_uninterrupted(
+    toy_run, tmp_path, condition, monkeypatch, capsys
+):
+    source = tmp_path / "in.jsonl"
+    rows = [{"prompt": f"copy {' '.join('abcdefgh'[: 1 + i % 8])}"} for i in range(12)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = ["--temperature", 1, "--max_new", 9, "--batch", 3, "--condition", condition]
+    whole = tmp_path / "whole.jsonl"
+    sample(toy_run / "hf", "--input", source, "--output", whole, *how)
+
+    target = tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    words = toy_run / "hf", "--input", source, "--output", target, *how
+    kept = 0
+    for batches in (2, 1):
+        with monkeypatch.context() as patch:
+            stopped_after(batches, patch)
+            with pytest.raises(KeyboardInterrupt):
+                sample(*words)
+        kept += 3 * batches
+        said = capsys.readouterr().err
+        assert f"{kept} answers are kept in {partial}; the same command goes on" in said
+        assert not target.exists()
+        # killed in the middle of a line
+        partial.write_bytes(partial.read_bytes() + b'{"part": "GPT4", "ro')
+    # whole lines that a reader can read
+    row = json.loads(partial.read_text().splitlines()[1])
+    assert row.keys() == {"part", "row", "text", "finish", "ids"}
+
+    # another command is refused by what differs, and leaves all as it is
+    before = partial.read_bytes()
+    for flags, message in (
+        (["--temperature", 0.5], "made with temperature 1.0, not 0.5"),
+        (["--seed", 1], "made with seed 0, not 1"),
+        (["--batch", 4], "made with batch 3, not 4"),
+        (["--condition", "GPT3"], "made with condition"),
+    ):
+        line = refused(main, *words, *flags)
+        assert message in line
+        assert f"the command of then goes on with its {kept} answers" in line
+    source.write_text(source.read_text().replace("copy a b", "sort a b"))
+    assert "made with prompts" in refused(main, *words)
+    source.write_text(source.read_text().replace("sort a b", "copy a b"))
+    assert partial.read_bytes() == before
+
+    sample(*words)
+    assert target.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+
+
+def test_a_file_of_answers_that_is_none_or_is_broken(toy_run, tmp_path, monkeypatch):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "copy a"}\n{"prompt": "copy b"}\n')
+    target = tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    words = toy_run / "hf", "--input", source, "--output", target, "--batch", 1, "--max_new", 3
+    with monkeypatch.context() as patch:
+        stopped_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            sample(*words)
+    good = partial.read_text()
+    head, answer = good.splitlines()
+    for text, message in (
+        ("my notes", "not a file of answers"),
+        ("my notes\n", "partial:1: not JSON"),
+        ("{}\n", "partial:1: no began"),
+        (good + "[]\n", "partial:3: not a JSON object"),
+        (good + '{"part": 1}\n', "partial:3: part = 1 is not a text"),
+        (good.replace('"ids": [', '"ids": [97, '), "partial:2: ids are no list of token ids"),
+        (good.replace('"ids": [', '"ids": [-1, '), "partial:2: ids are no list of token ids"),
+        (good.replace('"row": 0', '"row": -1'), "partial:2: row = -1"),
+        (good.replace('"finish": "', '"finish": "x'), "is not stop or length"),
+    ):
+        if text != good:
+            partial.write_text(text)
+            line = refused(main, *words)
+            assert message in line
+            assert "remove the file to begin again" in line
+            assert partial.read_text() == text
+    # cut short in its first line: nothing was kept
+    partial.write_text(head[:30])
+    sample(*words)
+    assert len(target.read_text().splitlines()) == 2
+    assert not partial.exists()
+
+
+def test_two_processes_do_not_write_one_file_of_answers(tmp_path):
+    with KeptAnswers(tmp_path / "out", {"seed": 0}, 97) as kept:
+        kept.part("a").add([0], [Answer([5], "stop")], ["e"])
+        with pytest.raises(ValueError, match="out.partial is being written by another process"):
+            KeptAnswers(tmp_path / "out", {"seed": 0}, 97).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_ctrl_c_and_sigkill_of_a_process(toy_run, tmp_path):
+    """As at a keyboard: 400 prompts, stopped while they are answered, by either signal."""
+    source = tmp_path / "in.jsonl"
+    rows = [{"prompt": f"copy {' '.join('abcdefgh'[: 1 + i % 8])}"} for i in range(400)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = toy_run / "hf", "--input", source, "--batch", 4, "--temperature", 1, "--output"
+    sample(*words, tmp_path / "whole.jsonl")
+    target = tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    command = [sys.executable, "sample.py", *map(str, words), str(target)]
+    kept = 0
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while not partial.exists() or partial.read_text().count("\n") < kept + 20:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate()
+        if number == signal.SIGINT:
+            assert process.returncode == 130
+            assert "the same command goes on" in said
+            assert "Traceback" not in said
+        kept = partial.read_text().count("\n")
+    sample(*words, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# ---- text that is not UTF-8
+
+
+def test_what_is_typed_into_a_chat_may_be_no_utf8(toy_run, speaker, monkeypatch, capsys):
+    typed = iter(["copy a \udcff", "copy \udce9", ""])
+    monkeypatch.setattr("builtins.input", lambda *_: next(typed))
+    chat(speaker, greedy(4))
+    said = capsys.readouterr()
+    assert said.err.count("U+FFFD") == 1
+
+
+def test_a_row_with_half_a_character_is_refused_before_any_work(toy_run, tmp_path):
+    source = tmp_path / "in.jsonl"
+    files = "--input", source, "--output", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "copy \\ud83d"}\n')
+    assert "in.jsonl:2: " in refused(main, toy_run / "hf", *files)
+    source.write_bytes(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
+    assert "in.jsonl:2: " in refused(main, toy_run / "hf", *files)
+    # of another field, which would be written at the end
+    source.write_text('{"prompt": "a", "note": "\\udc00"}\n')
+    assert "in.jsonl:1: " in refused(main, toy_run / "hf", *files)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_the_refusal_of_an_input_names_both_forms(toy_run, tmp_path):
+    source = tmp_path / "in.jsonl"
+    files = "--input", source, "--output", tmp_path / "out.jsonl"
+    for row in ({"text": "a"}, {"prompt": 7}, "a", None):
+        source.write_text(json.dumps(row))
+        line = refused(main, toy_run / "hf", *files)
+        assert 'in.jsonl:1: a prompt is {"prompt": "text"}, or {"messages": [' in line
 
 
 def answered(toy_run, tmp_path, *words):
@@ -391,7 +603,7 @@ def test_templates_without_a_condition_cannot_compare():
         except ValueError as error:
             assert "has no place for a condition" in str(error)
             refuse.append(template)
-    assert refuse == ["none", "vicuna", "llama-2-chat", "guanaco", "ultralm", "openchat", "base"]
+    assert refuse == ["none", *BASELINES, "openchat", "base"]
 
 
 def test_comparisons_that_are_refused(toy_run, tmp_path):

@@ -161,7 +161,7 @@ def test_the_tally_has_the_mean_of_each_class_over_its_own_rows(toy):
     assert batch.class_R.tolist() == [0, 0, 0, 1, 1]
     nll_T = torch.tensor([1.0, 2.0, 6.0, 99.0, 5.0, 7.0, 99.0])
     correct_T = torch.tensor([1.0, 0.0, 0.0, 9.0, 1.0, 1.0, 9.0])
-    tally = Tally(3, "cpu", stop=True)
+    tally = Tally(3, "cpu", asked=lambda: True)
     tally.add(batch, torch.tensor(21.0), nll_T, correct_T)
     tally.add(batch, torch.tensor(42.0), 2 * nll_T, correct_T)
     tally.reduce()
@@ -464,7 +464,7 @@ def test_ranks_that_plan_other_steps_stop_with_one_line(toy, tmp_path):
     assert done.returncode != 0
     (line,) = re.findall(r"^differ.py: .*", done.stderr, re.M)
     assert "rank 1 plans other steps than rank 0 (plan_sha256" in line
-    assert not (tmp_path / "run").exists()
+    assert names_in(tmp_path / "run") == ["lock"]
 
 
 # ---- what a run logs and leaves
@@ -539,7 +539,8 @@ EXPORTED = {
 
 
 def test_what_a_run_leaves(toy_run):
-    assert set(names_in(toy_run)) == {"run.json", "metrics.jsonl", "loss.png", "checkpoints", "hf"}
+    names = {"run.json", "metrics.jsonl", "loss.png", "checkpoints", "hf", "lock"}
+    assert set(names_in(toy_run)) == names
     assert names_in(toy_run / "checkpoints") == ["latest", "step-50", "step-60"]
     assert EXPORTED < set(names_in(toy_run / "hf"))
     line = metrics(toy_run)[-1]
