@@ -141,7 +141,7 @@ def test_pretrain_lr_is_refused_where_nothing_is_computed_from_it(data, tmp_path
     assert "--lr 0.0001 is the learning rate itself" in both and "give one of them" in both
     preset = refused(main, *run, "--model", "toy", "--pretrain_lr", 5e-5)
     assert "--pretrain_lr 5e-05 is for a base; toy is trained from random weights" in preset
-    assert "--pretrain_lr 0.0 is not above 0" in refused(
+    assert "--pretrain_lr 0.0 is not from 1e-30" in refused(
         main, *run, "--model", tied_base, "--pretrain_lr", 0
     )
     assert not (tmp_path / "run").exists()
