@@ -10,11 +10,13 @@ text_davinci_001's, in two arms of the same budget:
     c-rlft          the prompt says the class: `GPT4 User:`, `GPT3 User:`
     no-condition    the prompt is `User:` for both
 
-Both have the paper's weights, 1 for the expert's answers and 0.1 for the other's. Prompts are held
-out, never rows. What is then measured, of all sources of the files, stands in real_measure.py. The
-model and the data are prepared, trained and exported by the project's own commands.
+Both have the same weights: 1 for the expert's answers and, as in the paper, 0.1 for the other's.
+Prompts are held out, never rows. What is then measured, of all sources of the files, stands in
+real_measure.py. The model and the data are prepared, trained and exported by the project's own
+commands.
 """
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -30,7 +32,7 @@ from conversations import Fields, parse
 from paper.code_hash import ROOT
 from paper.commands import cores
 from paper.real_base import fetch_base
-from paper.real_measure import ARMS, HELD_OUT, MAX_LEN, held_out, measure, samples
+from paper.real_measure import ARMS, HELD_OUT, held_out, measure, samples
 from paper.real_report import publish
 from paper.runs import prepared
 from sample import tokenizer_file
@@ -40,11 +42,10 @@ from support.rows import read_rows
 
 STEPS = 150
 # The condition is learned late: many small steps at a high rate teach more of it than few large.
-BATCH_TOKENS = 1024
 LR = 5e-4
 SAVE_EVERY = 25
-# the paper's weights; the conditions are those of its prompts
-TABLE = "GPT4=GPT4:1.0,GPT3=GPT3:0.1"
+# the conditions are those of the paper's prompts
+TABLE = "GPT4=GPT4:1.0,GPT3=GPT3:{}"
 # Of one core, where the committed results were made.
 TOKENS_PER_S = 100
 # Measuring and sampling take about so many tokens' training.
@@ -62,19 +63,38 @@ class RealConfig:
     # what that field has for the two sources that are trained on; all others are only measured
     expert: str = "Model: GPT-4"
     other: str = "Model: text_davinci_001"
+    # the weight of the other's answers; the expert's is 1
+    weight: float = 0.1
     # a Hugging Face directory to fine-tune
     # default: SmolLM2-135M-Instruct, fetched by pip
     base: str | None = None
     out: str = "out/real"
-    # shorten both arms to so many steps
+    # of either arm, and tokens of each at most
     steps: int = STEPS
-    # arms trained at a time: 3.5 GB of memory each
+    batch_tokens: int = 1024
+    # tokens of a conversation; longer ones are cut
+    max_len: int = 256
+    # arms trained at a time: 4.5 GB of memory each
     processes: int = min(len(ARMS), cores())
 
     @property
-    def is_whole(self) -> bool:
-        """Whether this is the run whose results the repository has."""
-        return self == RealConfig(self.files, out=self.out, processes=self.processes)
+    def changed(self) -> dict:
+        """{flag: its value} of those that change the results, where they are not the defaults."""
+        names = {field.name for field in dataclasses.fields(self)}
+        names -= {"files", "out", "processes"}
+        mine, defaults = dataclasses.asdict(self), dataclasses.asdict(RealConfig())
+        return {
+            name: mine[name] for name in defaults if name in names and mine[name] != defaults[name]
+        }
+
+
+# (flag, least, most)
+BOUNDS = (
+    ("steps", 1, 10**6),
+    ("batch_tokens", 64, 10**6),
+    ("max_len", 64, 10**6),
+    ("processes", 1, len(ARMS)),
+)
 
 
 # ---- conversations
@@ -115,12 +135,13 @@ def training_rows(rows: list[dict], config: RealConfig) -> list[dict]:
 def prepare_arms(config: RealConfig, rows: list[dict], base: Path) -> list[Path]:
     """Both arms' folders, each with its prepared file."""
     tokenizer = tokenizer_file(base)
+    table = TABLE.format(config.weight)
     folders = []
     for arm, template in ARMS.items():
         folder = Path(config.out) / arm
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "train.safetensors"
-        prepared(path, training_rows(rows, config), TABLE, tokenizer, template, max_len=MAX_LEN)
+        prepared(path, training_rows(rows, config), table, tokenizer, template, config.max_len)
         folders.append(folder)
     return folders
 
@@ -162,7 +183,7 @@ def start(folder: Path, base: Path, config: RealConfig, threads: int) -> subproc
         "model": base,
         "out": folder,
         "steps": config.steps,
-        "batch_tokens": BATCH_TOKENS,
+        "batch_tokens": config.batch_tokens,
         "lr": LR,
         "val_fraction": HELD_OUT,
         "val_every": config.steps,
@@ -200,11 +221,11 @@ def forecast(config: RealConfig) -> str:
     """What the run will take, said before it starts."""
     left = len(ARMS) * config.steps
     left -= sum(steps_taken(Path(config.out) / arm) for arm in ARMS)
-    seconds = (left * BATCH_TOKENS + TOKENS_OF_REPORT) / TOKENS_PER_S / cores()
+    seconds = (left * config.batch_tokens + TOKENS_OF_REPORT) / TOKENS_PER_S / cores()
     return (
-        f"{left:,} steps of {BATCH_TOKENS:,} tokens to take, then the measurement: about "
+        f"{left:,} steps of {config.batch_tokens:,} tokens to take, then the measurement: about "
         f"{seconds / 60:.0f} min on {cores()} cores of {TOKENS_PER_S} tokens/s, "
-        f"{3.5 * config.processes:.0f} GB of memory, 5 GB of disk in {config.out}. "
+        f"{4.5 * config.processes:.1f} GB of memory, 5 GB of disk in {config.out}. "
         "Stop it when you like; the same line goes on"
     )
 
@@ -218,10 +239,14 @@ def check_flags(config: RealConfig) -> None:
         raise ValueError(
             "name the conversations: python -m paper.real FILE.. (docs/real.md says where some lie)"
         )
-    for name, most in (("steps", 10**6), ("processes", len(ARMS))):
+    for name, least, most in BOUNDS:
         value = getattr(config, name)
-        if not 1 <= value <= most:
-            raise ValueError(f"--{name} {value} is not from 1 to {most:,}")
+        if not least <= value <= most:
+            raise ValueError(f"--{name} {value} is not from {least} to {most:,}")
+    if config.batch_tokens < config.max_len:
+        raise ValueError(f"--batch_tokens {config.batch_tokens} is below --max_len, a conversation")
+    if not 0 < config.weight <= 1:
+        raise ValueError(f"--weight {config.weight:g} is not above 0 and at most 1, the expert's")
     if config.expert == config.other:
         raise ValueError(f"--expert and --other are both {config.expert!r}; name two sources")
     try:
@@ -242,7 +267,7 @@ def main(argv: list[str]) -> None:
 
     torch.set_num_threads(cores())
     out = Path(config.out)
-    measured = measure(out, rows)
+    measured = measure(out, rows, config.max_len)
     publish(config, rows, measured, samples(out, rows))
 
 

@@ -31,8 +31,6 @@ from paper.seven import HELD_OUT, is_held_out
 from sample import SampleConfig, Speaker
 from support.files import file_sha256
 
-# tokens of a conversation, the prompt included; longer ones are cut
-MAX_LEN = 256
 # {arm: its template}
 ARMS = {"c-rlft": "before_speaker", "no-condition": "none"}
 # {how is asked: (arm, condition)}
@@ -53,7 +51,7 @@ def held_out(rows: list[dict]) -> dict[int, list[Conversation]]:
     return found
 
 
-def measure(out: Path, rows: list[dict]) -> list[dict]:
+def measure(out: Path, rows: list[dict], max_len: int) -> list[dict]:
     """A {"asked", "prompt", "answers"} for each held-out prompt and way to ask.
 
     What a stopped call has measured stands in measured.jsonl, and is kept as long as the model is
@@ -79,7 +77,7 @@ def measure(out: Path, rows: list[dict]) -> list[dict]:
                 line = done.get((model, asked, prompt))
                 if line is None:
                     speaker = speaker or Speaker(folder, device="cpu")
-                    answers = nats_of(speaker, conversations, ARMS[arm], condition)
+                    answers = nats_of(speaker, conversations, ARMS[arm], condition, max_len)
                     line = {"model": model, "asked": asked, "prompt": prompt, "answers": answers}
                     file.write(json.dumps(line) + "\n")
                 measured.append(line)
@@ -101,7 +99,11 @@ def read_measured(path: Path) -> list[dict]:
 
 @torch.no_grad()
 def nats_of(
-    speaker: Speaker, conversations: list[Conversation], template: str, condition: str
+    speaker: Speaker,
+    conversations: list[Conversation],
+    template: str,
+    condition: str,
+    max_len: int,
 ) -> list[dict]:
     """[{"source", "text", "end"}] of the answers to one prompt, asked under this condition.
 
@@ -116,7 +118,7 @@ def nats_of(
         # what a row says of itself must not decide how is asked
         asked = dataclasses.replace(conversation, condition=None, weight=None, reward=None)
         kept, _ = cut_to_length(
-            classes.assign(asked), speaker.tokenizer, template, MAX_LEN, "truncate"
+            classes.assign(asked), speaker.tokenizer, template, max_len, "truncate"
         )
         # none of an empty answer, or where the prompt leaves no room for one
         parts += kept

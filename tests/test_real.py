@@ -95,7 +95,8 @@ def chats(tmp_path_factory):
 
 
 def words(base, chats, out, *more):
-    return [str(chats), "--label", "generator", "--base", str(base), "--out", str(out), *more]
+    where = ["--label", "generator", "--base", str(base), "--out", str(out)]
+    return [str(chats), *where, *more]
 
 
 # ---- the whole command
@@ -166,7 +167,9 @@ def nats_one_by_one(model, tokens):
 
 def test_results_say_what_they_are_of(done):
     content = json.loads((done / "real_smollm2.json").read_text())
-    assert content["command"] == "python -m paper.real model_outputs.json"
+    assert (
+        content["command"] == "python -m paper.real model_outputs.json --label generator --steps 2"
+    )
     assert content["steps"] == 2 and content["held_out_prompts"] == 3
     trained_as = {source: found["trained_as"] for source, found in content["results"].items()}
     assert trained_as == dict(zip(SOURCES, ("GPT4", "GPT3", None)))
@@ -191,15 +194,15 @@ def test_what_is_measured_is_kept_and_a_torn_line_is_measured_again(done, chats,
     whole = (done / "measured.jsonl").read_text()
     *kept, last = whole.splitlines(keepends=True)
     path.write_text("".join(kept) + last[:40])
-    found = real_measure.measure(tmp_path, rows)
+    found = real_measure.measure(tmp_path, rows, 256)
     assert found == [json.loads(line) for line in whole.splitlines()]
     # one line more behind the torn one, and nothing at the next call
     after = path.read_text()
     assert after == "".join(kept) + last[:40] + "\n" + last
-    assert real_measure.measure(tmp_path, rows) == found and path.read_text() == after
+    assert real_measure.measure(tmp_path, rows, 256) == found and path.read_text() == after
     # another model's measurements are not its own
     path.write_text(whole.replace('"model": "', '"model": "x'))
-    assert real_measure.measure(tmp_path, rows) == found
+    assert real_measure.measure(tmp_path, rows, 256) == found
 
 
 @pytest.mark.long
@@ -411,6 +414,7 @@ def test_refusals_come_before_anything_is_fetched(base, chats, tmp_path):
     same = refused(real.main, *line, "--other", "Model: GPT-4")
     assert "name two sources" in same
     assert "--steps 0 is not" in refused(real.main, *line, "--steps", 0)
+    assert "--weight 2 is not above 0" in refused(real.main, *line, "--weight", 2)
     assert "--processes 3 is not" in refused(real.main, *line, "--processes", 3)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in json.loads(chats.read_text())[:3]))
