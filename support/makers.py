@@ -189,8 +189,10 @@ class Maker:
         for conversation in self.conversations(chunk):
             account.see(conversation)
             class_ = self.classes.all[conversation.class_id]
-            place = places.setdefault(class_, len(places))
-            mine = of_class.setdefault(class_, OfClass())
+            if class_ not in of_class:
+                places[class_] = len(places)
+                of_class[class_] = OfClass()
+            mine = of_class[class_]
             mine.labels[conversation.label] += 1
             heaviest = max(message.weight for message in conversation.messages)
             mine.highest_weight = max(mine.highest_weight, heaviest)
@@ -202,7 +204,7 @@ class Maker:
             for part_tokens, part_weights in parts:
                 tokens.append(part_tokens)
                 weights.append(part_weights)
-                class_ids.append(place)
+                class_ids.append(places[class_])
                 group.append(prompt_hash(conversation))
 
         # one behind the other, without padding; a chunk of which nothing is kept has none
