@@ -18,6 +18,8 @@ file holds the conversations one behind the other (N conversations, S tokens in 
     turn, classes, expert, counts per class, digests of the arrays, its own sha256
 """
 
+import support.threads  # noqa: F401, first: how threads wait is said before torch is loaded
+
 import collections
 import dataclasses
 import functools

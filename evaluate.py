@@ -17,6 +17,7 @@ connection. A run of `agieval` that was killed goes on where it was. A prompt th
 the context loses its beginning, and is counted.
 """
 
+import support.threads  # noqa: F401, first: how threads wait is said before torch is loaded
 from evaluation.agieval import AgievalConfig, agieval
 from evaluation.answers import AnswersConfig, answers
 from evaluation.judge import JudgeConfig, read_verdicts, write_requests

@@ -21,6 +21,8 @@ the file, whatever is answered beside it.
 Shapes: B prompts, V vocab.
 """
 
+import support.threads  # noqa: F401, first: how threads wait is said before torch is loaded
+
 import copy
 import dataclasses
 import io

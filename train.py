@@ -25,6 +25,8 @@ a round each rank computes one micro-batch.
 Shapes: T packed tokens of a micro-batch, R its rows with a loss weight.
 """
 
+import support.threads  # noqa: F401, first: how threads wait is said before torch is loaded
+
 import collections
 import dataclasses
 import hashlib

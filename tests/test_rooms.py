@@ -13,6 +13,7 @@ SUPPORT_WITHOUT_RANKS = {
     "support.hf",
     "support.kept",
     "support.rows",
+    "support.threads",
 }
 
 # A room, and what it may import beyond the standard library: rooms of ours, and packages. `support`
@@ -33,7 +34,7 @@ MAY = {
     # the prepared file: no process group, no model
     "data.py": {
         *("conversations", "packing", "recipe", "tokenizer"),
-        *("support.arrays", "support.cli", "support.fields", "support.makers"),
+        *("support.arrays", "support.cli", "support.fields", "support.makers", "support.threads"),
         *("numpy", "tqdm", "matplotlib"),
     },
     # directories, ranks, devices, the clock: not those who call it
@@ -49,7 +50,7 @@ MAY = {
         *("torch", "numpy", "tqdm"),
     },
     # results: no training, no rank
-    "evaluate.py": {"evaluation", "support.cli"},
+    "evaluate.py": {"evaluation", "support.cli", "support.threads"},
     "evaluation/": {
         *("evaluation", "sample", "data", "conversations", "prompts", *SUPPORT_WITHOUT_RANKS),
         *("numpy", "matplotlib"),
