@@ -581,7 +581,7 @@ def prepare_words(desk: Desk, work: Path, source: Path) -> list:
 
 @target
 def rows(desk: Desk, work: Path, rng: random.Random) -> Case:
-    """Conversation files, prepared: JSON lines, arrays, gzipped; five forms of rows."""
+    """Conversation files, prepared: JSON lines, arrays, gzipped, in all four forms."""
     source = work / "in.jsonl"
     if rng.random() < 0.7:
         write_rows(rng, source, broken_rows(rng, conversation))

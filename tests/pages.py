@@ -326,7 +326,22 @@ def flags() -> str:
     return "\n" + "\n\n".join(sections) + "\n"
 
 
+# ---- tests/fuzz.py
+
+
+def fuzz() -> str:
+    """CONTRIBUTING.md: what became of broken input."""
+    results = read("fuzz.json")
+    rows = []
+    for row in results["rows"]:
+        counts = [f"{row[key]:,}" for key in ("inputs", "refused", "accepted", "unexpected")]
+        rows.append([f"`{row['target']}`", row["what"], *counts])
+    head = ["target", "what is broken", "inputs", "refused", "accepted", "unexpected"]
+    return f"{markdown(head, rows)}\n\n{results['date']}; `{results['command']}`"
+
+
 PAGES = {
+    "CONTRIBUTING.md": [fuzz],
     "docs/flags.md": [flags],
     "README.md": [gpu],
     "docs/data.md": [packing, plan_times],

@@ -49,6 +49,8 @@ ELSEWHERE = {
     "python tests/faults.py": "7 minutes; test_survival.py (long)",
     "python tests/same.py BEFORE AFTER": "two checkouts",
     "python tests/pages.py": "it writes into the pages",
+    "python tests/fuzz.py --seed 1 --number 1000": "test_fuzz.py",
+    "python tests/fuzz.py --seed 1 --first 17 --number 1 rows": "test_fuzz.py",
 }
 # what makes a long command short: flags that replace its own
 LESS = {
