@@ -1,19 +1,26 @@
 """How the threads of a process wait for one another on a CPU. To be imported before torch.
 
 OpenMP divides a matrix product among its threads, and a thread that is done first waits for the
-others. By default it spins: it asks again and again, for milliseconds, and keeps its core busy.
-Alone on a machine that is the fastest. But where another program has one of the cores, the thread
-that still has work to do is put off while the one that has none spins.
+others. By default it asks 300,000 times, for milliseconds, before it sleeps, and keeps its core
+busy. Alone on a machine that is the fastest. But where another program has one of the cores, the
+thread that still has work to do is put off while the one that has none asks.
 
-So here a thread that waits sleeps. This changes no bit of any result: the number of threads, on
+So here it asks 20,000 times. The median step of the toy, two threads on two cores, seconds:
+
+    asks       alone           beside busy neighbours
+    300,000    0.093, 0.105    3.46
+    20,000     0.102, 0.104    1.05
+    1,000      0.148, 0.152    0.17
+    0          0.172, 0.179    -
+
+(2026-11-27, the median of steps 6 to 60, and of 6 to 12 at a load of 5.) The number of threads, on
 which the order of sums depends, stays what it is. Who has set one of the two variables keeps it.
 """
 
 import os
 
-# The names under which OpenMP and GNU's library for it know the wait.
+# The library of GNU's compiler reads it once, when it is loaded: with torch.
+SPINS = "20000"
 IS_SET = [name for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
-
-# The library reads it once, when it is loaded: with torch.
 if not IS_SET:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["GOMP_SPINCOUNT"] = SPINS
