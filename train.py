@@ -79,7 +79,7 @@ from support.budget import (
     usage_text,
 )
 from support.checkpoint import Checkpoints
-from support.cli import one_line, parse_args, run
+from support.cli import check_help, one_line, parse_args, run
 from support.export import export
 from support.files import file_sha256, naming
 from support.hf import (
@@ -1185,6 +1185,7 @@ def check_given(config: TrainConfig) -> None:
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["plot"]:
+        check_help(argv[1:])
         if len(argv) != 2:
             raise ValueError("plot takes the --out folder of a run")
         print(f"drew {plot(argv[1])}")

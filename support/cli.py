@@ -228,14 +228,20 @@ def print_what_can_be() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def call_or_help(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Call main(argv), and print help where it is asked for."""
+    try:
+        main(argv)
+    except Help as wanted:
+        print(help_text(main.__globals__["__doc__"], wanted), flush=True)
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main(argv). What a user can cause ends in one line on stderr and a non-zero exit."""
     print_what_can_be()
     try:
         check_utf8(sys.argv[1:])
-        main(sys.argv[1:])
-    except Help as wanted:
-        print(help_text(main.__globals__["__doc__"], wanted))
+        call_or_help(main, sys.argv[1:])
     except BrokenPipeError:
         # `.. | head` has seen enough. Python flushes stdout once more when it ends, which would
         # fail with a traceback: let it flush into nothing.

@@ -390,6 +390,8 @@ def outcome(case: Case, work: Path) -> tuple[str, str]:
         except Exception as error:
             return "unexpected", f"accepted, but {type(error).__name__}: {error}"[:300]
         return "accepted", ""
+    if isinstance(line, int):
+        return "unexpected", f"exit {line} without a line"
     if len(line.splitlines()) != 1 or not line.startswith(f"{program_of(case)}: "):
         return "unexpected", f"not one line of {program_of(case)}: {line!r}"[:300]
     if len(line) > LONGEST_LINE:
@@ -453,8 +455,9 @@ def program_of(case: Case) -> str:
     return f"{case.main.__module__}.py"
 
 
-def called(case: Case) -> str | None:
-    """The line with which the entry point refuses the input; None where it accepts it."""
+def called(case: Case) -> str | int | None:
+    """The line with which the entry point refuses the input, or the code with which it exits; None
+    where it accepts the input."""
     sys.argv = [program_of(case), *map(str, case.words)]
     with contextlib.ExitStack() as stack:
         for name, stand_in in case.stops.items():
@@ -465,7 +468,7 @@ def called(case: Case) -> str | None:
         try:
             run(case.main)
         except SystemExit as stop:
-            return stop.code if isinstance(stop.code, str) else None
+            return stop.code or None
     return None
 
 

@@ -58,6 +58,7 @@ def test_a_broken_promise_is_seen(desk, monkeypatch, tmp_path):
     assert "characters" in case_of(raises(SystemExit("sample.py: " + "x" * 5000)))[1]
     assert "not one line" in case_of(raises(SystemExit("sample.py: a\nb")))[1]
     assert "not one line" in case_of(raises(SystemExit("no name")))[1]
+    assert "exit 3" in case_of(raises(SystemExit(3)))[1]
     assert "left or changed ['left']" in case_of(leaves)[1]
     assert "Hung" in case_of(hangs)[1]
     assert "two and two" in case_of(lambda argv: None, check=wrong)[1]
