@@ -250,6 +250,12 @@ def real() -> str:
     return f"{results['tables']['real']}\n\n{real_run(results)}"
 
 
+def real_equal() -> str:
+    """docs/real.md: the same with equal weights."""
+    results = read("real_smollm2_equal.json")
+    return f"{results['tables']['real']}\n\n{real_run(results)}"
+
+
 def real_parts() -> str:
     return read("real_smollm2.json")["tables"]["real_parts"]
 
@@ -348,7 +354,7 @@ PAGES = {
     "docs/kernels.md": [bench],
     "docs/training.md": [step_gpu],
     "docs/method.md": [table2_short, cancel],
-    "docs/real.md": [real, real_parts, real_none, real_samples],
+    "docs/real.md": [real, real_parts, real_none, real_equal, real_samples],
 }
 
 
