@@ -217,6 +217,9 @@ def fault(path: Path, share: slice = slice(None)) -> str | None:
 
     OSError: a file could not be read, which says nothing about the checkpoint.
     """
+    # anything else of that name, a pipe for one, may keep a reader waiting for ever
+    if not (path / "MANIFEST.json").is_file():
+        return "MANIFEST.json missing"
     # Whatever a damaged manifest holds, this is a fault of the checkpoint and no error here.
     try:
         text = (path / "MANIFEST.json").read_text()
@@ -233,8 +236,6 @@ def fault(path: Path, share: slice = slice(None)) -> str | None:
             return f"MANIFEST.json does not list {METADATA}"
         if path.name != f"step-{manifest['step']}":
             return "MANIFEST.json is of another checkpoint"
-    except FileNotFoundError:
-        return "MANIFEST.json missing"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"MANIFEST.json changed ({error})"
 
