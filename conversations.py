@@ -35,15 +35,15 @@ import hashlib
 import itertools
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from support.fields import is_number
 from support.rows import read_rows
-from tokenizer import EOT, Tokenizer
+from tokenizer import EOT, KINDS, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ ROLES = {
     "developer": "system",
 }
 
-# Fields in which other people's files say who wrote an answer. Only the one that `Fields` names is
+# Fields in which other people's files say who wrote an answer. Only the one that FieldNames has is
 # read: where it is missing and another is there, `Classes.assign` stops rather than guesses.
 LABEL_KEYS = ("model", "source", "generator", "origin", "dataset")
 # A field whose name has one of these words looks like a label, a weight or a reward. If it decides
@@ -121,19 +121,19 @@ MOST_CLASSES = 32_767
 
 
 @dataclass(frozen=True)
-class Fields:
+class FieldNames:
     """The names of the fields of a row that say its label, and its reward if that is wanted."""
 
     label: str = "model"
     reward: str | None = None
 
 
-def read(path: str | Path, fields: Fields = Fields()) -> list[Conversation]:
+def read(path: str | Path, names: FieldNames = FieldNames()) -> list[Conversation]:
     """All conversations of a file that `read_rows` can read, in any mixture of the formats."""
-    return [parse(row, where, fields) for where, row in read_rows(path)]
+    return [parse(row, where, names) for where, row in read_rows(path)]
 
 
-def parse(row: Any, where: str, fields: Fields = Fields()) -> Conversation:
+def parse(row: Any, where: str, names: FieldNames = FieldNames()) -> Conversation:
     """One JSON value -> Conversation, with a condition only where the row brings its own.
 
     ValueError names the line (`where`), the value and the remedy. A new format whose rows have
@@ -142,7 +142,7 @@ def parse(row: Any, where: str, fields: Fields = Fields()) -> Conversation:
     """
     try:
         turns = turns_of(row)
-        for key in ("system", "condition", fields.label):
+        for key in ("system", "condition", names.label):
             if row.get(key) is not None:
                 check_text(row[key], key)
         # OpenChat writes the field always, with "" where there is no system text
@@ -151,21 +151,21 @@ def parse(row: Any, where: str, fields: Fields = Fields()) -> Conversation:
         # what the row says of all its answers counts where one of them has no weight of its own
         weight, reward = None, None
         if any(m.role == "assistant" and m.weight is None for m in messages):
-            weight, reward = weight_or_reward(row, fields)
+            weight, reward = weight_or_reward(row, names)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
     condition = row.get("condition")
     decides = set()
     if not condition:
-        decides.add(fields.label)
+        decides.add(names.label)
     if weight is not None:
         decides.add("weight")
     if reward is not None:
-        decides.add(fields.reward)
+        decides.add(names.reward)
     return Conversation(
         messages,
-        label=row.get(fields.label) or "",
+        label=row.get(names.label) or "",
         system=system,
         condition=condition,
         weight=weight,
@@ -283,22 +283,22 @@ def own_weight(turn: dict) -> float | None:
     return weights[0] if weights else None
 
 
-def weight_or_reward(row: dict, fields: Fields) -> tuple[float | None, float | None]:
+def weight_or_reward(row: dict, names: FieldNames) -> tuple[float | None, float | None]:
     """(weight, reward) that a row has for all its answers: one of them, or neither."""
     weight = row.get("weight")
-    if fields.reward is None:
+    if names.reward is None:
         if weight is not None:
             check_weight(weight, "row weight")
         return weight, None
 
-    reward = row.get(fields.reward)
-    if not is_number(reward) or not abs(reward) <= sys.float_info.max:
+    reward = row.get(names.reward)
+    if not is_number(reward):
         raise ValueError(
-            f"--reward {fields.reward}: {reward!r} is not a finite number; fix or remove the line"
+            f"--reward {names.reward}: {reward!r} is not a finite number; fix or remove the line"
         )
-    if weight is not None and fields.reward != "weight":
+    if weight is not None and names.reward != "weight":
         raise ValueError(
-            f"a row with weight {weight!r} and {fields.reward} {reward!r}; keep one of them, "
+            f"a row with weight {weight!r} and {names.reward} {reward!r}; keep one of them, "
             "or leave out --reward"
         )
     return None, float(reward)
@@ -354,11 +354,6 @@ def check_weight(weight: Any, weight_name: str) -> None:
         raise ValueError(
             f"{weight_name} {weight!r} is not a number from 0 to {MAX_WEIGHT:g}; fix the line"
         )
-
-
-def is_number(value: Any) -> bool:
-    # to Python, True is the number 1
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # ---- classes: label -> class -> condition and weight
@@ -635,7 +630,8 @@ class Classes:
                         return class_
             raise ValueError(f"--expert {name!r} is not one of the classes {names}")
         if self.table:
-            return max((class_ for _, class_ in self.table), key=lambda class_: class_.weight)
+            of_table = [class_ for _, class_ in self.table]
+            return max(of_table, key=lambda class_: class_.weight)
         if len(self.all) > 1:
             raise ValueError(
                 f"classes {names}, and no --classes that says which is the expert's; "
@@ -681,6 +677,8 @@ class Template:
     end_of_turn: str = EOT
     # whether a text begins with a space
     space: bool = True
+    # whether an export's chat template trims what is said; training never does
+    chat_trims: bool = False
 
 
 # Where the condition can stand: Table 3. "none" is ours: the paper has runs without a condition,
@@ -690,13 +688,15 @@ TEMPLATES = {
     "before_assistant": Template("User:", "{c} Assistant:"),
     "beginning": Template("User:", "Assistant:", opening="Assistant is {c}"),
     "none": Template("User:", "Assistant:"),
-    # OpenChat 3.6's, on Llama-3, with the base's own tokens; the condition there is GPT4 Correct
+    # OpenChat 3.6's, on Llama-3, with the base's own tokens; the condition there is GPT4 Correct.
+    # OpenChat trains on texts as they are, but its chat template trims them.
     "llama-3": Template(
         "<|start_header_id|>{c} User<|end_header_id|>\n\n",
         "<|start_header_id|>{c} Assistant<|end_header_id|>\n\n",
         system="<|start_header_id|>System<|end_header_id|>\n\n",
         end_of_turn="<|eot_id|>",
         space=False,
+        chat_trims=True,
     ),
 }
 
@@ -724,16 +724,14 @@ def template_named(name: str) -> Template:
 def tokenizer_for(template: str, file: str | Path | bytes, meta: dict | None = None) -> Tokenizer:
     """The tokenizer, with the end of turn and the space that belong to the template.
 
-    meta: the metadata of a prepared file or an export, which know ids that the file does not say.
+    meta: of a prepared file, which holds the tokenizer's bytes and knows ids that they do not say.
+    (Beside a path files say them.)
     """
     chosen = template_named(template)
-    return Tokenizer(file, chosen.end_of_turn, chosen.space, known_ids(meta))
-
-
-def known_ids(meta: dict | None) -> dict[str, int]:
-    """The ids of special tokens in some metadata; files of before have none."""
+    # files of before have no ids
     found = meta or {}
-    return {name: found[name] for name in ("bos", "eos", "pad") if found.get(name) is not None}
+    ids = {kind: found[kind] for kind in KINDS if found.get(kind) is not None}
+    return Tokenizer(file, chosen.end_of_turn, chosen.space, ids)
 
 
 # A special token in a template's text.

@@ -9,7 +9,7 @@ What is done to a conversation stands in conversations.py, what is done to many 
 file holds the conversations one behind the other (N conversations, S tokens in all):
 
     tokens      int32 [S]
-    weights     fp32 [S]       the weight of predicting the token, 0 outside answers
+    weights     fp32 [S]       the weight of predicting the token; 0 for all but answers, as a rule
     offsets     int64 [N + 1]  conversation i is tokens[offsets[i] : offsets[i + 1]]
     class_ids   int16 [N]
     group       int64 [N]      hash of the prompt; the validation split goes by it
@@ -78,7 +78,7 @@ class PrepareConfig:
     out: str = ""
     # a table: LABEL=CLASS:WEIGHT with commas between; `*` is any other label
     classes: str = ""
-    # the table has rewards instead of weights: a weight is exp((reward - highest) / beta)
+    # the table has rewards r instead of weights: a weight is exp((r - 1) / beta)
     beta: float | None = None
     # the field of a row that says who wrote its answers
     # default: model
@@ -264,14 +264,15 @@ def highest_reward(config: PrepareConfig | ShowConfig, makers: Makers) -> float:
     # What is the same for all weights cancels, so the highest reward may stand for 1.
     if not config.reward:
         return 1.0
-    found = list(filter(None, makers.run("find the highest reward", Maker.rewards)))
+    of_chunks = makers.run("find the highest reward", Maker.highest_reward)
+    found = [highest for highest in of_chunks if highest is not None]
     if not found:
         files = ", ".join(map(str, config.files))
         raise ValueError(
             f"--reward {config.reward}: every answer of {files} has a weight of its own; "
             "remove the weights, or leave out --reward"
         )
-    return max(highest for _, highest in found)
+    return max(found)
 
 
 # ---- prepare: what only the whole of the files shows
@@ -658,7 +659,8 @@ class Prepared:
     def check(self) -> None:
         """ValueError: anything in the file is not as it was prepared."""
         self.check_digests(self.check_pieces())
-        assert len(self.supervised) == len(self)
+        # summing up the weights compares them with the ledger
+        _ = self.sums
 
     def check_pieces(self, part: int = 0, parts: int = 1) -> dict[tuple[str, int], bytes]:
         """Check the values of every so many-th piece of the file; returns what `check_digests`
@@ -880,7 +882,7 @@ def shown_of_conversations(config: ShowConfig) -> Shown:
     """The same of conversation files, cut as `prepare` would; what comes after is not read."""
     check_conversation_flags(config)
     if not config.tokenizer:
-        raise ValueError("conversation files are shown with --tokenizer tokenizer.model")
+        raise ValueError("conversation files are shown with --tokenizer PATH")
     tokenizer = tokenizer_for(config.template, config.tokenizer)
     totals = Totals(config)
     rows = []

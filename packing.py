@@ -831,6 +831,18 @@ class Batch:
     rows_R: torch.Tensor
     class_R: torch.Tensor  # int64, the class of each of these rows, for the log
 
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the model is called with, in its order."""
+        return (
+            self.tokens_T,
+            self.positions_T,
+            self.cu_seqlens,
+            self.labels_T,
+            self.weights_T,
+            self.rows_R,
+        )
+
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The batch with the function applied to each of its tensors."""
         values = {}

@@ -11,7 +11,6 @@ from conversations import (
     Conversation,
     Message,
     encode,
-    known_ids,
     tokenizer_for,
 )
 from tokenizer import EOT, Tokenizer
@@ -97,17 +96,14 @@ PROMPTS = (*TEMPLATES, *BASELINES, "openchat", "base")
 assert len(set(PROMPTS)) == len(PROMPTS), "a template of ours has the name of another model's"
 
 
-def prompt_tokenizer(template: str, file: Path, meta: dict | None) -> Tokenizer:
-    """The tokenizer, with the end of turn and the space that belong to one of PROMPTS.
-
-    meta: an export's crlft.json, if there is one.
-    """
+def prompt_tokenizer(template: str, file: Path) -> Tokenizer:
+    """The tokenizer, with the end of turn and the space that belong to one of PROMPTS."""
     if template in BASELINES:
         style = BASELINES[template]
-        return Tokenizer(file, style.end_of_turn, style.space, known_ids(meta))
+        return Tokenizer(file, style.end_of_turn, style.space)
     if template in ("openchat", "base"):
-        return Tokenizer(file, ids=known_ids(meta))
-    return tokenizer_for(template, file, meta)
+        return Tokenizer(file)
+    return tokenizer_for(template, file)
 
 
 def tokenize_prompt(

@@ -265,7 +265,7 @@ class Speaker:
         self.template = choose_template(template, training)
         self.condition = choose_condition(condition, training)
 
-        self.tokenizer = prompt_tokenizer(self.template, tokenizer_file(folder), training)
+        self.tokenizer = prompt_tokenizer(self.template, tokenizer_file(folder))
         # either id ends an answer: the turn's end of our training, and the base model's </s>
         self.stops = self.tokenizer.eot, self.tokenizer.eos
         self.vocab_size = config.vocab_size
@@ -498,14 +498,7 @@ class Speaker:
             counts.append(len(said))
 
         batch = pack(rows).to(self.model.lm_head.weight.device)
-        losses = self.model(
-            batch.tokens_T,
-            batch.positions_T,
-            batch.cu_seqlens,
-            batch.labels_T,
-            batch.weights_T,
-            rows_R=batch.rows_R,
-        )
+        losses = self.model(*batch.inputs)
         # only the rows that predict an answer's tokens are left, one answer after another
         nll_R = losses.nll_T[batch.rows_R]
         return [-nll_n.mean().item() for nll_n in nll_R.split(counts)]
@@ -534,11 +527,11 @@ def choose(logits_BV: torch.Tensor, config: SampleConfig, uniform_B: torch.Tenso
         return logits_BV.argmax(-1)
     probs_BV = (logits_BV / config.temperature).softmax(-1)
 
-    # Sorted, both limits are a cut on the right.
+    # Sorted, both limits are a cut on the right. The mass of the likelier tokens is 0 for the
+    # likeliest, which therefore always stays.
     probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
     if config.top_k:
         probs_BV[:, config.top_k :] = 0
-    # mass of the likelier tokens: 0 for the likeliest, which therefore always stays
     mass_BV = probs_BV.cumsum(-1)
     probs_BV[mass_BV - probs_BV >= config.top_p] = 0
 

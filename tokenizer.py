@@ -22,8 +22,9 @@ from support.fields import Fields, read_fields
 # ends every utterance, unless the template names another token
 EOT = "<|end_of_turn|>"
 
-# What a Hugging Face directory calls the file, in the order in which to look for it. The first is
-# the base's own in an export whose tokenizer.json has one token more (support/export.py).
+# What a Hugging Face directory calls the file, in the order in which to look for it. The first
+# stands in an export (support/export_tokenizer.py): the base's own, where tokenizer.json has one
+# token more.
 TOKENIZER_FILES = ("tokenizer.base.json", "tokenizer.model", "tokenizer.json")
 
 
@@ -56,15 +57,8 @@ class Tokenizer:
         """
         names = {}
         if not isinstance(file, bytes):
-            path = Path(file)
-            if not path.is_file():
-                raise ValueError(
-                    f"{path}: no such tokenizer; give the path of a sentencepiece tokenizer.model "
-                    "or a byte-level tokenizer.json"
-                )
-            ids = ids_beside(path)
-            names = special_names_beside(path)
-            file = path.read_bytes()
+            file, ids, names = read_with_neighbours(Path(file))
+        known = ids or {}
 
         # kept, for the prepared file and the export hold them
         self.bytes = file
@@ -73,40 +67,16 @@ class Tokenizer:
         self.space = space
         # the ids of templates' texts, which are the same in every conversation (conversations.py)
         self.of_templates = {}
+
+        self.end_of_turn = end_of_turn
         self.file_size = self.library.size
-        known = ids or {}
+        self.eot = self.find_eot()
+        self.vocab_size = max(self.file_size, self.eot + 1)
+        self.check_known(known)
         self.bos = known["bos"] if "bos" in known else self.find("bos", names)
         self.eos = known["eos"] if "eos" in known else self.find("eos", names)
-
-        # a base may have the token already: it is left alone
-        self.end_of_turn = end_of_turn
-        self.eot = self.library.id_of(end_of_turn)
-        if self.eot is None and end_of_turn != EOT:
-            raise ValueError(
-                f"the tokenizer has no {end_of_turn}, which ends a turn in this template; "
-                "take another template, or the tokenizer of a base that has it"
-            )
-        if self.eot is None:
-            self.eot = self.file_size
-        self.vocab_size = max(self.file_size, self.eot + 1)
-        for kind, id_ in known.items():
-            if not 0 <= id_ < self.vocab_size:
-                raise ValueError(
-                    f"the id of {kind} is {id_}, and the tokenizer has {self.vocab_size} tokens; "
-                    "the two are not of one model, so export or fetch them again"
-                )
-
         self.pad = known["pad"] if "pad" in known else self.find_pad(names)
-
-        special = self.library.specials
-        if self.eot < self.file_size:
-            special = special | {end_of_turn: self.eot}
-        for name, id_ in special.items():
-            if id_ in self.library.encode(name, space=False):
-                raise ValueError(
-                    f"the tokenizer makes the special token of the text {name!r}; "
-                    "use the base model's own file"
-                )
+        self.check_text_stays_text()
 
     @property
     def ids(self) -> dict[str, int]:
@@ -117,6 +87,39 @@ class Tokenizer:
     def first_special(self) -> int:
         """How many ids come before the file's special tokens; all, where these come first."""
         return min(self.library.specials.values()) or self.file_size
+
+    def find_eot(self) -> int:
+        """The id of the end of turn. A base may have it already: then it is left alone."""
+        found = self.library.id_of(self.end_of_turn)
+        if found is not None:
+            return found
+        if self.end_of_turn != EOT:
+            raise ValueError(
+                f"the tokenizer has no {self.end_of_turn}, which ends a turn in this template; "
+                "take another template, or the tokenizer of a base that has it"
+            )
+        return self.file_size
+
+    def check_known(self, known: dict[str, int]) -> None:
+        """ValueError: an id that a file beside the tokenizer names is none of its tokens."""
+        for kind, id_ in known.items():
+            if not 0 <= id_ < self.vocab_size:
+                raise ValueError(
+                    f"the id of {kind} is {id_}, and the tokenizer has {self.vocab_size} tokens; "
+                    "the two are not of one model, so export or fetch them again"
+                )
+
+    def check_text_stays_text(self) -> None:
+        """ValueError: the tokenizer makes a special token of a text that spells its name."""
+        special = self.library.specials
+        if self.eot < self.file_size:
+            special = special | {self.end_of_turn: self.eot}
+        for name, id_ in special.items():
+            if id_ in self.library.encode(name, space=False):
+                raise ValueError(
+                    f"the tokenizer makes the special token of the text {name!r}; "
+                    "use the base model's own file"
+                )
 
     def find(self, kind: str, names: dict[str, str]) -> int:
         """The id of the token that begins (bos) or ends (eos) a text."""
@@ -182,6 +185,16 @@ KNOWN_NAMES = {
     "bos": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
 }
+
+
+def read_with_neighbours(path: Path) -> tuple[bytes, dict[str, int], dict[str, str]]:
+    """(the file's bytes, ids, names): what `ids_beside` and `special_names_beside` find."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such tokenizer; give the path of a sentencepiece tokenizer.model "
+            "or a byte-level tokenizer.json"
+        )
+    return path.read_bytes(), ids_beside(path), special_names_beside(path)
 
 
 def ids_beside(path: Path) -> dict[str, int]:

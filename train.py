@@ -162,15 +162,8 @@ def train_step(
 
 
 def forward(model: Model, batch: Batch) -> Losses:
-    """The model's losses of a Batch: all its fields but max_seqlen and class_R are arguments."""
-    return model(
-        batch.tokens_T,
-        batch.positions_T,
-        batch.cu_seqlens,
-        batch.labels_T,
-        batch.weights_T,
-        batch.rows_R,
-    )
+    """The model's losses of a Batch."""
+    return model(*batch.inputs)
 
 
 def clip_gradients(gradients: list[Tensor], clip: float) -> float:
@@ -787,12 +780,17 @@ def check_data(data: Prepared) -> None:
     if not data.has_digests:
         log(NO_DIGESTS.format(path=data.path))
     # torchrun's words for: which rank of its node this is, of how many, and which node it is
-    part, parts, node = 0, 1, "0"
+    part = 0
+    parts = 1
+    node = "0"
     if dist.is_initialized() and "LOCAL_WORLD_SIZE" in os.environ:
-        part, parts = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        part = int(os.environ["LOCAL_RANK"])
+        parts = int(os.environ["LOCAL_WORLD_SIZE"])
         node = os.environ["GROUP_RANK"]
 
-    found, problem = {}, None
+    # what is wrong here is told to the other ranks before anybody stops
+    found = {}
+    problem = None
     try:
         found = data.check_pieces(part, parts)
     except ValueError as error:

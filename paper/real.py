@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from conversations import Fields, parse
+from conversations import FieldNames, parse
 from paper.code_hash import ROOT
 from paper.commands import cores
 from paper.real_base import fetch_base
@@ -55,22 +55,26 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 @dataclass(frozen=True)
 class RealConfig:
-    """The flags; `files` are the words that belong to none."""
+    """The flags of `python -m paper.real`."""
 
+    # conversation files: several sources' answers to the same prompts
     files: tuple = ()
     # the field of a row that says who wrote its answer
     label: str = "model"
-    # what that field has for the two sources that are trained on; all others are only measured
+    # what that field has for the expert; sources beside the two are only measured
     expert: str = "Model: GPT-4"
+    # what it has for the other source that is trained on
     other: str = "Model: text_davinci_001"
     # the weight of the other's answers; the expert's is 1
     weight: float = 0.1
     # a Hugging Face directory to fine-tune
     # default: SmolLM2-135M-Instruct, fetched by pip
     base: str | None = None
+    # a folder for both arms; the same line goes on with what is there
     out: str = "out/real"
-    # of either arm, and tokens of each at most
+    # optimizer steps of either arm
     steps: int = STEPS
+    # tokens of a step, at most
     batch_tokens: int = 1024
     # tokens of a conversation; longer ones are cut
     max_len: int = 256
@@ -80,12 +84,12 @@ class RealConfig:
     @property
     def changed(self) -> dict:
         """{flag: its value} of those that change the results, where they are not the defaults."""
-        names = {field.name for field in dataclasses.fields(self)}
-        names -= {"files", "out", "processes"}
-        mine, defaults = dataclasses.asdict(self), dataclasses.asdict(RealConfig())
-        return {
-            name: mine[name] for name in defaults if name in names and mine[name] != defaults[name]
-        }
+        defaults = dataclasses.asdict(RealConfig())
+        found = {}
+        for name, value in dataclasses.asdict(self).items():
+            if name not in ("files", "out", "processes") and value != defaults[name]:
+                found[name] = value
+        return found
 
 
 # (flag, least, most)
@@ -105,7 +109,7 @@ def read_files(config: RealConfig) -> list[dict]:
     rows = []
     for path in config.files:
         for where, row in read_rows(path):
-            source = parse(row, where, Fields(config.label)).label
+            source = parse(row, where, FieldNames(config.label)).label
             rows.append(row | {"model": source})
     sources = list(dict.fromkeys(row["model"] for row in rows))
     for name in ("expert", "other"):

@@ -129,14 +129,7 @@ def nats_of(
 
     # all answers side by side, each a class of its own
     batch = pack(parts, np.array(owners))
-    losses = speaker.model(
-        batch.tokens_T,
-        batch.positions_T,
-        batch.cu_seqlens,
-        batch.labels_T,
-        batch.weights_T,
-        batch.rows_R,
-    )
+    losses = speaker.model(*batch.inputs)
     is_end_R = batch.labels_T[batch.rows_R] == speaker.tokenizer.eot
     nats_R = losses.nll_T[batch.rows_R]
     for i, is_end, nats in zip(batch.class_R.tolist(), is_end_R.tolist(), nats_R.tolist()):

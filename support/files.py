@@ -48,12 +48,15 @@ def written_whole(path: str | Path):
 
 
 @contextmanager
-def naming(path: str | Path):
-    """For `with`: an OSError that names no file gets this name. A write to a full disk has none."""
+def naming(path: str | Path, always: bool = False):
+    """For `with`: an OSError that names no file gets this name. A write to a full disk has none.
+
+    always: also one that names another file, which the user has not asked for.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename is None:
+        if error.errno and (always or error.filename is None):
             error.filename = str(path)
         raise
 

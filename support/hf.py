@@ -25,7 +25,6 @@ UNSUPPORTED = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "tie_word_embeddings": (True, False, None),
     "num_local_experts": (None,),
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
@@ -223,8 +222,8 @@ class SafetensorsWeights:
     the average token. ValueError: what is missing, foreign or misshapen.
 
     tokens: ids that the training needs, though the base may never have seen them, as Llama-3 has
-    its `<|eot_id|>`. A row of theirs that is nearly 0 becomes the mean of the first `ordinary`
-    rows. `untrained` has their ids.
+    its `<|eot_id|>`. One whose embedding is nearly 0 was never trained: its rows of the embedding
+    and of the head become the mean of the first `ordinary` rows. `untrained` has these ids.
     """
 
     def __init__(

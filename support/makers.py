@@ -26,7 +26,7 @@ from conversations import (
     Class,
     Classes,
     Conversation,
-    Fields,
+    FieldNames,
     cut_to_length,
     parse,
     parse_classes,
@@ -160,21 +160,20 @@ class Maker:
     def __init__(self, config: Flags, tokenizer: Tokenizer):
         self.config = config
         self.tokenizer = tokenizer
-        self.fields = Fields(config.label or "model", config.reward)
+        self.names = FieldNames(config.label or "model", config.reward)
         table = parse_classes(config.classes, config.beta)
         self.classes = Classes(table, config.beta)
 
     def conversations(self, chunk: Chunk) -> Iterator[Conversation]:
         """Each with its class and weights. ValueError: the first row that is wrong."""
         for where, raw in chunk.rows:
-            conversation = parse(decoded(where, raw), where, self.fields)
+            conversation = parse(decoded(where, raw), where, self.names)
             yield self.classes.assign(conversation)
 
-    def rewards(self, chunk: Chunk) -> tuple[float, float] | None:
-        """(the lowest, the highest) of the rows that need one; None if no row does."""
-        found = [conversation.reward for conversation in self.conversations(chunk)]
-        found = [reward for reward in found if reward is not None]
-        return (min(found), max(found)) if found else None
+    def highest_reward(self, chunk: Chunk) -> float | None:
+        """Of the rows that need one; None if no row does."""
+        rewards = [conversation.reward for conversation in self.conversations(chunk)]
+        return max((reward for reward in rewards if reward is not None), default=None)
 
     def make(self, chunk: Chunk, highest: float) -> Made:
         """highest: the reward for which the weight is 1."""

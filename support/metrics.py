@@ -37,7 +37,8 @@ def log(text: str) -> None:
 def planning(epochs: int, conversations: int) -> Iterator[Callable[[int], None]]:
     """Yields say(k), which tells that epoch k, from 1, is planned: by a bar, where all of them take
     over two seconds and somebody looks. epochs: how many there are, or about so many."""
-    log(f"planning {epochs:,} epochs of {conversations:,} conversations")
+    unit = "epoch" if epochs == 1 else "epochs"
+    log(f"planning {epochs:,} {unit} of {conversations:,} conversations")
     is_quiet = rank() != 0 or not has_bar()
     with tqdm(total=epochs, unit="epoch", disable=is_quiet, delay=2, leave=False) as bar:
 

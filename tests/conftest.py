@@ -1,5 +1,6 @@
 """What the tests share: calling a command, what it refuses, the toy's data and a run on it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -76,6 +77,25 @@ def refused(main, *words):
     assert message.startswith(main.__module__), message
     assert "\n" not in message, message
     return message
+
+
+@contextlib.contextmanager
+def stopped_after(batches, monkeypatch):
+    """Ctrl-C in the batch of answers after so many."""
+    from sample import Speaker
+
+    real = Speaker.answer
+    made = []
+
+    def answer(self, *args):
+        if len(made) == batches:
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Speaker, "answer", answer)
+        yield
 
 
 def metrics(folder):

@@ -23,6 +23,7 @@ from evaluation.report import ReportConfig  # noqa: E402
 from paper.cancel import CancelConfig  # noqa: E402
 from paper.commands import PaperConfig  # noqa: E402
 from paper.packing import PackingConfig  # noqa: E402
+from paper.real import RealConfig  # noqa: E402
 from paper.step import StepConfig  # noqa: E402
 from paper.toy import ToyConfig  # noqa: E402
 from recipe import TrainConfig  # noqa: E402
@@ -306,6 +307,7 @@ ENTRY_POINTS = [
     ("-m paper.toy", ToyConfig, None),
     ("-m paper.packing", PackingConfig, None),
     ("-m paper.cancel", CancelConfig, None),
+    ("-m paper.real", RealConfig, "files"),
     ("-m paper.step", StepConfig, None),
 ]
 

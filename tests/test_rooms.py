@@ -22,7 +22,7 @@ MAY = {
     # a tokenizer's file, but no template and no class
     "tokenizer.py": {"sentencepiece", "tokenizers", "support.fields"},
     # conversation files, but no batch, no device, no model
-    "conversations.py": {"numpy", "tokenizer", "support.rows"},
+    "conversations.py": {"numpy", "tokenizer", "support.fields", "support.rows"},
     # pure in lengths, seed and epoch: no conversation, no rank, no model
     "packing.py": {"numpy", "torch"},
     # numbers: no file, no model, no rank

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, call, refused
+from conftest import ROOT, call, refused, stopped_after
 
 from conversations import Message
 from model import SIZES, KVCache
@@ -334,20 +334,6 @@ def test_mean_logprobs_are_those_of_tokens_fed_one_at_a_time(speaker):
 # ---- answers that survive
 
 
-def stopped_after(batches, monkeypatch):
-    """Ctrl-C in the batch after so many; returns how often batches were made."""
-    real = Speaker.answer
-    made = []
-
-    def answer(self, *args):
-        if len(made) == batches:
-            raise KeyboardInterrupt
-        made.append(1)
-        return real(self, *args)
-
-    monkeypatch.setattr(Speaker, "answer", answer)
-
-
 @pytest.mark.parametrize("condition", ["GPT4", "GPT3,GPT4"])
 def test_answers_survive_and_end_as_if_uninterrupted(
     toy_run, tmp_path, condition, monkeypatch, capsys
@@ -364,8 +350,7 @@ def test_answers_survive_and_end_as_if_uninterrupted(
     words = toy_run / "hf", "--input", source, "--output", target, *how
     kept = 0
     for batches in (2, 1):
-        with monkeypatch.context() as patch:
-            stopped_after(batches, patch)
+        with stopped_after(batches, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 sample(*words)
         kept += 3 * batches
@@ -405,8 +390,7 @@ def test_a_file_of_answers_that_is_none_or_is_broken(toy_run, tmp_path, monkeypa
     target = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     words = toy_run / "hf", "--input", source, "--output", target, "--batch", 1, "--max_new", 3
-    with monkeypatch.context() as patch:
-        stopped_after(1, patch)
+    with stopped_after(1, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             sample(*words)
     good = partial.read_text()

@@ -620,7 +620,7 @@ def test_the_identity_of_the_data(toy, tiny, tmp_path, train):
     run = tmp_path / "run"
     words = "--model", "toy", "--steps", 1, "--batch_tokens", 512
     said = train(toy / "train.safetensors", run, *words)
-    for word in ("opening", "checking its", "planning 1 epochs"):
+    for word in ("opening", "checking its", "planning 1 epoch of"):
         assert word in said
     settings_of_run = json.loads((run / "run.json").read_text())
     assert settings_of_run["data_sha256"] == Prepared(toy / "train.safetensors").meta["sha256"]

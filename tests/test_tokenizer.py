@@ -370,7 +370,7 @@ def test_other_models_prompts_are_their_chat_templates(byte_level_file, tmp_path
     file = byte_level_file
     if template == "llama-3-chat":
         file, _ = small_llama3(tmp_path, byte_level_file)
-    tokenizer = prompt_tokenizer(template, file, None)
+    tokenizer = prompt_tokenizer(template, file)
     expected = {
         "chatml": (
             "<|im_start|>", "system\nS", "<|im_end|>", "\n",

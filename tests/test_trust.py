@@ -129,6 +129,10 @@ def test_a_manifest_that_vouches_for_too_little_is_a_fault(tmp_path):
     for raw in (b"[" * 10**5, b"1" * 10**4, b'{"files": 3}', b"\xff"):
         (path / "MANIFEST.json").write_bytes(raw)
         assert "MANIFEST.json changed" in fault_of(path)
+    # nobody writes into the pipe: who opened it would wait for ever
+    (path / "MANIFEST.json").unlink()
+    os.mkfifo(path / "MANIFEST.json")
+    assert fault_of(path) == "MANIFEST.json missing"
 
 
 # ---- numbers
