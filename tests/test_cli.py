@@ -265,7 +265,7 @@ def test_show_names_what_is_wrong(toy, tmp_path):
     words = "show", toy / "train.jsonl", "--tokenizer", toy / "tokenizer.model"
     assert "--template 'x' is not one of" in fail(*words, "--template", "x")
     assert "no conversation has a token to train on" in fail(*words, "--classes", "*=A:0")
-    assert "--tokenizer tokenizer.model" in fail("show", toy / "train.jsonl")
+    assert "shown with --tokenizer PATH" in fail("show", toy / "train.jsonl")
     assert "--tokenizer" in fail("show")
     assert "nofile: show takes one prepared file" in fail("show", prepared, "nofile")
     for flag in ("--micro_tokens", "--ranks", "--tokens_per_s"):

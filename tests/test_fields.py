@@ -82,7 +82,7 @@ def test_bytes_that_are_not_utf8():
         ("rope_parameters", "default", "an object"),
         ("rope_parameters", {"rope_type": 3}, "rope_parameters.rope_type = 3 is not a text"),
         ("head_dim", {"a": "x" * 1000}, ".. is not a whole number"),
-        ("tie_word_embeddings", 1.5, "is not supported"),
+        ("tie_word_embeddings", 1.5, "is not true or false"),
     ],
 )
 def test_a_config_of_another_kind_or_size(folder, field, value, wanted):
