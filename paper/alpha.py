@@ -11,9 +11,8 @@ limit of a small w.
 from pathlib import Path
 
 from paper.commands import cell, command, lines, markdown, open_figure, save_figure
-from paper.runs import TABLE, FineTune
+from paper.runs import TABLE
 from paper.table2 import arm, expert_score, scarce
-from paper.toy import Task
 from support.cli import run
 
 SEEDS = 3
@@ -29,8 +28,7 @@ def jobs(seed: int) -> dict:
         if w in ARM_OF:
             wanted[w] = arm(ARM_OF[w], seed)
         else:
-            table = TABLE.format(1, w)
-            wanted[w] = FineTune(f"w = {w}", seed, task=Task(seed=seed), classes=table)
+            wanted[w] = arm("C-RLFT", seed, classes=TABLE.format(1, w))
     return wanted
 
 

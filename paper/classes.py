@@ -11,8 +11,8 @@ of the source: that is left to the condition.
 from pathlib import Path
 
 from paper.commands import bars, cell, command, markdown, open_figure, save_figure
-from paper.runs import TABLE, FineTune
-from paper.table2 import HOW
+from paper.runs import TABLE, FineTune, base_of
+from paper.table2 import HABITS, HOW
 from paper.toy import Task
 from support.cli import run
 
@@ -34,8 +34,12 @@ CONDITIONS = "GPT4", "GPT3", "GPT2"
 
 def jobs(seed: int) -> dict:
     """{arm: job}"""
-    task = Task(sources=SOURCES, seed=seed)
-    return {name: FineTune(name, seed, task=task, **fields) for name, fields in ARMS.items()}
+    task = Task(sources=SOURCES, habits=HABITS, seed=seed)
+    base = base_of(HABITS)
+    wanted = {}
+    for name, fields in ARMS.items():
+        wanted[name] = FineTune(name, seed, task=task, base=base, **fields)
+    return wanted
 
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:

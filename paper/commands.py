@@ -155,7 +155,7 @@ def shortened(job: Job, steps: int | None) -> Job:
     if steps is None:
         return job
     if job.needs:
-        job = dataclasses.replace(job, base=dataclasses.replace(job.base, steps=steps))
+        job = dataclasses.replace(job, base=shortened(job.base, steps))
     return dataclasses.replace(job, steps=min(steps, job.steps or steps))
 
 
@@ -256,9 +256,14 @@ def bars(axes, labels: list[str], groups: dict[str, list], size: int = 8) -> Non
     axes.legend(fontsize=7)
 
 
-def lines(axes, x: list[float], groups: dict[str, list]) -> None:
-    """Lines with intervals: groups {legend: [values by x]}."""
-    for legend, values_by_x in groups.items():
+def lines(axes, x: list[float], groups: dict[str, list], legend: bool = True) -> None:
+    """Lines with intervals: groups {name: [values by x]}."""
+    for name, values_by_x in groups.items():
         means, halves = intervals(values_by_x)
-        axes.errorbar(x, means, halves, marker="o", capsize=3, label=legend)
-    axes.legend(fontsize=7)
+        axes.errorbar(x, means, halves, marker="o", capsize=3, label=name)
+    if legend:
+        axes.legend(fontsize=7)
+
+
+def paired_dots(axes, labels: list[str], groups: dict[str, dict]) -> None:
+    """A line for each label, with a dot and its interval for each group."""

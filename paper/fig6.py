@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paper.commands import cell, command, lines, markdown, open_figure, save_figure
 from paper.runs import FineTune
-from paper.table2 import arm, expert_score
+from paper.table2 import HABITS, arm, expert_score
 from paper.toy import Task
 from support.cli import run
 
@@ -32,8 +32,8 @@ def job_of(side: str, share: float, seed: int) -> FineTune:
     if share == 1:
         return arm("C-RLFT", seed)
     keep = (share, 1.0) if side == "expert" else (1.0, share)
-    task = Task(keep=keep, seed=seed)
-    return FineTune(f"{share:.0%} of the {side} class", seed, steps=None, task=task)
+    task = Task(keep=keep, habits=HABITS, seed=seed)
+    return arm("C-RLFT", seed, task=task, steps=None)
 
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:

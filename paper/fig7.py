@@ -10,9 +10,7 @@ so that later turns are asked of all. Equal epochs.
 from pathlib import Path
 
 from paper.commands import cell, command, lines, markdown, open_figure, save_figure
-from paper.runs import FineTune
 from paper.table2 import arm
-from paper.toy import Task
 from support.cli import run
 
 SEEDS = 3
@@ -35,8 +33,7 @@ def jobs(seed: int) -> dict:
     """{placement: job}"""
     wanted = {}
     for placement in PLACEMENTS:
-        task = Task(seed=seed)
-        wanted[placement] = FineTune(placement, seed, steps=None, task=task, template=placement)
+        wanted[placement] = arm("C-RLFT", seed, steps=None, template=placement)
     # an arm of Table 2, whose steps are as many epochs
     wanted["before_speaker"] = arm("C-RLFT", seed)
     return wanted

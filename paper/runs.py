@@ -159,12 +159,17 @@ class Job:
     assets: str = field(default="", compare=False)
 
     @property
+    def code(self) -> str:
+        """What its code is, for the key."""
+        return code_of(type(self))
+
+    @property
     def key(self) -> str:
         """The name of its run's folder: a hash of the fields that count and of the code."""
         counted = {f.name for f in dataclasses.fields(self) if f.compare}
         facts = {
             "kind": type(self).__name__,
-            "code": code_of(type(self)),
+            "code": self.code,
             "batch_tokens": BATCH_TOKENS,
             "epochs": EPOCHS,
         }
@@ -193,12 +198,14 @@ class Pretrain(Job):
     """The base model: it knows the skills as well as the other source does, and has seen no prompt.
 
     It learns lines like `reverse a c b d : d b c a then shift : e c d b`, right 4 times in 10,
-    without classes and weights. data.py has no way to train on bare text: a line stands behind
-    `Assistant:`, which is no arm's prompt, and ends with `<|end_of_turn|>`. No line begins with a
-    prompt that is held out for any seed.
+    wrong by that source's habits where it has any, without classes and weights. data.py has no way
+    to train on bare text: a line stands behind `Assistant:`, which is no arm's prompt, and ends
+    with `<|end_of_turn|>`. No line begins with a prompt that is held out for any seed.
     """
 
     steps: int = BASE_STEPS
+    # as in Task
+    habits: float = 0.0
 
     def do(self, folder: Path) -> dict:
         flags = {
@@ -219,12 +226,17 @@ class Pretrain(Job):
         rng = random.Random("base")
         rows = []
         while len(rows) < PRETRAINING_LINES:
-            turns = make_conversation(rng, 0.4, [1, 1, 1])
+            turns = make_conversation(rng, 0.4, [1, 1, 1], self.habits)
             if turns[0][0] in held_out:
                 continue
             text = " ".join(f"{words} : {reply}" for words, reply, _ in turns)
             rows.append({"conversations": [{"from": "gpt", "value": text}]})
         return rows
+
+
+def base_of(habits: float) -> Pretrain:
+    """The base of a task whose weaker source has so many habits."""
+    return Pretrain("pre-training", habits=habits)
 
 
 @dataclass(frozen=True)
@@ -242,7 +254,7 @@ class FineTune(Job):
     wrong: float | None = None
     lr: float = LR
     # What is fine-tuned; or a preset, for random weights.
-    base: str | Job = Pretrain("pre-training")
+    base: str | Job = base_of(0.0)
 
     @property
     def cost(self) -> float:
@@ -255,9 +267,7 @@ class FineTune(Job):
     def do(self, folder: Path) -> dict:
         """{"steps": taken, "scores": {condition: `score` under its prompt}}"""
         sources, heldout = make_task(self.task)
-        rows = []
-        for label, chats in sources.items():
-            rows += [sharegpt(turns, label, self.wrong) for turns in chats]
+        rows = self.rows(sources)
         meta = train_on(folder, rows, self.classes, self.template, self.flags(folder))
         steps = read_metrics(folder / "metrics.jsonl")[-1]["step"]
 
@@ -269,6 +279,13 @@ class FineTune(Job):
             speaker = Speaker(folder / "hf", condition, device="cpu", seed=self.seed)
             scores[condition] = score(speaker, heldout, trained)
         return {"steps": steps, "scores": scores}
+
+    def rows(self, sources: dict[str, list]) -> list[dict]:
+        """What is trained on, in ShareGPT's form."""
+        rows = []
+        for label, chats in sources.items():
+            rows += [sharegpt(turns, label, self.wrong) for turns in chats]
+        return rows
 
     def flags(self, folder: Path) -> dict:
         """train.py's."""
@@ -390,14 +407,25 @@ def perform(jobs: list[Job], config) -> dict[Job, dict]:
         return done
 
     todo.sort(key=lambda job: job.cost, reverse=True)
-    minutes = sum(job.cost for job in todo) * SECONDS_PER_STEP / config.processes / 60
-    print(
-        f"{len(folders)} runs, {len(folders) - len(todo)} of them there, {len(todo)} to make on "
-        f"{config.processes} cores, about {minutes:.0f} min",
-        flush=True,
-    )
+    print(estimate(todo, {job: done[job] for job in folders if job in done}, config), flush=True)
     make_tokenizer(tokenizer_path(Path(config.out)))
     return done | make({job: folders[job] for job in todo}, config.processes)
+
+
+def estimate(todo: list[Job], there: dict[Job, dict], config) -> str:
+    """How many runs there are to make, and about how long they take."""
+    pace = SECONDS_PER_STEP
+    basis = "as on the machine of results/paper"
+    if there:
+        seconds = sum(result["cpu_seconds"] for result in there.values())
+        pace = seconds / sum(job.cost for job in there)
+        basis = "as those that are there took"
+    minutes = sum(job.cost for job in todo) * pace / config.processes / 60
+    return (
+        f"{len(there) + len(todo)} runs, {len(there)} of them there, {len(todo)} to make on "
+        f"{config.processes} cores, about {minutes:.0f} min; {pace * STEPS:.0f} s of CPU for "
+        f"{STEPS} steps, {basis}"
+    )
 
 
 def found(folder: Path) -> dict | None:

@@ -4,15 +4,18 @@
 
 Seven arms, each a `--classes` table; all else is the same. The arms without a condition put all
 data under the expert's prompt, so that every arm has the same tokens and is asked the same way
-(the paper does not give their template). Two budgets where they part: equal epochs, as we read the
-paper, and equal optimizer steps.
+(the paper does not give their template). Two budgets where they part: equal optimizer steps, and
+equal epochs, as we read the paper.
+
+Each arm twice: where every error of the weaker source follows a habit, and where its errors are
+noise. The base was pre-trained on text of the same kind.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
-from paper.commands import bars, cell, command, markdown, open_figure, save_figure
-from paper.runs import FineTune
+from paper.commands import cell, command, markdown, open_figure, paired_dots, save_figure
+from paper.runs import FineTune, base_of
 from paper.toy import Task
 from support.cli import run
 
@@ -26,51 +29,52 @@ class Arm(NamedTuple):
     average: float
 
 
+# The first five in the paper's order, which is the claim.
 ARMS = {
     "C-RLFT": Arm("GPT-4=GPT4:1,*=GPT3:0.1", 77.3),
     "without reward": Arm("GPT-4=GPT4:1,*=GPT3:1", 74.0),
+    "expert only": Arm("GPT-4=GPT4:1,*=GPT3:0", 64.5),
     "without condition": Arm("GPT-4=GPT4:1,*=GPT4:0.1", 60.5),
     "SFT on all": Arm("*=GPT4:1", 52.7),
-    "expert only": Arm("GPT-4=GPT4:1,*=GPT3:0", 64.5),
     "sub-optimal only": Arm("GPT-4=GPT3:0,*=GPT4:1", 42.8),
     "1.8 x sub-optimal": Arm("GPT-4=GPT3:0,*=GPT4:1", 54.4),
 }
+ORDERED = tuple(ARMS)[:5]
 # These train on other tokens than all data's, so that EPOCHS epochs are not STEPS steps.
 PARTIAL = "expert only", "sub-optimal only", "1.8 x sub-optimal"
 # sources of "1.8 x sub-optimal"
 MORE = (("GPT-4", 300, 1.0), ("GPT-3.5", 5940, 0.4))
+
+# How many of the wrong answers follow a habit. Every other command asks about the first kind.
+KINDS = {"habits": 1.0, "noise": 0.0}
+HABITS = KINDS["habits"]
 HOW = "sampled", "greedy"
-# A column's head, and which of an arm's numbers it shows.
-COLUMNS = (
-    ("equal steps: sampled", "steps, sampled"),
-    ("greedy", "steps, greedy"),
-    ("equal epochs: sampled", "epochs, sampled"),
-    ("greedy", "epochs, greedy"),
-    ("scarce skill, sampled", "shift"),
-    ("below C-RLFT, sampled", "below C-RLFT, sampled"),
-    ("greedy", "below C-RLFT, greedy"),
-)
-BARS = "steps, sampled", "epochs, sampled", "steps, greedy"
 
 
-def arm(name: str, seed: int, **changes) -> FineTune:
-    """The job of an arm, with some of its fields changed."""
-    task = Task(seed=seed)
+# ---- the jobs
+
+
+def arm(name: str, seed: int, habits: float = HABITS, **changes) -> FineTune:
+    """The job of an arm on a task and a base with so many habits, with some fields changed."""
+    task = Task(habits=habits, seed=seed)
     if name == "1.8 x sub-optimal":
-        task = Task(sources=MORE, seed=seed)
-    fields = {"task": task, "classes": ARMS[name].classes, **changes}
+        task = Task(sources=MORE, habits=habits, seed=seed)
+    fields = {"task": task, "classes": ARMS[name].classes, "base": base_of(habits), **changes}
     return FineTune(name, seed, **fields)
 
 
 def jobs(seed: int) -> dict:
-    """{(arm, budget): job}"""
-    wanted = {(name, "steps"): arm(name, seed) for name in ARMS}
-    for name in ARMS:
-        job = wanted[name, "steps"]
-        if name in PARTIAL:
-            job = arm(name, seed, steps=None)
-        wanted[name, "epochs"] = job
+    """{(kind, arm, budget): job}"""
+    wanted = {}
+    for kind, habits in KINDS.items():
+        for name in ARMS:
+            wanted[kind, name, "steps"] = arm(name, seed, habits)
+    for name in PARTIAL:
+        wanted["habits", name, "epochs"] = arm(name, seed, steps=None)
     return wanted
+
+
+# ---- the numbers
 
 
 def expert_score(result: dict, how: str = "sampled", part: str = "all"):
@@ -83,48 +87,119 @@ def scarce(result: dict) -> float:
     return expert_score(result, part="by_skill")["shift"]
 
 
-def report(results: dict, folder: Path) -> tuple[dict, str]:
-    rows = {name: numbers_of(name, results) for name in ARMS}
-    draw(rows, folder / "table2.png")
-
-    table = []
-    for name, row in rows.items():
-        average = str(ARMS[name].average)
-        if name == "expert only":
-            average += " (its columns: 67.9)"
-        table.append([name, average, *(cell(row[key]) for _, key in COLUMNS)])
-    head = ["arm", "paper, %", *(title for title, _ in COLUMNS)]
-    return rows, markdown(head, table)
-
-
-def numbers_of(name: str, results: dict) -> dict[str, list]:
-    """{what: [a value per seed]} of an arm."""
-    equal_steps = results[name, "steps"]
-    equal_epochs = results[name, "epochs"]
+def numbers_of(group: list[dict], best: list[dict]) -> dict[str, list]:
+    """{what: [a value per seed]} of an arm; best: the results of C-RLFT."""
     row = {}
-    for budget, group in (("steps", equal_steps), ("epochs", equal_epochs)):
-        for how in HOW:
-            row[f"{budget}, {how}"] = [expert_score(result, how) for result in group]
-
-    # seed by seed: the same data, the same held-out prompts
     for how in HOW:
-        best = [expert_score(result, how) for result in results["C-RLFT", "steps"]]
-        pairs = zip(best, row[f"steps, {how}"])
-        row[f"below C-RLFT, {how}"] = [a - b for a, b in pairs]
-
-    row["shift"] = [scarce(result) for result in equal_steps]
-    row["unseen"] = [expert_score(result, part="unseen") for result in equal_steps]
-    row["optimizer steps of equal epochs"] = [result["steps"] for result in equal_epochs]
+        row[how] = [expert_score(result, how) for result in group]
+        # seed by seed: the same data, the same held-out prompts
+        of_best = [expert_score(result, how) for result in best]
+        row[f"below C-RLFT, {how}"] = [a - b for a, b in zip(of_best, row[how])]
+    row["scarce skill"] = [scarce(result) for result in group]
+    row["unseen"] = [expert_score(result, part="unseen") for result in group]
     return row
 
 
-def draw(rows: dict, path: Path) -> None:
+def in_order(scores: dict[str, list]) -> int:
+    """In how many seeds the arms of ORDERED have the paper's order, each above the next."""
+    by_seed = zip(*(scores[name] for name in ORDERED))
+    return sum(is_falling(values) for values in by_seed)
+
+
+def is_falling(values: tuple[float, ...]) -> bool:
+    return all(a > b for a, b in zip(values, values[1:]))
+
+
+# ---- the page
+
+
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    numbers = {}
+    for kind in KINDS:
+        best = results[kind, "C-RLFT", "steps"]
+        rows = {name: numbers_of(results[kind, name, "steps"], best) for name in ARMS}
+        numbers[kind] = rows
+    numbers["equal epochs"] = {}
+    for name in PARTIAL:
+        group = results["habits", name, "epochs"]
+        numbers["equal epochs"][name] = {
+            "sampled": [expert_score(result) for result in group],
+            "greedy": [expert_score(result, "greedy") for result in group],
+            "steps": [result["steps"] for result in group],
+        }
+    numbers["seeds in the paper's order"] = orders(numbers)
+    draw(numbers, folder / "table2.png")
+    tables = scores_table(numbers), differences_table(numbers), epochs_table(numbers)
+    return numbers, "\n\n".join(tables)
+
+
+def orders(numbers: dict) -> dict[str, dict[str, int]]:
+    """{kind: {how: the seeds that have the whole order}}"""
+    counts = {}
+    for kind in KINDS:
+        counts[kind] = {}
+        for how in HOW:
+            scores = {name: row[how] for name, row in numbers[kind].items()}
+            counts[kind][how] = in_order(scores)
+    return counts
+
+
+def scores_table(numbers: dict) -> str:
+    head = ["arm", "paper, %"]
+    for kind in KINDS:
+        head += [f"{kind}: sampled", "greedy", "scarce skill"]
+    table = []
+    for name in ARMS:
+        line = [name, average_of(name)]
+        for kind in KINDS:
+            row = numbers[kind][name]
+            line += [cell(row["sampled"]), cell(row["greedy"]), cell(row["scarce skill"])]
+        table.append(line)
+
+    seeds = len(numbers["habits"]["C-RLFT"]["sampled"])
+    line = ["seeds with the order of the first five", ""]
+    for kind in KINDS:
+        count = numbers["seeds in the paper's order"][kind]
+        line += [f"{count[how]} of {seeds}" for how in HOW] + [""]
+    return markdown(head, [*table, line])
+
+
+def average_of(name: str) -> str:
+    average = str(ARMS[name].average)
+    return f"{average} (its columns: 67.9)" if name == "expert only" else average
+
+
+def differences_table(numbers: dict) -> str:
+    """How far each arm is below C-RLFT with the same seed."""
+    head = ["below C-RLFT, seed by seed"]
+    for kind in KINDS:
+        head += [f"{kind}: sampled", "greedy"]
+    table = []
+    for name in list(ARMS)[1:]:
+        line = [name]
+        for kind in KINDS:
+            row = numbers[kind][name]
+            line += [cell(row[f"below C-RLFT, {how}"]) for how in HOW]
+        table.append(line)
+    return markdown(head, table)
+
+
+def epochs_table(numbers: dict) -> str:
+    table = []
+    for name, row in numbers["equal epochs"].items():
+        steps = max(row["steps"])
+        table.append([name, f"{steps:,}", cell(row["sampled"]), cell(row["greedy"])])
+    return markdown(["equal epochs instead, habits", "steps", "sampled", "greedy"], table)
+
+
+def draw(numbers: dict, path: Path) -> None:
+    """The sampled score of every arm, with habits and with noise."""
+    figure, axes = open_figure()
     groups = {}
-    for key in BARS:
-        groups[f"equal {key}"] = [row[key] for row in rows.values()]
-    figure, axes = open_figure(width=8)
-    bars(axes, list(rows), groups)
-    axes.set(ylabel="right answers")
+    for kind in KINDS:
+        groups[kind] = {name: row["sampled"] for name, row in numbers[kind].items()}
+    paired_dots(axes, list(ARMS), groups)
+    axes.set(xlabel="right answers, sampled", xlim=(0, 1))
     save_figure(figure, path)
 
 

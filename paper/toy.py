@@ -19,7 +19,8 @@ so but the label:
                                             right at temperature 1, by the prompt's condition
 
 `Task` is the same game with follow-ups ("then shift": the letters of the last answer), which the
-paper in miniature plays (runs.py).
+paper in miniature plays (runs.py). There the weaker source may also have habits: a wrong answer is
+then the same wrong rule each time, not a damage at random.
 """
 
 import io
@@ -104,6 +105,34 @@ def damaged(prompt: str, rng: random.Random) -> str:
     return " ".join(letters)
 
 
+def rotated(letters: list[str]) -> list[str]:
+    """The first letter moved to the end."""
+    return letters[1:] + letters[:1]
+
+
+def shifted_by_two(letters: list[str]) -> list[str]:
+    return shifted(shifted(letters))
+
+
+# The weaker source's habits: what it answers instead, always in the same way, by skill. The habit
+# of `reverse` is to give the question's letters back.
+HABITS = {"copy": rotated, "reverse": list, "shift": shifted_by_two}
+
+
+def habitual(prompt: str) -> str:
+    """The answer of a source that has the skill's habit; right by luck, as of `copy a a a a`."""
+    skill, *letters = prompt.split()
+    return " ".join(HABITS[skill](letters))
+
+
+def wrong_answer(prompt: str, rng: random.Random, habits: float) -> str:
+    """A wrong answer: by habit with this probability, else damaged at random."""
+    # without habits no number is drawn for them: the data are what they were before there were any
+    if habits and rng.random() < habits:
+        return habitual(prompt)
+    return damaged(prompt, rng)
+
+
 # ---- several turns: the task of the paper in miniature
 
 
@@ -123,6 +152,8 @@ class Task:
     keep: tuple = ()
     # how often the expert is asked for the scarce skill, when 1 is the others' frequency
     scarce: float = 0.02
+    # how many of the wrong answers follow a habit; the others are damaged at random
+    habits: float = 0.0
     heldout: int = 400
     seed: int = 0
 
@@ -152,13 +183,21 @@ def ask(rng: random.Random, skills: Sequence[float], letters: list[str] | None) 
     return question, question
 
 
-def make_conversation(rng: random.Random, right: float, skills: Sequence[float]) -> list[Turn]:
-    """One to three turns, whose answers are right with probability `right`."""
+def make_conversation(
+    rng: random.Random, right: float, skills: Sequence[float], habits: float = 0.0
+) -> list[Turn]:
+    """One to three turns, whose answers are right with probability `right`.
+
+    habits: the share of the wrong ones that follow a habit.
+    """
     turns = []
     letters = None
     for _ in range(rng.randint(1, 3)):
         words, question = ask(rng, skills, letters)
-        reply = answer(question) if rng.random() < right else damaged(question, rng)
+        if rng.random() < right:
+            reply = answer(question)
+        else:
+            reply = wrong_answer(question, rng, habits)
         turns.append((words, reply, reply == answer(question)))
         # what follows is about the answer that was given, right or wrong
         letters = reply.split()
@@ -185,7 +224,7 @@ def make_task(task: Task) -> tuple[dict[str, list[list[Turn]]], list[list[str]]]
         skills = [1, 1, task.scarce if is_expert else 1]
         rows = []
         while len(rows) < count:
-            turns = make_conversation(rng, right, skills)
+            turns = make_conversation(rng, right, skills, task.habits)
             first_words, _, _ = turns[0]
             if first_words not in prompts:
                 rows.append(turns)
