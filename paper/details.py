@@ -35,14 +35,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from data import Prepared
 from packing import Batch, flat
 from paper.code_hash import ROOT, without_docstrings
 from paper.commands import cell, command, interval, markdown
 from paper.runs import BATCH_TOKENS, LR, STEPS, TABLE, FineTune, base_of, code_of, sharegpt
 from paper.table2 import HABITS, HOW, arm, expert_score
 from paper.toy import Task
+from recipe import TrainConfig, epoch_steps
+from support.budget import train_flops
 from support.cli import run
 from support.export import save_shard, write_manifest
+from support.hf import read_config
 
 PAGE = ROOT / "docs" / "details.md"
 
@@ -477,159 +481,157 @@ def jobs(seed: int) -> dict:
 
 
 class Detail(NamedTuple):
-    """A row: what others do and what ours does, in words, and an arm of either."""
+    """A row: what ours does and what others do, in words, and an arm of either."""
 
+    # what makes their arm: a function or class of this file, or flags
+    made_by: str
     theirs: str
     ours: str
     their_arm: str
-    # what makes their arm: a function of this file, or flags
-    made_by: str
     our_arm: str = "ours"
 
 
-# The public trainer is OpenChat's, of 2023; where another is meant, it has its name.
+# OpenChat is the public trainer of 2023.
 DETAILS = {
-    "the end of turn's weight": Detail(
-        theirs="its answer's; 0 where it is the token of padding, too (transformers' collator)",
-        ours="its answer's",
-        their_arm="no end of turn",
+    "the end of turn": Detail(
         made_by="`no_end_of_turn`",
+        theirs="weight 0: transformers' collator where it is the padding's token, too",
+        ours="weighs as its answer; so in OpenChat",
+        their_arm="no end of turn",
     ),
     "the user's text": Detail(
-        theirs="0, or its own weight",
-        ours="0, or its own weight",
+        made_by="`UserTrained`",
+        theirs="trained on, where the user's message has a weight (OpenChat takes it)",
+        ours="weight 0; a message's own is taken",
         their_arm="user trained",
-        made_by="`UserTrained`: a weight for each message of the user",
     ),
-    "prefixes and the user's text": Detail(
-        theirs="0; trained on by TRL's default",
-        ours="0",
-        their_arm="whole text",
+    "the whole text": Detail(
         made_by="`whole_text`",
+        theirs="trained on, prefixes too: TRL's default",
+        ours="answers only; so in OpenChat",
+        their_arm="whole text",
     ),
-    "a common factor of all weights": Detail(
-        theirs="weights 10 and 1",
-        ours="1 and 0.1",
-        their_arm="10 and 1",
+    "a common factor": Detail(
         made_by="`--classes GPT-4=GPT4:10,*=GPT3:1`",
+        theirs="weights 10 and 1",
+        ours="1 and 0.1; so in OpenChat",
+        their_arm="10 and 1",
     ),
-    "the weights' precision": Detail(
-        theirs="bf16: 0.1 is 0.1001",
+    "bf16 weights": Detail(
+        made_by=f"`--classes {BF16}`",
+        theirs="OpenChat: 0.1 is 0.1001",
         ours="fp32",
         their_arm="bf16 weights",
-        made_by=f"`--classes {BF16}`",
     ),
-    "1/Z of Eq. 6, rewards of answers": Detail(
-        theirs="left out, as ours; here divided by Z(x, c)",
-        ours="left out, as published",
+    "1/Z of Eq. 6": Detail(
+        made_by="`DividedByZ`, rewards of answers",
+        theirs="each weight divided by Z(x, c), as in Eq. 6's first line",
+        ours="left out, as in its last",
         our_arm="reward of the answer",
         their_arm="divided by Z",
-        made_by="`DividedByZ`",
     ),
-    "the condition's place: v2's": Detail(
-        theirs="before the assistant only",
-        ours="before both speakers",
+    "the condition's place, once a turn": Detail(
+        made_by="`--template before_assistant`",
+        theirs="before the assistant alone: OpenChat v2",
+        ours="before both speakers; so in OpenChat v3.2",
         their_arm="before_assistant",
-        made_by="`--template before_assistant`, equal epochs",
     ),
-    "the condition's place: v3.1's": Detail(
-        theirs="once, at the beginning",
-        ours="before both speakers",
+    "the condition's place, once": Detail(
+        made_by="`--template beginning`",
+        theirs="at the beginning: OpenChat v3.1",
+        ours="before both speakers; so in OpenChat v3.2",
         their_arm="beginning",
-        made_by="`--template beginning`, equal epochs",
     ),
-    "micro-batches of 192 tokens": Detail(
-        theirs="one of 768",
-        ours="four of 192",
-        our_arm="four micro-batches",
-        their_arm="ours",
-        made_by="our arm: `--micro_tokens 192`",
+    "four micro-batches": Detail(
+        made_by="`--micro_tokens 192`",
+        theirs="four of 192 tokens; the divisor is ours",
+        ours="one of 768 tokens",
+        their_arm="four micro-batches",
     ),
-    "the divisor: each micro-batch's weights": Detail(
-        theirs="LLaMA-Factory v1: its own sum, then by tokens; four of 192 tokens",
-        ours="the step's sum; four of 192 tokens",
+    "the divisor: a micro-batch's weights": Detail(
+        made_by="`by_micro_batch`, `--micro_tokens 192`",
+        theirs="four of 192 tokens, each by its own sum, then by tokens: LLaMA-Factory v1",
+        ours="the step's sum, four of 192 tokens",
         our_arm="four micro-batches",
         their_arm="by micro-batch",
-        made_by="`by_micro_batch`, `--micro_tokens 192`",
     ),
-    "the same, one conversation each": Detail(
-        theirs="LLaMA-Factory v1: 0.1 counts as 1.0",
+    "the divisor: one conversation's weights": Detail(
+        made_by="`one_conversation_a_micro_batch`",
+        theirs="the same where a micro-batch is one conversation: 0.1 counts as 1.0",
         ours="the step's sum",
         their_arm="one conversation",
-        made_by="`one_conversation_a_micro_batch`",
     ),
     "the divisor: a conversation's length": Detail(
-        theirs="each conversation's mean (until 2023-09)",
+        made_by="`by_length`",
+        theirs="each conversation's mean: OpenChat until 2023-09",
         ours="by token, as Eq. 6 sums",
         their_arm="by length",
-        made_by="`by_length`",
     ),
-    "the divisor: the ranks once more": Detail(
-        theirs="by 8 ranks (until 2023-11-25)",
+    "the divisor: 8 ranks once more": Detail(
+        made_by="`divided_by_ranks`",
+        theirs="gradients 8 times smaller: OpenChat until 2023-11-25",
         ours="the step's sum, once",
         their_arm="by ranks",
-        made_by="`divided_by_ranks`",
     ),
     "classes in a step": Detail(
-        theirs="as packing happens to fill it",
+        made_by="`classes_by_chance`",
+        theirs="as packing happens to fill it: OpenChat",
         ours="dealt in proportion",
         their_arm="by chance",
-        made_by="`classes_by_chance`",
     ),
     "the last step of an epoch": Detail(
-        theirs="dropped, where it is short",
+        made_by="`last_step_dropped`",
+        theirs="dropped where it is short: OpenChat; here a full one",
         ours="kept",
         their_arm="last step",
-        made_by="`last_step_dropped`",
     ),
-    "attention between conversations": Detail(
-        theirs="none; here it leaks, positions begin again",
-        ours="none",
-        their_arm="leaking",
+    "attention leaks": Detail(
         made_by="`leaking`",
+        theirs="LLaMA-Factory's `packing` without `neat_packing`",
+        ours="each conversation by itself; so in OpenChat",
+        their_arm="leaking",
     ),
-    "the same, positions run on": Detail(
-        theirs="none; so in TRL's `wrapped` and LLaMA-Factory's `packing`",
-        ours="none",
-        their_arm="one row",
+    "attention leaks, positions run on": Detail(
         made_by="`leaking_in_one_row`",
+        theirs="one row of text, as TRL's `wrapped` makes it",
+        ours="each conversation by itself; so in OpenChat",
+        their_arm="one row",
     ),
     "the new token's row: random": Detail(
-        theirs="the mean; random in transformers without `mean_resizing`",
-        ours="the mean",
+        made_by="`NewRow`",
+        theirs="transformers' `mean_resizing=False`",
+        ours="the mean of the others; so in OpenChat",
         our_arm="mean row",
         their_arm="random row",
-        made_by="`NewRow`: either row is reset in the base",
     ),
     "the new token's row: zero": Detail(
-        theirs="the mean; here 0",
-        ours="the mean",
+        made_by="`NewRow`",
+        theirs="0",
+        ours="the mean of the others; so in OpenChat",
         our_arm="mean row",
         their_arm="zero row",
-        made_by="`NewRow`: either row is reset in the base",
     ),
-    "the learning rate at a quarter of the batch": Detail(
-        theirs="times the square root, as ours; here the same",
-        ours="half of it: the square root",
+    "the learning rate, a quarter of the batch": Detail(
+        made_by="`--batch_tokens 192`",
+        theirs="unchanged",
+        ours="by the square root, half; so in OpenChat",
         our_arm="quarter",
         their_arm="quarter, same lr",
-        made_by="`--batch_tokens 192`, equal epochs",
     ),
-    "the learning rate at four times the batch": Detail(
-        theirs="times the square root, as ours; here the same",
-        ours="twice it: the square root",
+    "the learning rate, four times the batch": Detail(
+        made_by="`--batch_tokens 3072`",
+        theirs="unchanged",
+        ours="by the square root, twice; so in OpenChat",
         our_arm="four times",
         their_arm="four times, same lr",
-        made_by="`--batch_tokens 3072`, equal epochs",
     ),
 }
 HEAD = [
-    "detail",
+    "detail; what makes their arm",
     "theirs",
     "ours",
     "sampled: ours; theirs; theirs - ours",
     "greedy: ours; theirs; theirs - ours",
-    "their arm",
     "here",
 ]
 
@@ -645,7 +647,7 @@ def verdict(differences: dict[str, list[float]]) -> str:
     return "not here"
 
 
-def report(results: dict, folder: Path) -> tuple[dict, str]:
+def details_table(results: dict) -> tuple[dict, str]:
     numbers = {}
     table = []
     for name, detail in DETAILS.items():
@@ -656,16 +658,68 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
         for how in HOW:
             ours = [expert_score(a, how) for a, _ in pairs]
             theirs = [expert_score(b, how) for _, b in pairs]
+            # seed by seed: the same data, the same held-out prompts
             further = [b - a for a, b in zip(ours, theirs)]
             row["ours"][how] = ours
             row["theirs"][how] = theirs
             row["theirs - ours"][how] = further
-            means = f"{fmean(ours):.3f}; {fmean(theirs):.3f}"
-            cells.append(f"{means}; {cell(further)}")
-        row["word"] = verdict(row["theirs - ours"])
+            cells.append(f"{fmean(ours):.3f}; {fmean(theirs):.3f}; {cell(further)}")
+        row["here"] = verdict(row["theirs - ours"])
         numbers[name] = row
-        table.append([name, detail.theirs, detail.ours, *cells, detail.made_by, row["word"]])
+        first = f"{name}; {detail.made_by}"
+        table.append([first, detail.theirs, detail.ours, *cells, row["here"]])
     return numbers, markdown(HEAD, table)
+
+
+# arms whose steps hold the classes in another way
+STEPS_OF = ("ours", "by chance", "four micro-batches", "quarter", "four times")
+
+
+def steps_table(results: dict) -> tuple[dict, str]:
+    """How even the classes are over the steps of the first epoch, with the first seed."""
+    numbers = {}
+    table = []
+    for name in STEPS_OF:
+        share_S = expert_shares(results[name][0])
+        row = {
+            "steps": len(share_S),
+            "lowest": share_S.min(),
+            "highest": share_S.max(),
+            "without": (share_S == 0).mean(),
+        }
+        numbers[name] = {key: float(value) for key, value in row.items()}
+        range_ = f"{row['lowest']:.2f} to {row['highest']:.2f}"
+        table.append([name, row["steps"], range_, f"{row['without']:.0%}"])
+    head = ["arm", "steps of an epoch", "expert's share of a step's weight", "steps without any"]
+    return numbers, markdown(head, table)
+
+
+def expert_shares(result: dict) -> np.ndarray:
+    """fp64 [S]: the expert's share of the weight of each step of a run's first epoch."""
+    folder = Path(result["folder"])
+    settings = json.loads((folder / "run.json").read_text())
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**{name: settings[name] for name in names})
+    data = Prepared(folder / "train.safetensors")
+    train_on, _ = data.split(config.val_fraction)
+    cost = train_flops(read_config(folder / "hf")).plan_cost
+    change = result["run"].get("variant")
+    with replaced(change) if change else contextlib.nullcontext():
+        steps = epoch_steps(data, train_on, config, epoch=0, cost=cost)
+
+    shares = []
+    for step in steps:
+        of_step = flat([step])
+        weights = data.weight_sums[of_step]
+        # the expert's class is the first
+        shares.append(weights[data.class_ids[of_step] == 0].sum() / weights.sum())
+    return np.array(shares)
+
+
+def report(results: dict, folder: Path) -> tuple[dict, str]:
+    numbers, table = details_table(results)
+    of_steps, table_of_steps = steps_table(results)
+    return {"details": numbers, "steps": of_steps}, f"{table}\n\n{table_of_steps}"
 
 
 def main(argv: list[str]) -> None:

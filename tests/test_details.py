@@ -460,7 +460,7 @@ def test_the_key_follows_what_a_change_needs(monkeypatch):
     assert changed_by("super().flags(folder) | dict", "dict") == before.keys() - of_runs
     # words, and the page
     assert not changed_by('"""The token that ends a turn', '"""Other words')
-    assert not changed_by("its answer's; 0 where", "something else")
+    assert not changed_by("weights 10 and 1", "something else")
     assert not changed_by("abs(mean) > half", "abs(mean) > 2 * half")
 
 
@@ -491,7 +491,7 @@ def test_every_arm_is_another_and_fits_the_budget():
     for name in shared:
         for group in jobs_of(importlib.import_module(f"paper.{name}"), PaperConfig()).values():
             keys -= {job.key for job in group}
-    assert len(keys) <= 72
+    assert len(keys) <= 96
 
     arms = set()
     for detail in details.DETAILS.values():
@@ -520,15 +520,15 @@ def result(sampled, greedy):
     return {"scores": {"GPT4": {"sampled": {"all": sampled}, "greedy": {"all": greedy}}}}
 
 
-def test_the_table_pairs_the_seeds(monkeypatch, tmp_path):
-    detail = details.Detail(theirs="so", ours="thus", their_arm="b", made_by="`f`", our_arm="a")
+def test_the_table_pairs_the_seeds(monkeypatch):
+    detail = details.Detail(made_by="`f`", theirs="so", ours="thus", their_arm="b", our_arm="a")
     monkeypatch.setattr(details, "DETAILS", {"it": detail})
     ours = [result(0.5, 0.6), result(0.7, 0.6), result(0.6, 0.6), result(9, 9)]
     theirs = [result(0.4, 0.6), result(0.6, 0.5), result(0.5, 0.7)]
-    numbers, table = details.report({"a": ours, "b": theirs}, tmp_path)
+    numbers, table = details.details_table({"a": ours, "b": theirs})
     assert numbers["it"]["theirs - ours"]["sampled"] == pytest.approx([-0.1, -0.1, -0.1])
-    assert numbers["it"]["word"] == "matters"
-    line = "| it | so | thus | 0.600; 0.500; -0.100 +- 0.000 | 0.600; 0.600; 0.000 +- 0.248 | `f` |"
+    assert numbers["it"]["here"] == "matters"
+    line = "| it; `f` | so | thus | 0.600; 0.500; -0.100 +- 0.000 | 0.600; 0.600; 0.000 +- 0.248 |"
     assert table.splitlines()[-1] == f"{line} matters |"
 
 
@@ -543,6 +543,14 @@ def signals():
         signal.signal(number, handler)
 
 
+def assert_shares_are_those_trained(folder, job):
+    """The page's shares of the expert, from what the run has logged: its weights are 1 and 0.1."""
+    shares = details.expert_shares({"folder": str(folder), "run": dataclasses.asdict(job)})
+    for line, share in zip(metrics(folder), shares):
+        of_expert = (line["weight_sum"] - 0.1 * line["supervised_tokens"]) / 0.9
+        assert share == pytest.approx(of_expert / line["weight_sum"], abs=1e-5)
+
+
 def test_a_run_is_made_with_the_variant(tokenizer, tmp_path, signals):
     """The gradient that it logs is an eighth of ours; the next run in the process is ours again."""
     shutil.copy(tokenizer, tokenizer_path(tmp_path))
@@ -554,6 +562,7 @@ def test_a_run_is_made_with_the_variant(tokenizer, tmp_path, signals):
         folder.mkdir(parents=True)
         assert job.do(folder)["steps"] == 2
         norms[job.name] = metrics(folder)[0]["grad_norm"]
+        assert_shares_are_those_trained(folder, job)
     assert norms["ranks"] == pytest.approx(norms["ours"] / 8, rel=1e-5)
     assert places() == before
 
@@ -562,7 +571,11 @@ def test_a_run_is_made_with_the_variant(tokenizer, tmp_path, signals):
 def test_every_arm_is_another_run(tmp_path):
     """Three steps of each, in one worker: which numbers of the first step are ours, which not."""
     config = PaperConfig(out=str(tmp_path), seeds=1, steps=3, processes=1)
-    jobs = {name: group[0] for name, group in jobs_of(details, config).items()}
+    parts = ("GPT-4", 50, 1.0), ("GPT-3.5", 550, 0.4)
+    task = Task(sources=parts, habits=1.0, heldout=4)
+    jobs = {}
+    for name, (job,) in jobs_of(details, config).items():
+        jobs[name] = dataclasses.replace(job, task=task)
     done = perform(list(jobs.values()), config)
     first = {}
     for name, job in jobs.items():
@@ -573,7 +586,7 @@ def test_every_arm_is_another_run(tmp_path):
     loss = {name: line["loss"] for name, line in first.items()}
     tokens = {name: line["supervised_tokens"] for name, line in first.items()}
     # what a step of three does not show: an epoch's end, and the learning rate
-    same = {"10 and 1", "by ranks", "last step"}
+    same = {"10 and 1", "bf16 weights", "by ranks", "last step"}
     for name in jobs.keys() - same - {"ours"}:
         assert loss[name] != pytest.approx(loss["ours"], rel=1e-4), name
     for name in same:
@@ -585,3 +598,6 @@ def test_every_arm_is_another_run(tmp_path):
         rate = first[f"{name}, same lr"]["lr"] / first[name]["lr"]
         assert rate == pytest.approx(factor)
     assert tokens["quarter"] < tokens["ours"] / 3 < tokens["four times"] / 9
+
+    for name in details.STEPS_OF:
+        assert_shares_are_those_trained(tmp_path / "runs" / jobs[name].key, jobs[name])
