@@ -21,7 +21,7 @@ from packing import flat
 from paper.code_hash import files_of, files_reached
 from paper.commands import PaperConfig, jobs_of
 from paper.details import DividedByZ, UserTrained, Variant, replaced, verdict
-from paper.runs import TABLE, FineTune, make_tokenizer, perform, prepared, tokenizer_path
+from paper.runs import TABLE, FineTune, make_tokenizer, prepared, tokenizer_path
 from paper.toy import Task, make_task
 from support.hf import RandomWeights, load_weights
 
@@ -568,15 +568,22 @@ def test_a_run_is_made_with_the_variant(tokenizer, tmp_path, signals):
 
 
 @pytest.mark.long
-def test_every_arm_is_another_run(tmp_path):
-    """Three steps of each, in one worker: which numbers of the first step are ours, which not."""
-    config = PaperConfig(out=str(tmp_path), seeds=1, steps=3, processes=1)
+def test_every_arm_is_another_run(tokenizer, tmp_path, signals):
+    """Three steps of each in this process: what the first step's numbers have of ours, what not."""
+    shutil.copy(tokenizer, tokenizer_path(tmp_path))
+    config = PaperConfig(out=str(tmp_path), seeds=1, steps=3)
     parts = ("GPT-4", 50, 1.0), ("GPT-3.5", 550, 0.4)
     task = Task(sources=parts, habits=1.0, heldout=4)
     jobs = {}
     for name, (job,) in jobs_of(details, config).items():
         jobs[name] = dataclasses.replace(job, task=task)
-    done = perform(list(jobs.values()), config)
+    done = {}
+    for job in (jobs["ours"].base, *jobs.values()):
+        folder = tmp_path / "runs" / job.key
+        folder.mkdir(parents=True)
+        run = {"folder": str(folder), "run": dataclasses.asdict(job)}
+        done[job] = job.do(folder) | run
+
     first = {}
     for name, job in jobs.items():
         folder = tmp_path / "runs" / job.key
@@ -601,3 +608,10 @@ def test_every_arm_is_another_run(tmp_path):
 
     for name in details.STEPS_OF:
         assert_shares_are_those_trained(tmp_path / "runs" / jobs[name].key, jobs[name])
+    numbers, tables = details.report({name: [done[job]] for name, job in jobs.items()}, tmp_path)
+    assert numbers["steps"].keys() == set(details.STEPS_OF)
+    first_table, second_table = tables.split("\n\n")
+    assert len(first_table.splitlines()) == 2 + len(details.DETAILS)
+    assert len(second_table.splitlines()) == 2 + len(details.STEPS_OF)
+    print(tables)
+    json.dumps(numbers)
