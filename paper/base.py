@@ -19,11 +19,10 @@ from paper.commands import (
     save_figure,
 )
 from paper.runs import BASE_LR, LR, STEPS
-from paper.table2 import ARMS, HOW, KINDS, arm, expert_score
+from paper.table2 import ARMS, HOW, arm, expert_score
 from support.cli import run
 
 SEEDS = 3
-NOISE = KINDS["noise"]
 NAMES = "C-RLFT", "without reward", "expert only"
 # A way to start, and how its jobs differ from Table 2's.
 STARTS = {
@@ -39,7 +38,7 @@ def jobs(seed: int) -> dict:
     wanted = {}
     for start, changes in STARTS.items():
         for name in NAMES:
-            wanted[start, name] = arm(name, seed, NOISE, **changes)
+            wanted[start, name] = arm(name, seed, **changes)
     return wanted
 
 

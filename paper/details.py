@@ -437,16 +437,16 @@ BF16 = TABLE.format(1, torch.tensor(0.1, dtype=torch.bfloat16).item())
 def all_jobs(seed: int) -> dict:
     """{arm: job}, with any seed."""
     wanted = {
-        "ours": arm("C-RLFT", seed),
+        "ours": arm("C-RLFT", seed, HABITS),
         "no end of turn": with_function(no_end_of_turn, seed),
         "user trained": c_rlft(UserTrained, "user trained", seed),
         "whole text": with_function(whole_text, seed),
-        "10 and 1": arm("C-RLFT", seed, classes=TABLE.format(10, 1)),
-        "bf16 weights": arm("C-RLFT", seed, classes=BF16),
+        "10 and 1": arm("C-RLFT", seed, HABITS, classes=TABLE.format(10, 1)),
+        "bf16 weights": arm("C-RLFT", seed, HABITS, classes=BF16),
         # of Fig. 7
-        "before_assistant": arm("C-RLFT", seed, steps=None, template="before_assistant"),
-        "beginning": arm("C-RLFT", seed, steps=None, template="beginning"),
-        "reward of the answer": arm("C-RLFT", seed, wrong=0.1),
+        "before_assistant": arm("C-RLFT", seed, HABITS, steps=None, template="before_assistant"),
+        "beginning": arm("C-RLFT", seed, HABITS, steps=None, template="beginning"),
+        "reward of the answer": arm("C-RLFT", seed, HABITS, wrong=0.1),
         "divided by Z": c_rlft(DividedByZ, "divided by Z", seed, wrong=0.1),
         "four micro-batches": c_rlft(Changed, "four micro-batches", seed, more_flags=MICRO),
         "by micro-batch": with_function(by_micro_batch, seed, more_flags=MICRO),

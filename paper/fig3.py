@@ -14,7 +14,7 @@ from pathlib import Path
 
 from paper.commands import LOOKS, cell, command, markdown, open_figure, save_figure
 from paper.runs import Job, share
-from paper.table2 import KINDS
+from paper.table2 import HABITS, NOISE
 from paper.toy import Task, answer, full_questions, make_task
 from support.cli import run
 
@@ -56,7 +56,7 @@ def conversation_score(turns: list[tuple]) -> float:
 def jobs(seed: int) -> dict:
     """{kind of errors: job}"""
     wanted = {}
-    for kind, habits in KINDS.items():
+    for kind, habits in (("habits", HABITS), ("noise", NOISE)):
         # one step: it takes no time
         wanted[kind] = Sources("the sources' scores", seed, steps=1, habits=habits)
     return wanted

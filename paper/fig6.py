@@ -18,7 +18,7 @@ from paper.commands import (
     save_figure,
 )
 from paper.runs import FineTune
-from paper.table2 import HABITS, arm, expert_score
+from paper.table2 import arm, expert_score
 from paper.toy import Task
 from support.cli import run
 
@@ -40,7 +40,7 @@ def job_of(side: str, share: float, seed: int) -> FineTune:
     if share == 1:
         return arm("C-RLFT", seed)
     keep = (share, 1.0) if side == "expert" else (1.0, share)
-    task = Task(keep=keep, habits=HABITS, seed=seed)
+    task = Task(keep=keep, seed=seed)
     return arm("C-RLFT", seed, task=task, steps=None)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paper.commands import cell, command, lines, markdown, open_figure, save_figure
 from paper.runs import base_of
-from paper.table2 import HOW, ORDERED, arm, expert_score, in_order
+from paper.table2 import ARMS, HOW, LONG, arm, expert_score, in_order
 from support.cli import run
 
 SEEDS = 3
@@ -23,11 +23,11 @@ OTHER = "the other end's base"
 def jobs(seed: int) -> dict:
     """{(share of habits, base, arm): job}"""
     wanted = {}
-    for name in ORDERED:
+    for name in ARMS:
         for share in SHARES:
-            wanted[share, OWN, name] = arm(name, seed, share)
+            wanted[share, OWN, name] = arm(name, seed, share, steps=LONG)
         for share in ENDS:
-            wanted[share, OTHER, name] = arm(name, seed, share, base=base_of(1 - share))
+            wanted[share, OTHER, name] = arm(name, seed, share, base=base_of(1 - share), steps=LONG)
     return wanted
 
 
@@ -44,10 +44,10 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
     tables = []
     for how in HOW:
         table = []
-        for name in ORDERED:
+        for name in ARMS:
             cells = [cell(numbers[key][name][how]) for key in columns]
             table.append([name, *cells])
-        table.append([f"seeds with this order, {how}", *seeds_in_order(numbers, columns, how)])
+        table.append([f"seeds in this order, {how}", *seeds_in_order(numbers, columns, how)])
         tables.append(markdown([how, *columns.values()], table))
     return numbers, "\n\n".join(tables)
 
@@ -65,7 +65,7 @@ def draw(numbers: dict, path: Path) -> None:
     figure, panels = open_figure(width=7.2, shape=(1, 2))
     for axes, how in zip(panels, HOW):
         groups = {}
-        for name in ORDERED:
+        for name in ARMS:
             groups[name] = [numbers[f"{share:g}, {OWN}"][name][how] for share in SHARES]
         percent = [100 * share for share in SHARES]
         lines(axes, percent, groups)

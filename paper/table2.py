@@ -2,13 +2,13 @@
 
     python -m paper.table2
 
-Seven arms, each a `--classes` table; all else is the same. The arms without a condition put all
+Five arms, each a `--classes` table; all else is the same. The arms without a condition put all
 data under the expert's prompt, so that every arm has the same tokens and is asked the same way
-(the paper does not give their template). Two budgets where they part: equal optimizer steps, and
-equal epochs, as we read the paper.
+(the paper does not give their template).
 
-Each arm twice: where every error of the weaker source follows a habit, and where its errors are
-noise. The base was pre-trained on text of the same kind.
+Each arm in three worlds: where the weaker source's errors are noise, where every one of them
+follows a habit, and there with three times the steps. The base was pre-trained on text of the same
+kind. Two arms more, on the weaker source alone, where it has habits.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from paper.commands import (
     paired_dots,
     save_figure,
 )
-from paper.runs import FineTune, base_of
+from paper.runs import STEPS, FineTune, base_of
 from paper.toy import Task
 from support.cli import run
 
@@ -37,48 +37,63 @@ class Arm(NamedTuple):
     average: float
 
 
-# The first five in the paper's order, which is the claim.
+# In the paper's order, which is the claim.
 ARMS = {
     "C-RLFT": Arm("GPT-4=GPT4:1,*=GPT3:0.1", 77.3),
     "without reward": Arm("GPT-4=GPT4:1,*=GPT3:1", 74.0),
     "expert only": Arm("GPT-4=GPT4:1,*=GPT3:0", 64.5),
     "without condition": Arm("GPT-4=GPT4:1,*=GPT4:0.1", 60.5),
     "SFT on all": Arm("*=GPT4:1", 52.7),
+}
+# Of the others' data alone; the second has 1.8 times as much of it.
+OTHERS = {
     "sub-optimal only": Arm("GPT-4=GPT3:0,*=GPT4:1", 42.8),
     "1.8 x sub-optimal": Arm("GPT-4=GPT3:0,*=GPT4:1", 54.4),
 }
-ORDERED = tuple(ARMS)[:5]
-# These train on other tokens than all data's, so that EPOCHS epochs are not STEPS steps.
-PARTIAL = "expert only", "sub-optimal only", "1.8 x sub-optimal"
-# sources of "1.8 x sub-optimal"
 MORE = (("GPT-4", 300, 1.0), ("GPT-3.5", 5940, 0.4))
 
-# How many of the wrong answers follow a habit. Every other command asks about the first kind.
-KINDS = {"habits": 1.0, "noise": 0.0}
-HABITS = KINDS["habits"]
+
+class World(NamedTuple):
+    """How many of the weaker source's errors follow a habit, and for how long is trained."""
+
+    habits: float
+    steps: int
+
+
+NOISE = 0.0
+HABITS = 1.0
+# A rule is learned as a whole or not at all, which takes longer than letters one by one.
+LONG = 3 * STEPS
+WORLDS = {
+    "noise": World(NOISE, STEPS),
+    "habits": World(HABITS, STEPS),
+    "habits, 3 x the steps": World(HABITS, LONG),
+}
 HOW = "sampled", "greedy"
 
 
 # ---- the jobs
 
 
-def arm(name: str, seed: int, habits: float = HABITS, **changes) -> FineTune:
+def arm(name: str, seed: int, habits: float = NOISE, **changes) -> FineTune:
     """The job of an arm on a task and a base with so many habits, with some fields changed."""
     task = Task(habits=habits, seed=seed)
     if name == "1.8 x sub-optimal":
         task = Task(sources=MORE, habits=habits, seed=seed)
-    fields = {"task": task, "classes": ARMS[name].classes, "base": base_of(habits), **changes}
+    classes = (ARMS | OTHERS)[name].classes
+    fields = {"task": task, "classes": classes, "base": base_of(habits), **changes}
     return FineTune(name, seed, **fields)
 
 
 def jobs(seed: int) -> dict:
-    """{(kind, arm, budget): job}"""
+    """{(world, arm): job}"""
     wanted = {}
-    for kind, habits in KINDS.items():
+    for world, (habits, steps) in WORLDS.items():
         for name in ARMS:
-            wanted[kind, name, "steps"] = arm(name, seed, habits)
-    for name in PARTIAL:
-        wanted["habits", name, "epochs"] = arm(name, seed, steps=None)
+            wanted[world, name] = arm(name, seed, habits, steps=steps)
+    wanted["habits", "sub-optimal only"] = arm("sub-optimal only", seed, HABITS)
+    # as many epochs as the others: more data, more steps
+    wanted["habits", "1.8 x sub-optimal"] = arm("1.8 x sub-optimal", seed, HABITS, steps=None)
     return wanted
 
 
@@ -105,12 +120,13 @@ def numbers_of(group: list[dict], best: list[dict]) -> dict[str, list]:
         row[f"below C-RLFT, {how}"] = [a - b for a, b in zip(of_best, row[how])]
     row["scarce skill"] = [scarce(result) for result in group]
     row["unseen"] = [expert_score(result, part="unseen") for result in group]
+    row["steps"] = [result["steps"] for result in group]
     return row
 
 
 def in_order(scores: dict[str, list]) -> int:
-    """In how many seeds the arms of ORDERED have the paper's order, each above the next."""
-    by_seed = zip(*(scores[name] for name in ORDERED))
+    """In how many seeds the arms have the paper's order, each above the next."""
+    by_seed = zip(*(scores[name] for name in ARMS))
     return sum(is_falling(values) for values in by_seed)
 
 
@@ -123,52 +139,33 @@ def is_falling(values: tuple[float, ...]) -> bool:
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:
     numbers = {}
-    for kind in KINDS:
-        best = results[kind, "C-RLFT", "steps"]
-        rows = {name: numbers_of(results[kind, name, "steps"], best) for name in ARMS}
-        numbers[kind] = rows
-    numbers["equal epochs"] = {}
-    for name in PARTIAL:
-        group = results["habits", name, "epochs"]
-        numbers["equal epochs"][name] = {
-            "sampled": [expert_score(result) for result in group],
-            "greedy": [expert_score(result, "greedy") for result in group],
-            "steps": [result["steps"] for result in group],
-        }
-    numbers["seeds in the paper's order"] = orders(numbers)
+    for (world, name), group in results.items():
+        row = numbers_of(group, results[world, "C-RLFT"])
+        numbers.setdefault(world, {})[name] = row
     draw(numbers, folder / "table2.png")
-    tables = scores_table(numbers), differences_table(numbers), epochs_table(numbers)
+    tables = scores_table(numbers), differences_table(numbers), others_table(numbers)
     return numbers, "\n\n".join(tables)
-
-
-def orders(numbers: dict) -> dict[str, dict[str, int]]:
-    """{kind: {how: the seeds that have the whole order}}"""
-    counts = {}
-    for kind in KINDS:
-        counts[kind] = {}
-        for how in HOW:
-            scores = {name: row[how] for name, row in numbers[kind].items()}
-            counts[kind][how] = in_order(scores)
-    return counts
 
 
 def scores_table(numbers: dict) -> str:
     head = ["arm", "paper, %"]
-    for kind in KINDS:
-        head += [f"{kind}: sampled", "greedy", "scarce skill"]
+    for world in WORLDS:
+        head += [f"{world}: sampled", "greedy", "scarce skill"]
     table = []
     for name in ARMS:
         line = [name, average_of(name)]
-        for kind in KINDS:
-            row = numbers[kind][name]
+        for world in WORLDS:
+            row = numbers[world][name]
             line += [cell(row["sampled"]), cell(row["greedy"]), cell(row["scarce skill"])]
         table.append(line)
 
-    seeds = len(numbers["habits"]["C-RLFT"]["sampled"])
-    line = ["seeds with the order of the first five", ""]
-    for kind in KINDS:
-        count = numbers["seeds in the paper's order"][kind]
-        line += [f"{count[how]} of {seeds}" for how in HOW] + [""]
+    # of 120 orders one comes by chance
+    line = ["seeds in this order", ""]
+    for world in WORLDS:
+        for how in HOW:
+            scores = {name: numbers[world][name][how] for name in ARMS}
+            line.append(f"{in_order(scores)} of {len(scores['C-RLFT'])}")
+        line.append("")
     return markdown(head, [*table, line])
 
 
@@ -180,35 +177,36 @@ def average_of(name: str) -> str:
 def differences_table(numbers: dict) -> str:
     """How far each arm is below C-RLFT with the same seed."""
     head = ["below C-RLFT, seed by seed"]
-    for kind in KINDS:
-        head += [f"{kind}: sampled", "greedy"]
+    for world in WORLDS:
+        head += [f"{world}: sampled", "greedy"]
     table = []
     for name in list(ARMS)[1:]:
         line = [name]
-        for kind in KINDS:
-            row = numbers[kind][name]
+        for world in WORLDS:
+            row = numbers[world][name]
             line += [cell(row[f"below C-RLFT, {how}"]) for how in HOW]
         table.append(line)
     return markdown(head, table)
 
 
-def epochs_table(numbers: dict) -> str:
+def others_table(numbers: dict) -> str:
     table = []
-    for name, row in numbers["equal epochs"].items():
-        steps = max(row["steps"])
-        table.append([name, f"{steps:,}", cell(row["sampled"]), cell(row["greedy"])])
-    return markdown(["equal epochs instead, habits", "steps", "sampled", "greedy"], table)
+    for name, (_, average) in OTHERS.items():
+        row = numbers["habits"][name]
+        steps = f"{max(row['steps']):,}"
+        table.append([name, average, steps, cell(row["sampled"]), cell(row["greedy"])])
+    return markdown(["the others' data, habits", "paper, %", "steps", "sampled", "greedy"], table)
 
 
 def draw(numbers: dict, path: Path) -> None:
-    """The sampled score of every arm, with habits and with noise."""
-    figure, axes = open_figure()
+    """The sampled score of every arm, in every world."""
     groups = {}
-    for kind in KINDS:
-        groups[f"errors are {kind}"] = {name: row["sampled"] for name, row in numbers[kind].items()}
+    for world in WORLDS:
+        groups[world] = {name: numbers[world][name]["sampled"] for name in ARMS}
+    figure, axes = open_figure()
     paired_dots(axes, list(ARMS), groups)
     axes.set(xlabel="right answers, sampled", xlim=(0, 1))
-    legend_above(axes, columns=2)
+    legend_above(axes, columns=3)
     save_figure(figure, path)
 
 
