@@ -36,7 +36,7 @@ real: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m paper.real $(DATA) $(FLAGS)
 
 test: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m pytest -q -rs -m "not long" tests
+	$(RUN) -m pytest -q -rs --durations=20 -m "not long" tests
 
 test_long: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m pytest -q -rs tests
