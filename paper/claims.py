@@ -59,8 +59,11 @@ REFERENCES = {
 }
 BEFORE = "MeCo, before its last tenth"
 MECO = "MeCo, its last tenth under `User:`"
+# not equal steps, but the C-RLFT that all are compared with
+LONGER = "C-RLFT, and a tenth more under `User:`"
 CLAIMS = {
     MECO: Claim("without its URL as good, from 33% less data", "C-RLFT"),
+    LONGER: Claim("", "C-RLFT"),
     "at least as good as": Claim("has no weights", "C-RLFT"),
     "at least as good as, no reward": Claim("better than SFT and DPO", "without reward"),
     "a reward for each conversation": Claim("future work", "C-RLFT"),
@@ -73,7 +76,7 @@ CLAIMS = {
 }
 
 # Who is asked in every way, and how: {prompt: (condition, template)}.
-ASKED = "C-RLFT", BEFORE, MECO
+ASKED = "C-RLFT", BEFORE, MECO, LONGER
 PROMPTS = {
     "`GPT4 User:`": ("GPT4", "before_speaker"),
     "`GPT3 User:`": ("GPT3", "before_speaker"),
@@ -94,7 +97,8 @@ def jobs(seed: int) -> dict:
     def add(name: str, of: str, kind: type, **changes) -> None:
         wanted[name] = changed(wanted[of], kind, name=name, **changes)
 
-    add(MECO, BEFORE, Cooled, base=wanted[BEFORE], **LAST_TENTH)
+    for name, of in ((MECO, BEFORE), (LONGER, "C-RLFT")):
+        add(name, of, Cooled, base=wanted[of], **LAST_TENTH)
     add("at least as good as", "C-RLFT", AtLeast)
     add("at least as good as, no reward", "without reward", AtLeast)
     add("a reward for each conversation", "C-RLFT", Rewarded)
