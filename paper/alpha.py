@@ -10,7 +10,15 @@ limit of a small w.
 
 from pathlib import Path
 
-from paper.commands import cell, command, lines, markdown, open_figure, save_figure
+from paper.commands import (
+    cell,
+    command,
+    legend_above,
+    lines,
+    markdown,
+    open_figure,
+    save_figure,
+)
 from paper.runs import TABLE
 from paper.table2 import arm, expert_score, scarce
 from support.cli import run
@@ -53,6 +61,7 @@ def draw(rows: dict, path: Path) -> None:
     lines(axes, places, groups)
     axes.set(xlabel="weight of the sub-optimal class", ylabel="right answers", ylim=(0, 1))
     axes.set_xticks(places, map(str, WEIGHTS))
+    legend_above(axes, columns=3)
     save_figure(figure, path)
 
 

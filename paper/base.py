@@ -9,7 +9,15 @@ rate; or from the base with half the learning rate, or three times the steps.
 
 from pathlib import Path
 
-from paper.commands import bars, cell, command, markdown, open_figure, save_figure
+from paper.commands import (
+    cell,
+    command,
+    legend_above,
+    markdown,
+    open_figure,
+    paired_dots,
+    save_figure,
+)
 from paper.runs import BASE_LR, LR, STEPS
 from paper.table2 import ARMS, HOW, KINDS, arm, expert_score
 from support.cli import run
@@ -54,9 +62,11 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
 def draw(sampled: dict[str, list], path: Path) -> None:
     groups = {}
     for start in STARTS:
-        groups[start] = [sampled[f"{start}: {name}"] for name in NAMES]
-    figure, axes = open_figure(width=8)
-    bars(axes, NAMES, groups)
+        groups[start] = {name: sampled[f"{start}: {name}"] for name in NAMES}
+    figure, axes = open_figure()
+    paired_dots(axes, NAMES, groups)
+    axes.set(xlabel="right answers, sampled", xlim=(0, 1))
+    legend_above(axes, columns=2)
     save_figure(figure, path)
 
 

@@ -10,7 +10,15 @@ of the source: that is left to the condition.
 
 from pathlib import Path
 
-from paper.commands import bars, cell, command, markdown, open_figure, save_figure
+from paper.commands import (
+    cell,
+    command,
+    legend_above,
+    markdown,
+    open_figure,
+    paired_dots,
+    save_figure,
+)
 from paper.runs import TABLE, FineTune, base_of
 from paper.table2 import HABITS, HOW
 from paper.toy import Task
@@ -74,12 +82,14 @@ def by_condition(row: dict) -> list:
 
 
 def draw(rows: dict, path: Path) -> None:
-    by_arm = [by_condition(row) for row in rows.values()]
-    groups = {}
-    for condition, values in zip(CONDITIONS, zip(*by_arm)):
-        groups[f"{condition} User:"] = values
-    figure, axes = open_figure(width=8)
-    bars(axes, list(rows), groups, size=7)
+    groups = {f"{condition} User:": {} for condition in CONDITIONS}
+    for name, row in rows.items():
+        for condition, values in row["sampled"].items():
+            groups[f"{condition} User:"][name] = values
+    figure, axes = open_figure()
+    paired_dots(axes, list(rows), groups)
+    axes.set(xlabel="right answers, sampled", xlim=(0, 1))
+    legend_above(axes, columns=3)
     save_figure(figure, path)
 
 

@@ -206,6 +206,29 @@ def markdown(head: list, rows: list[list]) -> str:
 
 # ---- figures
 
+# A group's shade, sign and line. The shades part in grey, too, and the signs do at half the width.
+LOOKS = (
+    ("black", "o", "-"),
+    ("tab:orange", "s", "--"),
+    ("tab:blue", "^", "-."),
+    ("0.6", "D", ":"),
+    ("tab:red", "v", (0, (5, 1, 1, 1, 1, 1))),
+    ("tab:green", "P", (0, (1, 2))),
+)
+# One style for all pictures.
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "lines.markersize": 6,
+}
+
 
 def open_figure(width: float = 6.4, height: float = 4.0, shape: tuple[int, int] = (1, 1)):
     """(figure, axes) of matplotlib, an array of axes if shape is not (1, 1); sizes in inches."""
@@ -214,6 +237,7 @@ def open_figure(width: float = 6.4, height: float = 4.0, shape: tuple[int, int] 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams.update(STYLE)
     return pyplot.subplots(*shape, figsize=(width, height))
 
 
@@ -221,9 +245,10 @@ def save_figure(figure, path: Path) -> None:
     """As PNG; the figure is closed."""
     from matplotlib import pyplot
 
+    # what stands outside the axes, as a legend, belongs to the picture; without matplotlib's
+    # version in the file, the same picture is the same bytes
     figure.tight_layout()
-    # without matplotlib's version in the file, the same picture is the same bytes
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
     print(f"wrote {path}")
 
@@ -239,31 +264,40 @@ def intervals(rows: Iterable[list[float]]) -> tuple[list[float], list[float]]:
     return means, halves
 
 
-def bars(axes, labels: list[str], groups: dict[str, list], size: int = 8) -> None:
-    """Bars with intervals: groups {legend: [values by label, () for no bar]}."""
-    # the bars of a label fill 0.8 of the distance to the next label
-    width = 0.8 / len(groups)
-    for k, (legend, values_by_label) in enumerate(groups.items()):
-        drawn = [i for i, values in enumerate(values_by_label) if values]
-        x = [i + k * width for i in drawn]
-        means, halves = intervals(values_by_label[i] for i in drawn)
-        axes.bar(x, means, 0.92 * width, yerr=halves, capsize=2, label=legend)
-    # under the middle of a label's bars, a word a line
-    ticks = [i + 0.4 - width / 2 for i in range(len(labels))]
-    words = [label.replace(" ", "\n") for label in labels]
-    axes.set_xticks(ticks, words, fontsize=size)
-    axes.set_ylim(0, None)
-    axes.legend(fontsize=7)
-
-
-def lines(axes, x: list[float], groups: dict[str, list], legend: bool = True) -> None:
+def lines(axes, x: list[float], groups: dict[str, list]) -> None:
     """Lines with intervals: groups {name: [values by x]}."""
-    for name, values_by_x in groups.items():
+    for (colour, sign, line), (name, values_by_x) in zip(LOOKS, groups.items()):
         means, halves = intervals(values_by_x)
-        axes.errorbar(x, means, halves, marker="o", capsize=3, label=name)
-    if legend:
-        axes.legend(fontsize=7)
+        axes.errorbar(
+            x, means, halves, marker=sign, color=colour, linestyle=line, capsize=3, label=name
+        )
 
 
 def paired_dots(axes, labels: list[str], groups: dict[str, dict]) -> None:
-    """A line for each label, with a dot and its interval for each group."""
+    """A row for each label, and in it a dot with its interval for each group that has one.
+
+    groups: {legend: {label: values}}. A grey line joins the dots of a row.
+    """
+    # the dots of a row stand a little below one another, so that their intervals part
+    step = 0.5 / len(groups)
+    rows = {label: i for i, label in enumerate(labels)}
+    joined = {label: [] for label in labels}
+    for k, ((colour, sign, _), (legend, values_by_label)) in enumerate(zip(LOOKS, groups.items())):
+        means, halves = intervals(values_by_label.values())
+        places = [rows[label] + k * step for label in values_by_label]
+        axes.errorbar(
+            means, places, xerr=halves, fmt=sign, color=colour, capsize=3, label=legend, zorder=3
+        )
+        for label, mean, place in zip(values_by_label, means, places):
+            joined[label].append((mean, place))
+    for dots in joined.values():
+        axes.plot(*zip(*dots), color="0.8", zorder=1)
+    middle = step * (len(groups) - 1) / 2
+    axes.set_yticks([i + middle for i in rows.values()], labels)
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
+
+
+def legend_above(axes, columns: int) -> None:
+    """Where no dot and no line can be under it."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)

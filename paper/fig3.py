@@ -4,21 +4,23 @@
 
 No model is asked: the task can be scored exactly. As in App. G: 128 conversations of each source,
 every answer scored from 1 to 10 in its conversation, a conversation's score the mean. Here the
-score is 1 + 9 times the share of the letters that stand where the right answer has them.
+score is 1 + 9 times the share of the letters that stand where the right answer has them. The
+weaker source errs by habit or at random, as in Table 2.
 """
 
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from paper.commands import cell, command, markdown, open_figure, save_figure
+from paper.commands import LOOKS, cell, command, markdown, open_figure, save_figure
 from paper.runs import Job, share
+from paper.table2 import KINDS
 from paper.toy import Task, answer, full_questions, make_task
 from support.cli import run
 
 SEEDS = 3
 CONVERSATIONS = 128
-LABELS = "GPT-4", "GPT-3.5"
+EXPERT, OTHER = "GPT-4", "GPT-3.5"
 # 10, but for rounding
 PERFECT = 9.99
 
@@ -27,9 +29,12 @@ PERFECT = 9.99
 class Sources(Job):
     """The scores of the data themselves."""
 
+    # as in Task
+    habits: float = 0.0
+
     def do(self, folder: Path) -> dict:
         """{"scores": {source: [the score of each of its first conversations]}}"""
-        sources, _ = make_task(Task(seed=self.seed))
+        sources, _ = make_task(Task(habits=self.habits, seed=self.seed))
         scores = {}
         for label, chats in sources.items():
             scores[label] = [conversation_score(turns) for turns in chats[:CONVERSATIONS]]
@@ -49,14 +54,19 @@ def conversation_score(turns: list[tuple]) -> float:
 
 
 def jobs(seed: int) -> dict:
-    # one step: it takes no time
-    return {"sources": Sources("the sources' scores", seed, steps=1)}
+    """{kind of errors: job}"""
+    wanted = {}
+    for kind, habits in KINDS.items():
+        # one step: it takes no time
+        wanted[kind] = Sources("the sources' scores", seed, steps=1, habits=habits)
+    return wanted
 
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:
-    rows = {}
-    for label in LABELS:
-        rows[label] = [result["scores"][label] for result in results["sources"]]
+    # the expert makes no errors of either kind
+    rows = {EXPERT: [result["scores"][EXPERT] for result in results["habits"]]}
+    for kind, group in results.items():
+        rows[f"{OTHER}, {kind}"] = [result["scores"][OTHER] for result in group]
     draw(rows, folder / "fig3.png")
 
     table = []
@@ -73,11 +83,23 @@ def share_perfect(scores: list[float]) -> float:
 
 def draw(rows: dict[str, list], path: Path) -> None:
     figure, axes = open_figure()
-    for label, by_seed in rows.items():
+    for (colour, _, line), (label, by_seed) in zip(LOOKS, rows.items()):
         scores = list(itertools.chain(*by_seed))
-        axes.hist(scores, bins=18, range=(1, 10), alpha=0.6, density=True, label=label)
-    axes.set(xlabel="score of a conversation, 1 to 10", ylabel="density")
-    axes.legend()
+        # each conversation counts as its share of all
+        shares = [1 / len(scores)] * len(scores)
+        axes.hist(
+            scores,
+            bins=18,
+            range=(1, 10),
+            weights=shares,
+            histtype="step",
+            linewidth=2,
+            color=colour,
+            linestyle=line,
+            label=label,
+        )
+    axes.set(xlabel="score of a conversation, 1 to 10", ylabel="share of conversations")
+    axes.legend(loc="upper left")
     save_figure(figure, path)
 
 

@@ -215,12 +215,14 @@ def states_of(result: dict, view: View) -> tuple[torch.Tensor, torch.Tensor]:
 def draw(rows: dict, pictures: dict, path: Path) -> None:
     figure, axes = open_figure(width=9, height=6, shape=(2, 3))
     for axis, (name, (points_NK, expert_N)) in zip(axes.flat, pictures.items()):
-        axis.scatter(*points_NK[expert_N].T, s=2, label="GPT-4")
-        axis.scatter(*points_NK[~expert_N].T, s=2, label="GPT-3.5")
+        axis.scatter(*points_NK[expert_N].T, s=6, color="black", label="GPT-4")
+        axis.scatter(*points_NK[~expert_N].T, s=6, color="tab:orange", label="GPT-3.5")
         accuracy = rows[name]["probe"][0]
-        axis.set_title(f"{name}\nprobe {accuracy:.2f}", fontsize=8)
+        # the title's second line is what was done to the view
+        title = name.replace(", ", "\n", 1)
+        axis.set_title(f"{title}\nprobe {accuracy:.2f}")
         axis.set(xticks=(), yticks=())
-    axes.flat[0].legend(fontsize=7)
+    axes.flat[0].legend(markerscale=3)
     save_figure(figure, path)
 
 

@@ -8,7 +8,15 @@ is two thirds of them, 60% of the expert's nearly all.
 
 from pathlib import Path
 
-from paper.commands import cell, command, lines, markdown, open_figure, save_figure
+from paper.commands import (
+    cell,
+    command,
+    legend_above,
+    lines,
+    markdown,
+    open_figure,
+    save_figure,
+)
 from paper.runs import FineTune
 from paper.table2 import HABITS, arm, expert_score
 from paper.toy import Task
@@ -58,7 +66,8 @@ def draw(rows: dict, path: Path) -> None:
     groups = {f"of the {side} class": list(row.values()) for side, row in rows.items()}
     figure, axes = open_figure()
     lines(axes, percent, groups)
-    axes.set(xlabel="% of one class", ylabel="right answers, temperature 1", ylim=(0, 1))
+    axes.set(xlabel="% of one class", ylabel="right answers, sampled", ylim=(0, 1))
+    legend_above(axes, columns=2)
     save_figure(figure, path)
 
 

@@ -9,7 +9,15 @@ so that later turns are asked of all. Equal epochs.
 
 from pathlib import Path
 
-from paper.commands import cell, command, lines, markdown, open_figure, save_figure
+from paper.commands import (
+    cell,
+    command,
+    legend_above,
+    lines,
+    markdown,
+    open_figure,
+    save_figure,
+)
 from paper.table2 import arm
 from support.cli import run
 
@@ -70,11 +78,12 @@ def turns_of(scores: list[dict]) -> list[list[float]]:
 def draw(rows: dict, path: Path) -> None:
     groups = {}
     for placement, row in rows.items():
-        groups[f"{placement}, expert's prompt"] = row["by turn"]
-        groups[f"{placement}, other prompt"] = row["other prompt, by turn"]
-    figure, axes = open_figure()
+        groups[f"{placement}, GPT4"] = row["by turn"]
+        groups[f"{placement}, GPT3"] = row["other prompt, by turn"]
+    figure, axes = open_figure(height=4.6)
     lines(axes, TURNS, groups)
-    axes.set(xlabel="turn", ylabel="right answers, temperature 1", xticks=TURNS, ylim=(0, 1))
+    axes.set(xlabel="turn", ylabel="right answers, sampled", xticks=TURNS, ylim=(0, 1))
+    legend_above(axes, columns=2)
     save_figure(figure, path)
 
 

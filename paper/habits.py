@@ -68,9 +68,11 @@ def draw(numbers: dict, path: Path) -> None:
         for name in ORDERED:
             groups[name] = [numbers[f"{share:g}, {OWN}"][name][how] for share in SHARES]
         percent = [100 * share for share in SHARES]
-        lines(axes, percent, groups, legend=how == HOW[0])
+        lines(axes, percent, groups)
         axes.set(xlabel="% of errors that are habits", ylim=(0, 1), title=how)
     panels[0].set(ylabel="right answers")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     save_figure(figure, path)
 
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from conversations import Message
 from kernels.cross_entropy import linear_cross_entropy
-from paper.commands import bars, cell, command, markdown, open_figure, save_figure
+from paper.commands import LOOKS, cell, command, markdown, open_figure, save_figure
 from paper.runs import BASE_LR, BATCH_TOKENS, TABLE, Job, sharegpt, train_on
 from paper.toy import LETTERS, answer
 from sample import Speaker
@@ -301,7 +301,7 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
         trained[name] = [measure(pi_CXY, torch.tensor(result["log_pi"])) for result in group]
         by_column = zip(*map(columns, trained[name]))
         table.append(["class", "transformer", name, *map(cell, by_column)])
-    draw(fits, trained, folder / "optimum.png")
+    draw(results, folder / "optimum.png")
     return {"fits": fits, "transformer": trained}, markdown(HEAD, table)
 
 
@@ -317,30 +317,35 @@ def fit_all() -> list[dict]:
     return fits
 
 
-def draw(fits: list[dict], trained: dict[str, list], path: Path) -> None:
-    """p(right) of the policies that cannot reach pi*: the shared fits and the transformers."""
-    policy_of = {}
-    for fit in fits:
-        if fit["reward"] == "class" and fit["parameters"] == "shared":
-            policy_of[f"shared, {fit['weights']}"] = [fit]
-    for name, by_seed in trained.items():
-        policy_of[f"transformer, {name}"] = by_seed
-    groups = {
-        "prompts the expert was asked": values_of("p_asked", policy_of),
-        "prompts the expert was never asked": values_of("p_unasked", policy_of),
+def draw(results: dict[str, list], path: Path) -> None:
+    """pi*(y|x,c) against the policy that was trained, a dot for each (x, c, y)."""
+    first_seed = results["as published"][0]
+    policy_of = {
+        "a weight for each answer": ("answer", fit_policy("answer", "as published", shared=False)),
+        "the same, unweighted": ("answer", fit_policy("answer", "unweighted", shared=False)),
+        "a weight for each class,\nshared parameters": (
+            "class",
+            fit_policy("class", "as published", shared=True),
+        ),
+        "the same, a transformer": ("class", torch.tensor(first_seed["log_pi"])),
     }
-    figure, axes = open_figure(width=8)
-    bars(axes, list(policy_of), groups, size=7)
-    axes.set(ylabel="p(right | expert's prompt)")
+    pi_CXY, _ = policies()
+    figure, panels = open_figure(width=6.8, height=7.2, shape=(2, 2))
+    for axes, (title, (kind, log_CXY)) in zip(panels.flat, policy_of.items()):
+        star_CXY, _ = optimum(pi_CXY, rewards(kind))
+        for c, (legend, (colour, sign, _)) in enumerate(zip(("expert", "other"), LOOKS)):
+            # only what both classes were asked, as in the table
+            star = star_CXY[c, :ASKED].flatten()
+            trained = log_CXY[c, :ASKED].exp().flatten()
+            axes.scatter(star, trained, marker=sign, color=colour, s=22, label=legend, alpha=0.7)
+        axes.plot((0, 1), (0, 1), color="0.6", linewidth=1, zorder=0)
+        axes.set(title=title, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    for axes in panels[1]:
+        axes.set(xlabel="pi* of Eq. 5")
+    for axes in panels[:, 0]:
+        axes.set(ylabel="trained")
+    panels[0, 0].legend()
     save_figure(figure, path)
-
-
-def values_of(key: str, policy_of: dict[str, list]) -> list[list[float]]:
-    """[policy][seed] of one number."""
-    values = []
-    for by_seed in policy_of.values():
-        values.append([measured[key] for measured in by_seed])
-    return values
 
 
 def main(argv: list[str]) -> None:

@@ -166,10 +166,11 @@ def losses_of(result: dict) -> list[list[float]]:
 
 def draw(above_own: np.ndarray, path: Path) -> None:
     places = range(len(NAMES))
-    figure, axes = open_figure(width=6, height=5)
-    image = axes.imshow(above_own.mean(0), cmap="coolwarm")
-    axes.set_xticks(places, NAMES, rotation=45, fontsize=7)
-    axes.set_yticks(places, NAMES, fontsize=7)
+    figure, axes = open_figure(width=6.4, height=5.4)
+    axes.grid(visible=False)
+    image = axes.imshow(above_own.mean(0), cmap="Greys")
+    axes.set_xticks(places, NAMES, rotation=45, ha="right")
+    axes.set_yticks(places, NAMES)
     axes.set(xlabel="prompt", ylabel="source of the held-out answers")
     figure.colorbar(image, label="nll above that of the source's own prompt")
     save_figure(figure, path)

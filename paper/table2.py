@@ -14,7 +14,15 @@ noise. The base was pre-trained on text of the same kind.
 from pathlib import Path
 from typing import NamedTuple
 
-from paper.commands import cell, command, markdown, open_figure, paired_dots, save_figure
+from paper.commands import (
+    cell,
+    command,
+    legend_above,
+    markdown,
+    open_figure,
+    paired_dots,
+    save_figure,
+)
 from paper.runs import FineTune, base_of
 from paper.toy import Task
 from support.cli import run
@@ -197,9 +205,10 @@ def draw(numbers: dict, path: Path) -> None:
     figure, axes = open_figure()
     groups = {}
     for kind in KINDS:
-        groups[kind] = {name: row["sampled"] for name, row in numbers[kind].items()}
+        groups[f"errors are {kind}"] = {name: row["sampled"] for name, row in numbers[kind].items()}
     paired_dots(axes, list(ARMS), groups)
     axes.set(xlabel="right answers, sampled", xlim=(0, 1))
+    legend_above(axes, columns=2)
     save_figure(figure, path)
 
 

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "make gpu VENV= PYTHON=python3 OUT=results": "a GPU",
     "make paper": "`python -m paper`, here",
     "make paper_base": "`python -m paper.base`, here",
+    "make paper_details": "`python -m paper.details` and `python -m paper.claims`, here",
     "make real": "an hour; test_real.py runs it with 2 steps on a small base",
     "make real DATA=mixed_quality.jsonl": "as make real",
     'make real DATA="gpt4.json text_davinci_001.json text_davinci_003.json"': "as make real",
@@ -63,9 +64,18 @@ LESS = {
     "answers": {"--max_new": 4},
     "-m paper": {"--steps": 2, "--seeds": 1},
 }
-# two minutes, even with 2 steps a run
+# minutes, even with 2 steps a run
 MANY_RUNS = [
-    f"python -m paper{name}" for name in ("", ".base", ".fig6", ".fig7", ".alpha", ".classes")
+    "python -m paper",
+    "python -m paper.alpha",
+    "python -m paper.base",
+    "python -m paper.claims",
+    "python -m paper.classes",
+    "python -m paper.details",
+    "python -m paper.fig6",
+    "python -m paper.fig7",
+    "python -m paper.habits",
+    "python -m paper.table2",
 ]
 
 
