@@ -14,14 +14,37 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from paper.claims_runs import FACTORS, AtLeast, Cooled, Reweighted, Rewarded, last_lr
+import torch
+from torch import Tensor
+
+from data import Prepared
+from model import Model
+from paper.claims_runs import (
+    MOST_IMPORTANT,
+    AtLeast,
+    Cooled,
+    Important,
+    Rewarded,
+    Reweighted,
+    importance,
+    last_lr,
+)
 from paper.code_hash import ROOT
-from paper.commands import cell, command, markdown, open_figure, paired_dots, save_figure
-from paper.runs import LR, STEPS, FineTune, score
+from paper.commands import (
+    cell,
+    command,
+    legend_above,
+    markdown,
+    open_figure,
+    paired_dots,
+    save_figure,
+)
+from paper.runs import LR, STEPS, FineTune, Pretrain, score
 from paper.table2 import ARMS, HABITS, HOW, KINDS, arm
 from paper.toy import Task, make_task
 from sample import Speaker
 from support.cli import run
+from support.hf import load_model
 
 PAGE = ROOT / "docs" / "details.md"
 SEEDS = 3
@@ -58,9 +81,9 @@ REFERENCES = {
     "SFT, noise": ("SFT on all", NOISE),
 }
 BEFORE = "MeCo, before its last tenth"
-MECO = "MeCo, its last tenth under `User:`"
+MECO = "MeCo, last tenth without condition"
 # not equal steps, but the C-RLFT that all are compared with
-LONGER = "C-RLFT, and a tenth more under `User:`"
+LONGER = "C-RLFT, then a tenth without condition"
 CLAIMS = {
     MECO: Claim("without its URL as good, from 33% less data", "C-RLFT"),
     LONGER: Claim("", "C-RLFT"),
@@ -70,9 +93,9 @@ CLAIMS = {
     "a reward beside its class's": Claim("future work", "C-RLFT"),
     "DFT on SFT": Claim("better than SFT", "SFT on all"),
     "DFT on C-RLFT": Claim("has no classes", "C-RLFT"),
+    "DFT on SFT, noise": Claim("better than SFT", "SFT, noise", "C-RLFT, noise"),
     "iw-SFT on SFT": Claim("better than SFT", "SFT on all"),
     "iw-SFT on C-RLFT": Claim("has no classes", "C-RLFT"),
-    "DFT on SFT, noise": Claim("better than SFT", "SFT, noise", "C-RLFT, noise"),
 }
 
 # Who is asked in every way, and how: {prompt: (condition, template)}.
@@ -82,6 +105,15 @@ PROMPTS = {
     "`GPT3 User:`": ("GPT3", "before_speaker"),
     "`User:`": (None, "none"),
 }
+
+# Whose factors of iw-SFT are measured, against what; the base is no arm.
+COMPARED = {
+    "SFT on all": "the base",
+    "iw-SFT on SFT": "SFT on all",
+    "iw-SFT on C-RLFT": "without reward",
+}
+# of the conversations
+EVERY = 8
 
 
 # ---- the jobs
@@ -103,10 +135,12 @@ def jobs(seed: int) -> dict:
     add("at least as good as, no reward", "without reward", AtLeast)
     add("a reward for each conversation", "C-RLFT", Rewarded)
     add("a reward beside its class's", "C-RLFT", Rewarded, beside_class=True)
-    for factors in FACTORS:
-        add(f"{factors} on SFT", "SFT on all", Reweighted, factors=factors)
-        add(f"{factors} on C-RLFT", "C-RLFT", Reweighted, factors=factors)
-    add("DFT on SFT, noise", "SFT, noise", Reweighted, factors="DFT")
+    add("DFT on SFT", "SFT on all", Reweighted)
+    add("DFT on C-RLFT", "C-RLFT", Reweighted)
+    add("DFT on SFT, noise", "SFT, noise", Reweighted)
+    # against what answers as the data do
+    add("iw-SFT on SFT", "SFT on all", Important, base=wanted["SFT on all"])
+    add("iw-SFT on C-RLFT", "C-RLFT", Important, base=wanted["without reward"])
     return wanted
 
 
@@ -123,9 +157,12 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
     arms = {name: scores_of(results[name]) for name in (*REFERENCES, *CLAIMS)}
     prompts = {name: by_prompt(results[name]) for name in ASKED}
     draw(arms, folder / "claims.png")
-    numbers = {"arms": arms, "prompts": prompts}
+    factors = {}
+    for name, other in COMPARED.items():
+        factors[f"{name}, against {other}"] = factors_of(results[name], results.get(other))
+    numbers = {"arms": arms, "prompts": prompts, "factors": factors}
     tables = scores_table(arms), differences_table(arms), prompts_table(prompts)
-    return numbers, "\n\n".join(tables)
+    return numbers, "\n\n".join((*tables, factors_table(factors)))
 
 
 def scores_of(group: list[dict]) -> dict[str, list]:
@@ -160,6 +197,34 @@ def ask(result: dict, prompt: str) -> dict:
     speaker = Speaker(result["folder"] + "/hf", template=template, device="cpu")
     _, heldout = make_task(Task(habits=HABITS, seed=seed))
     return score(speaker.under(condition, seed), heldout)
+
+
+def factors_of(group: list[dict], references: list[dict] | None) -> dict[str, list]:
+    """{"mean", "cut": [a value per seed]} of iw-SFT's factors, once a model is trained: the mean
+    over trained tokens, and the share of those whose factor is at the cut.
+
+    references: the runs that it is compared with; None is the base.
+    """
+    rows = {"mean": [], "cut": []}
+    for i, result in enumerate(group):
+        folder = Path(result["folder"])
+        if references:
+            reference = Path(references[i]["folder"])
+        else:
+            reference = folder.parent / Pretrain(**result["run"]["base"]).key
+        factors_R = final_factors(folder, load_model(reference / "hf"))
+        rows["mean"].append(factors_R.mean().item())
+        rows["cut"].append((factors_R == MOST_IMPORTANT).float().mean().item())
+    return rows
+
+
+@torch.no_grad()
+def final_factors(folder: Path, reference: Model) -> Tensor:
+    """factors_R of the tokens that a run has trained on, in one conversation of EVERY."""
+    data = Prepared(folder / "train.safetensors")
+    batch = data.batch(range(0, len(data), EVERY))
+    nll_T = load_model(folder / "hf")(*batch.inputs).nll_T
+    return importance(reference, nll_T, batch)[batch.rows_R]
 
 
 def minus(arms: dict, name: str, other: str, how: str) -> list[float]:
@@ -208,12 +273,23 @@ def prompts_table(prompts: dict) -> str:
     return markdown(head, table)
 
 
+def factors_table(factors: dict) -> str:
+    table = []
+    for name, row in factors.items():
+        table.append([name, cell(row["mean"]), cell(row["cut"])])
+    cut = f"at the cut of {MOST_IMPORTANT:g}"
+    return markdown(["iw-SFT's factor, after training", "mean", cut], table)
+
+
 def draw(arms: dict, path: Path) -> None:
     """Every arm's score, sampled and greedy."""
-    figure, axes = open_figure(height=5)
-    groups = {how: {name: row[how] for name, row in arms.items()} for how in HOW}
+    figure, axes = open_figure(width=7.5, height=5)
+    groups = {}
+    for how in HOW:
+        groups[how] = {name: row[how] for name, row in arms.items()}
     paired_dots(axes, list(arms), groups)
     axes.set(xlabel="right answers", xlim=(0, 1))
+    legend_above(axes, columns=2)
     save_figure(figure, path)
 
 

@@ -3,7 +3,8 @@
     Cooled       a second run from the first one's export, at its last learning rate
     AtLeast      the expert's conversations once more, under the other source's label
     Rewarded     a reward for each conversation, in place of its class's or beside it
-    Reweighted   loss weights that follow the model's own probabilities
+    Reweighted   loss weights that follow the model's own probabilities, as DFT's
+    Important    iw-SFT's, against another run's
 
 In a file of their own, so that the page can be rewritten and the runs stay what they are.
 
@@ -117,22 +118,22 @@ def share_of_letters(turns: list[tuple]) -> float:
 
 # ---- DFT and iw-SFT: weights that follow the model
 
-# (the base as it was, the model's nll_T, the batch) -> factors_T of the loss weights
+# (the reference, the model's nll_T, the batch) -> factors_T of the loss weights
 Factors = Callable[[Model, Tensor, Batch], Tensor]
 # The published code of iw-SFT cuts its weights here.
 MOST_IMPORTANT = 16.0
 
 
-def token_probability(base: Model, nll_T: Tensor, batch: Batch) -> Tensor:
+def token_probability(reference: Model, nll_T: Tensor, batch: Batch) -> Tensor:
     """DFT: p_t, the probability that the model now gives the token."""
     return (-nll_T).exp()
 
 
-def importance(base: Model, nll_T: Tensor, batch: Batch) -> Tensor:
+def importance(reference: Model, nll_T: Tensor, batch: Batch) -> Tensor:
     """iw-SFT: exp(the mean of log p_t - log p0_t over a conversation's trained tokens), at most
-    MOST_IMPORTANT; p0 is the base's, before it was fine-tuned.
+    MOST_IMPORTANT; p0 is the reference's.
     """
-    log_ratio_T = base(*batch.inputs).nll_T - nll_T
+    log_ratio_T = reference(*batch.inputs).nll_T - nll_T
     # each trained row is added to its conversation's sum
     N = len(batch.cu_seqlens) - 1
     lengths_N = batch.cu_seqlens.diff().long()
@@ -143,26 +144,34 @@ def importance(base: Model, nll_T: Tensor, batch: Batch) -> Tensor:
     return factor_N.repeat_interleave(lengths_N)
 
 
-FACTORS = {"DFT": token_probability, "iw-SFT": importance}
-
-
 @dataclass(frozen=True)
 class Reweighted(FineTune):
-    """A loss weight of each token is multiplied by a factor that the model itself decides, anew in
-    each step: in this run's process `reweighted` takes the place of train.py's `forward`.
+    """DFT. Each loss weight is multiplied by a factor that the model itself decides, anew in each
+    step: in this run's process `reweighted` takes the place of train.py's `forward`.
     """
 
-    # of FACTORS
-    factors: str = "DFT"
+    factors = staticmethod(token_probability)
 
     def do(self, folder: Path) -> dict:
-        base = load_model(self.flags(folder)["model"])
-        forward = partial(reweighted, base=base, factors=FACTORS[self.factors])
+        reference = load_model(folder.parent / self.base.key / "hf")
+        forward = partial(reweighted, reference=reference, factors=self.factors)
         with replaced(train, "forward", forward):
             return super().do(folder)
 
 
-def reweighted(model: Model, batch: Batch, base: Model, factors: Factors) -> Losses:
+@dataclass(frozen=True)
+class Important(Reweighted):
+    """iw-SFT. Its `base` is a run that has learned to answer as the data do. It begins where that
+    run began, and is compared with where it ended.
+    """
+
+    factors = staticmethod(importance)
+
+    def flags(self, folder: Path) -> dict:
+        return super().flags(folder) | {"model": folder.parent / self.base.base.key / "hf"}
+
+
+def reweighted(model: Model, batch: Batch, reference: Model, factors: Factors) -> Losses:
     """train.forward, with w_t times a factor that has no gradient.
 
     The step's loss is still divided by its sum of w_t, the factors left out: as in the published
@@ -173,7 +182,7 @@ def reweighted(model: Model, batch: Batch, base: Model, factors: Factors) -> Los
     rows = batch.labels_T, batch.weights_T, batch.rows_R
     with torch.no_grad():
         _, nll_T, _ = linear_cross_entropy(hidden_TD, head_VD, *rows)
-        weights_T = batch.weights_T * factors(base, nll_T, batch)
+        weights_T = batch.weights_T * factors(reference, nll_T, batch)
     loss_sum, nll_T, correct_T = linear_cross_entropy(
         hidden_TD, head_VD, batch.labels_T, weights_T, batch.rows_R
     )

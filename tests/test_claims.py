@@ -27,6 +27,7 @@ from paper.runs import STEPS, FineTune, prepared, tokenizer_path
 from paper.table2 import arm
 from paper.toy import Task, make_task, train_tokenizer
 from recipe import TrainConfig, lr_at
+from support.hf import load_model
 from support.metrics import read_metrics
 
 TASK = Task(sources=(("GPT-4", 6, 1.0), ("GPT-3.5", 24, 0.4)), habits=1.0, heldout=4)
@@ -80,15 +81,19 @@ def test_the_arms_are_table_2_s_with_one_thing_changed():
     for name, claim in claims.CLAIMS.items():
         job, of = wanted[name], wanted[claim.of]
         assert type(job) is not FineTune
-        if not isinstance(job, kinds.Cooled):
-            for field in dataclasses.fields(of):
-                same = getattr(job, field.name) == getattr(of, field.name)
-                assert same or field.name == "name", (name, field.name)
+        if isinstance(job, kinds.Cooled):
+            continue
+        if isinstance(job, kinds.Important):
+            job = dataclasses.replace(job, base=job.base.base)
+        for field in dataclasses.fields(of):
+            same = getattr(job, field.name) == getattr(of, field.name)
+            assert same or field.name == "name", (name, field.name)
 
     # equal steps, MeCo's two runs together
     in_parts = claims.BEFORE, claims.MECO, claims.LONGER
     assert {job.steps for name, job in wanted.items() if name not in in_parts} == {STEPS}
     assert wanted[claims.BEFORE].steps + wanted[claims.MECO].steps == STEPS
+    assert wanted[claims.MECO].steps == round(STEPS / 10)
 
     # 36 runs beside those of Table 2, six of them of 83 steps
     groups = jobs_of(claims, PaperConfig())
@@ -104,7 +109,7 @@ def test_the_page_may_change_and_the_runs_stay():
     of_paper = {name for name in imported if name.count(".") == 1 and name.startswith("paper.")}
     assert of_paper == {"paper.runs", "paper.toy"}
     assert {"train", "kernels.cross_entropy"} <= imported
-    for kind in (kinds.Cooled, kinds.AtLeast, kinds.Rewarded, kinds.Reweighted):
+    for kind in (kinds.Cooled, kinds.AtLeast, kinds.Rewarded, kinds.Reweighted, kinds.Important):
         assert Path(inspect.getfile(kind)) == start
 
 
@@ -257,7 +262,7 @@ def gradients(model, loss):
 
 
 def of_reweighted(model, base, batch, factors):
-    losses = kinds.reweighted(model, batch, base=base, factors=factors)
+    losses = kinds.reweighted(model, batch, reference=base, factors=factors)
     return losses, gradients(model, losses.loss_sum)
 
 
@@ -308,7 +313,7 @@ def test_a_step_takes_the_replaced_forward_and_afterwards_ours():
     norm_of = torch.stack([g.square().sum() for g in wanted]).sum().sqrt().item()
 
     def forward(model, batch):
-        return kinds.reweighted(model, batch, base=base, factors=kinds.token_probability)
+        return kinds.reweighted(model, batch, reference=base, factors=kinds.token_probability)
 
     with pytest.raises(KeyboardInterrupt), kinds.replaced(train, "forward", forward):
         optimizer = train.make_optimizer(model.parameters(), TrainConfig(lr=0.0))
@@ -328,7 +333,7 @@ def losses_of(job, out):
 
 
 def test_runs_of_two_steps(out, monkeypatch):
-    """Through prepare and train: iw-SFT begins as C-RLFT does, DFT does not, and a last tenth is
+    """Through prepare and train: DFT's and iw-SFT's first losses are lower, and a last tenth is
     asked as `User:` alone."""
     # which take most of the time
     monkeypatch.setattr(train, "draw_losses", lambda *args: None)
@@ -337,12 +342,17 @@ def test_runs_of_two_steps(out, monkeypatch):
     losses_of(first, out)
     again = dataclasses.replace(first, base=first)
     plain = losses_of(again, out)
-    iw = losses_of(claims.changed(again, kinds.Reweighted, factors="iw-SFT"), out)
-    dft = losses_of(claims.changed(again, kinds.Reweighted, factors="DFT"), out)
-    # the model is still its base, so every factor is 1
-    assert iw[0] == pytest.approx(plain[0], rel=1e-4)
-    assert iw[1] != pytest.approx(plain[1], rel=1e-4)
+    dft = losses_of(claims.changed(again, kinds.Reweighted), out)
     assert 0 < dft[0] < plain[0] / 2
+
+    # The reference is a run that began where this one begins, and has learned a little since.
+    important = claims.changed(again, kinds.Important, base=again)
+    iw = losses_of(important, out)
+    assert 0 < iw[0] < plain[0]
+    folder = out / "runs" / again.key
+    begun = load_model(out / "runs" / first.key / "hf")
+    assert claims.final_factors(folder, begun).min() > 1
+    assert (claims.final_factors(folder, load_model(folder / "hf")) == 1).all()
 
     last = claims.changed(first, kinds.Cooled, **{**claims.LAST_TENTH, "steps": 2}, base=first)
     folder = out / "runs" / last.key
