@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long lint paper paper_details paper_base real gpu gpu_check gpu_bench gpu_tune gpu_step
+.PHONY: demo test test_long lint paper paper_base real gpu gpu_check gpu_bench gpu_tune gpu_step
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -17,11 +17,6 @@ demo: $(if $(VENV),$(VENV)/ready)
 # line goes on.
 paper: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper $(if $(CRLFT_ASSETS),--assets $(CRLFT_ASSETS))
-
-# Each detail of the method with what it is worth (docs/details.md), and what later papers say.
-paper_details: $(if $(VENV),$(VENV)/ready)
-	$(RUN) -m paper.details
-	$(RUN) -m paper.claims
 
 # What moves Table 2's order: random weights instead of the pre-trained base, the learning rate,
 # three times the steps.

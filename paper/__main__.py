@@ -13,7 +13,6 @@ from support.cli import run
 
 COMMANDS = (
     "table2",
-    "habits",
     "fig3",
     "fig4",
     "fig5",

@@ -31,7 +31,6 @@ from sample import SampleConfig, Speaker
 
 COMMANDS = (
     "table2",
-    "habits",
     "fig3",
     "fig4",
     "fig5",

@@ -36,7 +36,6 @@ ELSEWHERE = {
     "make gpu VENV= PYTHON=python3 OUT=results": "a GPU",
     "make paper": "`python -m paper`, here",
     "make paper_base": "`python -m paper.base`, here",
-    "make paper_details": "`python -m paper.details` and `python -m paper.claims`, here",
     "make real": "an hour; test_real.py runs it with 2 steps on a small base",
     "make real DATA=mixed_quality.jsonl": "as make real",
     'make real DATA="gpt4.json text_davinci_001.json text_davinci_003.json"': "as make real",
@@ -69,12 +68,9 @@ MANY_RUNS = [
     "python -m paper",
     "python -m paper.alpha",
     "python -m paper.base",
-    "python -m paper.claims",
     "python -m paper.classes",
-    "python -m paper.details",
     "python -m paper.fig6",
     "python -m paper.fig7",
-    "python -m paper.habits",
     "python -m paper.table2",
 ]
 
