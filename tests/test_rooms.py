@@ -58,6 +58,8 @@ MAY = {
     # its arguments: no model, no rank, no settings
     "kernels/": {"torch", "triton", "kernels", "matplotlib"},
     "kernels/cases/": {"torch", "kernels"},
+    # a page that runs alone
+    "paper/atomic.py": {"torch"},
     # everything, and nobody imports it; transformers and Liger are peers of step.py, gguf reads
     # the base of real.py
     "paper/": {
