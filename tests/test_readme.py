@@ -43,6 +43,7 @@ ELSEWHERE = {
     "python -m paper.real mixed_quality.jsonl --weight 1.0 --batch_tokens 768 --max_len 192": (
         "as make real"
     ),
+    "python paper/atomic.py": "two minutes; test_atomic.py (long)",
     "python -m kernels.bench": "a GPU",
     "python -m kernels.bench rms_norm --T 16384 --D 5120": "a GPU",
     "python -m kernels.compile": "4 minutes; test_triton.py compiles",
