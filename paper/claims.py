@@ -51,13 +51,11 @@ SEEDS = 3
 NOISE = KINDS["noise"]
 # of the steps, as in MeCo
 NINE_TENTHS = round(0.9 * STEPS)
-# The same rows without their condition, with the weights that they had.
-LAST_TENTH = {
-    "steps": STEPS - NINE_TENTHS,
-    "lr": last_lr(LR),
-    "classes": ARMS["without condition"].classes,
-    "template": "none",
-}
+# The same rows with the weights that they had, all under one prompt: a bare `User:`, or one that is
+# as long as those before, whose condition says nothing of who answers.
+LAST_TENTH = {"steps": STEPS - NINE_TENTHS, "lr": last_lr(LR)}
+BARE = {"classes": ARMS["without condition"].classes, "template": "none"}
+SAYS_NOTHING = {"classes": "GPT-4=GPT2:1,*=GPT2:0.1"}
 
 
 class Claim(NamedTuple):
@@ -84,11 +82,13 @@ BEFORE = "MeCo, before its last tenth"
 MECO = "MeCo, last tenth without condition"
 # not equal steps, but the C-RLFT that all are compared with
 LONGER = "C-RLFT, then a tenth without condition"
+NOTHING = "C-RLFT, then a tenth as `GPT2 User:`"
 CLAIMS = {
     MECO: Claim("without its URL as good, from 33% less data", "C-RLFT"),
     LONGER: Claim("", "C-RLFT"),
+    NOTHING: Claim("", "C-RLFT"),
     "at least as good as": Claim("has no weights", "C-RLFT"),
-    "at least as good as, no reward": Claim("better than SFT and DPO", "without reward"),
+    "at least as good as, no reward": Claim("better than offline baselines", "without reward"),
     "a reward for each conversation": Claim("future work", "C-RLFT"),
     "a reward beside its class's": Claim("future work", "C-RLFT"),
     "DFT on SFT": Claim("better than SFT", "SFT on all"),
@@ -99,11 +99,12 @@ CLAIMS = {
 }
 
 # Who is asked in every way, and how: {prompt: (condition, template)}.
-ASKED = "C-RLFT", BEFORE, MECO, LONGER
+ASKED = "C-RLFT", BEFORE, MECO, LONGER, NOTHING
 PROMPTS = {
     "`GPT4 User:`": ("GPT4", "before_speaker"),
     "`GPT3 User:`": ("GPT3", "before_speaker"),
     "`User:`": (None, "none"),
+    "`GPT2 User:`": ("GPT2", "before_speaker"),
 }
 
 # Whose factors of iw-SFT are measured, against what; the base is no arm.
@@ -129,8 +130,12 @@ def jobs(seed: int) -> dict:
     def add(name: str, of: str, kind: type, **changes) -> None:
         wanted[name] = changed(wanted[of], kind, name=name, **changes)
 
-    for name, of in ((MECO, BEFORE), (LONGER, "C-RLFT")):
-        add(name, of, Cooled, base=wanted[of], **LAST_TENTH)
+    for name, of, prompt in (
+        (MECO, BEFORE, BARE),
+        (LONGER, "C-RLFT", BARE),
+        (NOTHING, "C-RLFT", SAYS_NOTHING),
+    ):
+        add(name, of, Cooled, base=wanted[of], **LAST_TENTH, **prompt)
     add("at least as good as", "C-RLFT", AtLeast)
     add("at least as good as, no reward", "without reward", AtLeast)
     add("a reward for each conversation", "C-RLFT", Rewarded)
@@ -168,8 +173,8 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
 def scores_of(group: list[dict]) -> dict[str, list]:
     """{"sampled", "greedy", "other prompt": [a value per seed]} of an arm.
 
-    Under the expert's prompt, for MeCo the bare one; and sampled under the other source's, where an
-    arm was trained with it.
+    Under the expert's prompt, and sampled under the other source's, where an arm has one. What ends
+    under one prompt for all is asked as that.
     """
     row = {"sampled": [], "greedy": [], "other prompt": []}
     for result in group:

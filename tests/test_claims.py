@@ -90,16 +90,16 @@ def test_the_arms_are_table_2_s_with_one_thing_changed():
             assert same or field.name == "name", (name, field.name)
 
     # equal steps, MeCo's two runs together
-    in_parts = claims.BEFORE, claims.MECO, claims.LONGER
+    in_parts = claims.BEFORE, claims.MECO, claims.LONGER, claims.NOTHING
     assert {job.steps for name, job in wanted.items() if name not in in_parts} == {STEPS}
     assert wanted[claims.BEFORE].steps + wanted[claims.MECO].steps == STEPS
     assert wanted[claims.MECO].steps == round(STEPS / 10)
 
-    # 36 runs beside those of Table 2, six of them of 83 steps
+    # 39 runs beside those of Table 2, nine of them of 83 steps
     groups = jobs_of(claims, PaperConfig())
     all_jobs = {job for name in groups for job in groups[name]}
     of_table_2 = {job for name in claims.REFERENCES for job in groups[name]}
-    assert (len(all_jobs), len(all_jobs - of_table_2)) == (54, 36)
+    assert (len(all_jobs), len(all_jobs - of_table_2)) == (57, 39)
 
 
 def test_the_page_may_change_and_the_runs_stay():
@@ -133,18 +133,21 @@ def test_numbers_are_compared_seed_by_seed():
 # ---- MeCo
 
 
-def test_the_last_tenth_has_the_same_rows_and_weights_and_no_condition(out):
+@pytest.mark.parametrize(
+    ("name", "condition"), ((claims.MECO, ""), (claims.LONGER, ""), (claims.NOTHING, "GPT2 "))
+)
+def test_the_last_tenth_has_the_same_rows_and_weights_and_one_prompt(name, condition, out):
     wanted = claims.jobs(seed=0)
-    first, last = wanted[claims.BEFORE], wanted[claims.MECO]
+    first, last = wanted[claims.BEFORE], wanted[name]
     assert last.rows(SOURCES) == first.rows(SOURCES)
     tiny = dataclasses.replace(last, task=TASK)
     before = conversations(prepared_for(C_RLFT, out))
     after = conversations(prepared_for(tiny, out))
     assert by_weight(after) == by_weight(before)
     assert set(by_weight(after)) == {1.0, 0.1}
-    for (text, _, _), (bare, _, _) in zip(before, after):
-        bare_again = text.replace("GPT4 ", "").replace("GPT3 ", "")
-        assert bare == bare_again != text
+    for (text, _, _), (one_prompt, _, _) in zip(before, after):
+        in_its_place = text.replace("GPT4 ", condition).replace("GPT3 ", condition)
+        assert one_prompt == in_its_place != text
 
 
 def test_the_last_tenth_has_the_last_learning_rate(tmp_path):
@@ -354,7 +357,9 @@ def test_runs_of_two_steps(out, monkeypatch):
     assert claims.final_factors(folder, begun).min() > 1
     assert (claims.final_factors(folder, load_model(folder / "hf")) == 1).all()
 
-    last = claims.changed(first, kinds.Cooled, **{**claims.LAST_TENTH, "steps": 2}, base=first)
+    last = claims.changed(
+        first, kinds.Cooled, **{**claims.LAST_TENTH, **claims.BARE, "steps": 2}, base=first
+    )
     folder = out / "runs" / last.key
     folder.mkdir()
     result = last.do(folder)
