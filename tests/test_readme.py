@@ -64,14 +64,17 @@ LESS = {
     "answers": {"--max_new": 4},
     "-m paper": {"--steps": 2, "--seeds": 1},
 }
-# minutes, even with 2 steps a run
+# minutes together, even with 2 steps a run; paper.fig3, which trains nothing, is not among them
 MANY_RUNS = [
     "python -m paper",
     "python -m paper.alpha",
     "python -m paper.base",
     "python -m paper.classes",
+    "python -m paper.fig4",
+    "python -m paper.fig5",
     "python -m paper.fig6",
     "python -m paper.fig7",
+    "python -m paper.optimum",
     "python -m paper.table2",
 ]
 
