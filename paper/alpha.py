@@ -19,8 +19,9 @@ from paper.commands import (
     open_figure,
     save_figure,
 )
-from paper.runs import TABLE
+from paper.runs import TABLE, FineTune
 from paper.table2 import arm, expert_score, scarce
+from paper.toy import Task
 from support.cli import run
 
 SEEDS = 3
@@ -36,7 +37,8 @@ def jobs(seed: int) -> dict:
         if w in ARM_OF:
             wanted[w] = arm(ARM_OF[w], seed)
         else:
-            wanted[w] = arm("C-RLFT", seed, classes=TABLE.format(1, w))
+            table = TABLE.format(1, w)
+            wanted[w] = FineTune(f"w = {w}", seed, task=Task(seed=seed), classes=table)
     return wanted
 
 

@@ -43,10 +43,7 @@ CONDITIONS = "GPT4", "GPT3", "GPT2"
 def jobs(seed: int) -> dict:
     """{arm: job}"""
     task = Task(sources=SOURCES, seed=seed)
-    wanted = {}
-    for name, fields in ARMS.items():
-        wanted[name] = FineTune(name, seed, task=task, **fields)
-    return wanted
+    return {name: FineTune(name, seed, task=task, **fields) for name, fields in ARMS.items()}
 
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:

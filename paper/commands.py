@@ -1,6 +1,6 @@
 """What the commands of the paper in miniature share: flags, statistics, tables, figures, pages.
 
-    python -m paper            all commands: about 37 minutes on 2 cores; stop it when you like,
+    python -m paper            all commands: an hour or two on 2 cores; stop it when you like,
                                the same line goes on
     python -m paper.table2     one of them; --processes N, --seeds N,
                                --steps N (shorter runs, into out/paper only)
@@ -266,6 +266,7 @@ def intervals(rows: Iterable[list[float]]) -> tuple[list[float], list[float]]:
 
 def lines(axes, x: list[float], groups: dict[str, list]) -> None:
     """Lines with intervals: groups {name: [values by x]}."""
+    assert len(groups) <= len(LOOKS)
     for (colour, sign, line), (name, values_by_x) in zip(LOOKS, groups.items()):
         means, halves = intervals(values_by_x)
         axes.errorbar(
@@ -278,6 +279,7 @@ def paired_dots(axes, labels: list[str], groups: dict[str, dict]) -> None:
 
     groups: {legend: {label: values}}. A grey line joins the dots of a row.
     """
+    assert len(groups) <= len(LOOKS)
     # the dots of a row stand a little below one another, so that their intervals part
     step = 0.5 / len(groups)
     rows = {label: i for i, label in enumerate(labels)}

@@ -41,7 +41,7 @@ def job_of(side: str, share: float, seed: int) -> FineTune:
         return arm("C-RLFT", seed)
     keep = (share, 1.0) if side == "expert" else (1.0, share)
     task = Task(keep=keep, seed=seed)
-    return arm("C-RLFT", seed, task=task, steps=None)
+    return FineTune(f"{share:.0%} of the {side} class", seed, steps=None, task=task)
 
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:

@@ -18,7 +18,9 @@ from paper.commands import (
     open_figure,
     save_figure,
 )
+from paper.runs import FineTune
 from paper.table2 import arm
+from paper.toy import Task
 from support.cli import run
 
 SEEDS = 3
@@ -41,7 +43,8 @@ def jobs(seed: int) -> dict:
     """{placement: job}"""
     wanted = {}
     for placement in PLACEMENTS:
-        wanted[placement] = arm("C-RLFT", seed, steps=None, template=placement)
+        task = Task(seed=seed)
+        wanted[placement] = FineTune(placement, seed, steps=None, task=task, template=placement)
     # an arm of Table 2, whose steps are as many epochs
     wanted["before_speaker"] = arm("C-RLFT", seed)
     return wanted

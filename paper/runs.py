@@ -66,6 +66,8 @@ TABLE = "GPT-4=GPT4:{},*=GPT3:{}"
 MOST_SEEDS = 10
 # Of CPU time: the first guess of how long a run takes.
 SECONDS_PER_STEP = 0.037
+# Runs that are there correct the guess, if they have so many steps.
+FEWEST_STEPS = 100
 # An answer has at most four letters, each a token, and its end. Three times that is room enough
 # to see that a model does not stop.
 MAX_NEW = 12
@@ -159,17 +161,12 @@ class Job:
     assets: str = field(default="", compare=False)
 
     @property
-    def code(self) -> str:
-        """What its code is, for the key."""
-        return code_of(type(self))
-
-    @property
     def key(self) -> str:
         """The name of its run's folder: a hash of the fields that count and of the code."""
         counted = {f.name for f in dataclasses.fields(self) if f.compare}
         facts = {
             "kind": type(self).__name__,
-            "code": self.code,
+            "code": code_of(type(self)),
             "batch_tokens": BATCH_TOKENS,
             "epochs": EPOCHS,
         }
@@ -415,10 +412,12 @@ def perform(jobs: list[Job], config) -> dict[Job, dict]:
 def estimate(todo: list[Job], there: dict[Job, dict], config) -> str:
     """How many runs there are to make, and about how long they take."""
     pace = SECONDS_PER_STEP
-    basis = "as on the machine of results/paper"
-    if there:
-        seconds = sum(result["cpu_seconds"] for result in there.values())
-        pace = seconds / sum(job.cost for job in there)
+    basis = "a first guess"
+    # a run of a few steps takes as long as its start, and says nothing of the others
+    measured = [job for job in there if job.cost >= FEWEST_STEPS]
+    if measured:
+        seconds = sum(there[job]["cpu_seconds"] for job in measured)
+        pace = seconds / sum(job.cost for job in measured)
         basis = "as those that are there took"
     minutes = sum(job.cost for job in todo) * pace / config.processes / 60
     return (

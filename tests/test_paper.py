@@ -107,6 +107,37 @@ def test_errors_of_habit():
     assert by_habit / len(rights) == pytest.approx(0.32, abs=0.03)
 
 
+def test_the_base_has_the_habits_of_its_task(monkeypatch):
+    """Every wrong answer of a line that is pre-trained on is by habit, or none need be."""
+    monkeypatch.setattr(runs, "PRETRAINING_LINES", 200)
+
+    def others(base):
+        """Answers that are neither right nor by habit."""
+        found = 0
+        for row in base.rows():
+            words = row["conversations"][0]["value"].split(" : ")
+            # `reverse a b c d`, then `d c b a then shift`, .., at last an answer alone
+            question = words[0]
+            for said in words[1:]:
+                reply, _, skill = said.partition(" then ")
+                found += reply not in (answer(question), habitual(question))
+                question = f"{skill} {reply}"
+        return found
+
+    assert others(runs.base_of(1.0)) == 0
+    assert others(runs.base_of(0.0)) > 50
+
+
+def test_an_estimate_is_by_the_runs_that_are_there():
+    config = PaperConfig(processes=2)
+    job = runs.FineTune("an arm")
+    there = {runs.FineTune("another", seed=1): {"cpu_seconds": 120.0}}
+    assert "about 1 min; 120 s of CPU for 830 steps" in runs.estimate([job], there, config)
+    # a run of a step or two takes as long as its imports
+    there = {runs.FineTune("another", steps=1): {"cpu_seconds": 5.0}}
+    assert "31 s of CPU for 830 steps, a first guess" in runs.estimate([job], there, config)
+
+
 def test_seeds_in_the_paper_s_order():
     scores = {}
     for i, name in enumerate(table2.ARMS):
@@ -635,7 +666,7 @@ def test_the_pages_show_the_committed_results(name):
 
 
 def test_the_whole_fits_its_budget():
-    """At most 250 runs for `make paper`, each counted once, and 5 core-hours."""
+    """At most 250 runs for `make paper`, each counted once, and 4 core-hours."""
     total = json.loads((ROOT / "results" / "paper" / "all.json").read_text())
-    assert total["core_hours"] < 5
+    assert total["core_hours"] < 4
     assert 100 < total["runs"] <= 250
