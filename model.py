@@ -113,7 +113,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """x W^T, without a bias; W is [outputs, inputs].
 
-    `project` is PyTorch's F.linear, on a GPU always. In fp32 training on a CPU it calls oneDNN,
+    `project` is PyTorch's F.linear, on a GPU always. In fp32 training on some CPUs it calls oneDNN,
     which is faster there (kernels/cpu_linear.py).
     """
 

@@ -1,8 +1,9 @@
 """The product of a linear layer, x W^T: by oneDNN where it is faster, and else by F.linear.
 
-For fp32 on a CPU F.linear calls MKL. On the AMD CPU of README.md oneDNN takes half its time, but
-PyTorch reaches it only through its own tensor layout, which autograd does not follow. So the two
-products of the backward pass are written out:
+For fp32 on a CPU F.linear calls MKL. On an AMD CPU oneDNN took half its time; on another, which has
+AVX-512, MKL took 1/4 to 9/10 of oneDNN's (one thread). So oneDNN is for CPUs without AVX-512. PyTorch reaches it
+only through its own tensor layout, which autograd does not follow: the two products of the backward
+pass are written out.
 
     y = x W^T        dx = dy W        dW = dy^T x
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HAVE_ONEDNN = torch.backends.mkldnn.is_available()
+HAVE_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+PREFER_ONEDNN = torch.backends.mkldnn.is_available() and not HAVE_AVX512
 
 # With fewer rows, copying W into oneDNN's layout takes longer than is won.
 LEAST_ROWS = 64
@@ -43,14 +45,14 @@ class OneDNNLinear(torch.autograd.Function):
 def project(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """x W^T, [T, N], of the inputs' dtype, on any device; differentiable.
 
-    On a GPU this is F.linear. On a CPU it is oneDNN's product in fp32 training with LEAST_ROWS or
-    more rows, and F.linear elsewhere.
+    On a GPU this is F.linear. On a CPU without AVX-512 it is oneDNN's product in fp32 training with
+    LEAST_ROWS or more rows, and F.linear elsewhere.
     """
     # torch.compile is given F.linear, and chooses for itself.
     eager = not torch.compiler.is_compiling()
     fp32_on_cpu = x_TK.device.type == "cpu" and x_TK.dtype == torch.float32
     # Generation has few rows, and keeps its matrices in an order that MKL likes (sample.py).
     training = torch.is_grad_enabled()
-    if HAVE_ONEDNN and eager and fp32_on_cpu and training and len(x_TK) >= LEAST_ROWS:
+    if PREFER_ONEDNN and eager and fp32_on_cpu and training and len(x_TK) >= LEAST_ROWS:
         return OneDNNLinear.apply(x_TK, weight_NK)
     return F.linear(x_TK, weight_NK)
