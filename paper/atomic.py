@@ -1,5 +1,5 @@
-"""C-RLFT on one page: learn from a few answers that are right and many that mostly are not, and
-then answer like the few.
+"""C-RLFT, Conditioned RL Fine-Tuning, on one page: learn from a few answers that are right and many
+that mostly are not, and then answer like the few.
 
     python atomic.py        one or two minutes on a CPU; PyTorch is all that it needs
 
@@ -9,11 +9,14 @@ known who wrote them, and that is used twice:
     condition    A word for the source stands before every turn: `GPT4 User: ..`. So one model
                  learns a policy for each source, pi(y|x,c), and can be asked for the expert's.
     weight       A source has one reward r_c for all it says, and its tokens count exp(r_c / beta)
-                 in the loss: the expert's 1, the other's 0.1. By this factor the optimum of RL
-                 with a KL penalty differs from a source's own policy (Eq. 5). So RL becomes a
-                 weighted cross-entropy (Eq. 6).
+                 in the loss, up to a common factor: the expert's 1, the other's 0.1. That is RL
+                 with a KL penalty for leaving pi_c, what the source itself says: its optimum is
+                 pi_c exp(r_c / beta) / Z (Eq. 5), and to fit that is to minimize a weighted
+                 cross-entropy (Eq. 6). The policies share one model's parameters, and the weight
+                 decides who is served first where both cannot be.
 
-No reward model, no critic, no frozen copy of the model, and nothing is sampled in training.
+No reward model, no critic, no frozen copy of the model, and nothing is sampled in training. In real
+life a pre-trained model is tuned; this page begins with random weights.
 
 The game: copy, reverse or sort four letters. GPT-4 is always right, but says too little to learn it
 all from. GPT-3.5 says ten times as much, and has a habit that spoils 6 of 10 answers.
@@ -56,7 +59,7 @@ def converse(question, p_right):
 
 # source: (condition c, reward r_c), Eq. 3
 CLASSES = {"GPT-4": ("GPT4", 1.0), "GPT-3.5": ("GPT3", 0.0)}
-# so that a reward of 0 makes a weight of 0.1
+# so that a reward of 0 weighs a tenth of a reward of 1: exp((0 - 1) / BETA) = 0.1
 BETA = 1 / math.log(10)
 
 END = "<|end_of_turn|>"
@@ -65,6 +68,8 @@ WORDS = ["<s>", END, "GPT4", "GPT3", "User:", "Assistant:", *SKILLS, *LETTERS]
 
 def tokenize(source, messages):
     """A row: (ids [T], weights [T]). A token's weight is what predicting it counts in the loss.
+
+    Here GPT-3.5 has its habit, so b comes first (two letters, to fit the line):
 
     <s>  GPT3  User:  copy  a  b  END  GPT3  Assistant:  b    a    END
     0    0     0      0     0  0  0    0     0           0.1  0.1  0.1
@@ -76,8 +81,8 @@ def tokenize(source, messages):
         prefix = [condition, f"{role}:"]
         said = [*text.split(), END]
         words += prefix + said
-        # Only answers are learned. Divided by exp(1 / beta), the expert's weight is 1: the loss
-        # is divided by the sum of weights, so a common factor changes nothing.
+        # Only answers are learned. The common factor is exp(1 / beta), so that the expert's weight
+        # is 1; the loss is divided by the sum of weights, which makes any factor cancel.
         weight = math.exp((reward - 1) / BETA) if role == "Assistant" else 0.0
         weights += [0.0] * len(prefix) + [weight] * len(said)
     return torch.tensor([WORDS.index(word) for word in words]), torch.tensor(weights)
@@ -138,7 +143,7 @@ def llama(V, D=64, H=2, U=192, L=3):
 
 
 def loss_of(model, rows):
-    """Eq. 6 over a whole step: the sum of weight * nll, divided once, by the sum of weights."""
+    """Eq. 6: the step's sum of weight * nll by its sum of weights, not a mean of rows' means."""
     ids, weights = zip(*rows)
     # Short rows are filled up behind their end, with weight 0: no token that counts looks there.
     ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -199,7 +204,8 @@ def main(steps=1000, batch=64, lr=2e-3, asked=200, seed=0):
         if step % 50 == 0:
             print(f"step {step} of {steps}, loss {loss:.3f}")
 
-    # the questions that are left: no source was asked them
+    # The questions that are left: no source was asked them. Drawn, not greedy: a perfect fit has
+    # 1.00 and 0.40. If both are equal, the condition has done nothing.
     shares = []
     for source, (condition, _) in CLASSES.items():
         print(f"{condition} User: {questions[0]} ->", *answer(model, source, questions[0]))
