@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long lint paper paper_base real gpu gpu_check gpu_bench gpu_tune gpu_step
+.PHONY: demo test test_long lint paper real gpu gpu_check gpu_bench gpu_tune gpu_step
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -17,11 +17,6 @@ demo: $(if $(VENV),$(VENV)/ready)
 # line goes on.
 paper: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper $(if $(CRLFT_ASSETS),--assets $(CRLFT_ASSETS))
-
-# What moves Table 2's order: random weights instead of the pre-trained base, the learning rate,
-# three times the steps.
-paper_base: $(if $(VENV),$(VENV)/ready)
-	$(RUN) -m paper.base
 
 # Real answers on a real base: an hour on two cores. DATA="FILE.." names the conversations, FLAGS
 # what else paper/real.py knows, as FLAGS="--steps 20".

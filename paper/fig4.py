@@ -27,7 +27,7 @@ from data import Prepared
 from model import Model
 from paper.commands import cell, command, markdown, open_figure, save_figure
 from paper.runs import prepared, share, sharegpt
-from paper.table2 import arm
+from paper.table2 import HABITS, arm
 from paper.toy import Task, make_task
 from sample import Speaker
 from support.cli import run
@@ -79,6 +79,7 @@ def new_task(result: dict) -> Task:
     return Task(
         sources=SOURCES,
         scarce=1,
+        habits=HABITS,
         heldout=0,
         seed=NEW_SEEDS + result["run"]["seed"],
     )
@@ -221,7 +222,10 @@ def draw(rows: dict, pictures: dict, path: Path) -> None:
         title = name.replace(", ", "\n", 1)
         axis.set_title(f"{title}\nprobe {accuracy:.2f}")
         axis.set(xticks=(), yticks=())
-    axes.flat[0].legend(markerscale=3)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    # above, where it covers no dot
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    figure.legend(handles, names, ncols=2, markerscale=3, **place)
     save_figure(figure, path)
 
 

@@ -35,7 +35,6 @@ ELSEWHERE = {
     "make gpu": "a GPU",
     "make gpu VENV= PYTHON=python3 OUT=results": "a GPU",
     "make paper": "`python -m paper`, here",
-    "make paper_base": "`python -m paper.base`, here",
     "make real": "an hour; test_real.py runs it with 2 steps on a small base",
     "make real DATA=mixed_quality.jsonl": "as make real",
     'make real DATA="gpt4.json text_davinci_001.json text_davinci_003.json"': "as make real",
@@ -68,12 +67,12 @@ LESS = {
 MANY_RUNS = [
     "python -m paper",
     "python -m paper.alpha",
-    "python -m paper.base",
     "python -m paper.classes",
     "python -m paper.fig4",
     "python -m paper.fig5",
     "python -m paper.fig6",
     "python -m paper.fig7",
+    "python -m paper.habits",
     "python -m paper.optimum",
     "python -m paper.table2",
 ]
