@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long lint paper paper_base real gpu gpu_check gpu_bench gpu_tune gpu_step
+.PHONY: demo test test_long lint paper paper_details real gpu gpu_check gpu_bench gpu_tune gpu_step
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -18,10 +18,10 @@ demo: $(if $(VENV),$(VENV)/ready)
 paper: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper $(if $(CRLFT_ASSETS),--assets $(CRLFT_ASSETS))
 
-# What moves Table 2's order: random weights instead of the pre-trained base, the learning rate,
-# three times the steps.
-paper_base: $(if $(VENV),$(VENV)/ready)
-	$(RUN) -m paper.base
+# Each detail of the method with what it is worth (docs/details.md), and what later papers say.
+paper_details: $(if $(VENV),$(VENV)/ready)
+	$(RUN) -m paper.details
+	$(RUN) -m paper.claims
 
 # Real answers on a real base: an hour on two cores. DATA="FILE.." names the conversations, FLAGS
 # what else paper/real.py knows, as FLAGS="--steps 20".

@@ -11,7 +11,19 @@ from paper.commands import command, is_left_out, jobs_of, place_of, read_config
 from paper.runs import perform
 from support.cli import run
 
-COMMANDS = "table2", "fig3", "fig4", "fig5", "fig6", "fig7", "alpha", "optimum", "classes", "seven"
+COMMANDS = (
+    "table2",
+    "habits",
+    "fig3",
+    "fig4",
+    "fig5",
+    "fig6",
+    "fig7",
+    "alpha",
+    "optimum",
+    "classes",
+    "seven",
+)
 
 
 def main(argv: list[str]) -> None:

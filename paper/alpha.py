@@ -19,8 +19,8 @@ from paper.commands import (
     open_figure,
     save_figure,
 )
-from paper.runs import TABLE, FineTune
-from paper.table2 import arm, expert_score, scarce
+from paper.runs import TABLE, FineTune, base_of
+from paper.table2 import HABITS, arm, expert_score, scarce
 from paper.toy import Task
 from support.cli import run
 
@@ -37,8 +37,13 @@ def jobs(seed: int) -> dict:
         if w in ARM_OF:
             wanted[w] = arm(ARM_OF[w], seed)
         else:
-            table = TABLE.format(1, w)
-            wanted[w] = FineTune(f"w = {w}", seed, task=Task(seed=seed), classes=table)
+            wanted[w] = FineTune(
+                f"w = {w}",
+                seed,
+                task=Task(habits=HABITS, seed=seed),
+                classes=TABLE.format(1, w),
+                base=base_of(HABITS),
+            )
     return wanted
 
 

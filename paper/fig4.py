@@ -27,7 +27,7 @@ from data import Prepared
 from model import Model
 from paper.commands import cell, command, markdown, open_figure, save_figure
 from paper.runs import prepared, share, sharegpt
-from paper.table2 import arm
+from paper.table2 import HABITS, arm
 from paper.toy import Task, make_task
 from sample import Speaker
 from support.cli import run
@@ -79,6 +79,7 @@ def new_task(result: dict) -> Task:
     return Task(
         sources=SOURCES,
         scarce=1,
+        habits=HABITS,
         heldout=0,
         seed=NEW_SEEDS + result["run"]["seed"],
     )

@@ -17,13 +17,13 @@ from paper.commands import (
     open_figure,
     save_figure,
 )
-from paper.runs import FineTune
-from paper.table2 import arm, expert_score
+from paper.runs import FineTune, base_of
+from paper.table2 import HABITS, arm, expert_score
 from paper.toy import Task
 from support.cli import run
 
 SEEDS = 3
-SHARES = (0.6, 0.7, 0.8, 0.9, 1.0)
+SHARES = (0.6, 0.8, 1.0)
 SIDES = "expert", "sub-optimal"
 
 
@@ -40,8 +40,9 @@ def job_of(side: str, share: float, seed: int) -> FineTune:
     if share == 1:
         return arm("C-RLFT", seed)
     keep = (share, 1.0) if side == "expert" else (1.0, share)
-    task = Task(keep=keep, seed=seed)
-    return FineTune(f"{share:.0%} of the {side} class", seed, steps=None, task=task)
+    task = Task(keep=keep, habits=HABITS, seed=seed)
+    name = f"{share:.0%} of the {side} class"
+    return FineTune(name, seed, steps=None, task=task, base=base_of(HABITS))
 
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:

@@ -18,8 +18,8 @@ from paper.commands import (
     open_figure,
     save_figure,
 )
-from paper.runs import FineTune
-from paper.table2 import arm
+from paper.runs import FineTune, base_of
+from paper.table2 import HABITS, arm
 from paper.toy import Task
 from support.cli import run
 
@@ -43,8 +43,14 @@ def jobs(seed: int) -> dict:
     """{placement: job}"""
     wanted = {}
     for placement in PLACEMENTS:
-        task = Task(seed=seed)
-        wanted[placement] = FineTune(placement, seed, steps=None, task=task, template=placement)
+        wanted[placement] = FineTune(
+            placement,
+            seed,
+            steps=None,
+            task=Task(habits=HABITS, seed=seed),
+            template=placement,
+            base=base_of(HABITS),
+        )
     # an arm of Table 2, whose steps are as many epochs
     wanted["before_speaker"] = arm("C-RLFT", seed)
     return wanted

@@ -50,9 +50,9 @@ from support.files import written_whole
 from support.metrics import read_metrics
 from train import main as train
 
-# The budget of every arm: 830 steps are 5 epochs of the whole data, to 1%.
-STEPS = 830
-EPOCHS = 5
+# The budget of every arm: 1,660 steps are 10 epochs of the whole data, to 1%.
+STEPS = 1660
+EPOCHS = 10
 # All else is train.py's default.
 BATCH_TOKENS = 768
 LR = 2e-3
@@ -65,7 +65,7 @@ TABLE = "GPT-4=GPT4:{},*=GPT3:{}"
 # So many seeds can be asked for.
 MOST_SEEDS = 10
 # Of CPU time: the first guess of how long a run takes.
-SECONDS_PER_STEP = 0.037
+SECONDS_PER_STEP = 0.05
 # Runs that are there correct the guess, if they have so many steps.
 FEWEST_STEPS = 100
 # An answer has at most four letters, each a token, and its end. Three times that is room enough
@@ -161,12 +161,17 @@ class Job:
     assets: str = field(default="", compare=False)
 
     @property
+    def code(self) -> str:
+        """The hash of the code that makes it, for the key."""
+        return code_of(type(self))
+
+    @property
     def key(self) -> str:
         """The name of its run's folder: a hash of the fields that count and of the code."""
         counted = {f.name for f in dataclasses.fields(self) if f.compare}
         facts = {
             "kind": type(self).__name__,
-            "code": code_of(type(self)),
+            "code": self.code,
             "batch_tokens": BATCH_TOKENS,
             "epochs": EPOCHS,
         }
@@ -423,7 +428,7 @@ def estimate(todo: list[Job], there: dict[Job, dict], config) -> str:
     return (
         f"{len(there) + len(todo)} runs, {len(there)} of them there, {len(todo)} to make on "
         f"{config.processes} cores, about {minutes:.0f} min; {pace * STEPS:.0f} s of CPU for "
-        f"{STEPS} steps, {basis}"
+        f"{STEPS:,} steps, {basis}"
     )
 
 
