@@ -7,8 +7,8 @@ data under the expert's prompt, so that every arm has the same tokens and is ask
 (the paper does not give their template).
 
 Each arm in two worlds: where every error of the weaker source follows a habit, and where its errors
-are noise. The base was pre-trained on text of the same kind. Two arms more, with fewer seeds, on the
-weaker source alone, where it has habits.
+are noise. The base was pre-trained on text of the same kind. Two arms more, with fewer seeds, on
+the weaker source alone, where it has habits.
 """
 
 from pathlib import Path
