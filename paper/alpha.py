@@ -19,9 +19,8 @@ from paper.commands import (
     open_figure,
     save_figure,
 )
-from paper.runs import TABLE, FineTune, base_of
-from paper.table2 import HABITS, arm, expert_score, scarce
-from paper.toy import Task
+from paper.runs import TABLE
+from paper.table2 import arm, expert_score, scarce
 from support.cli import run
 
 SEEDS = 3
@@ -37,13 +36,7 @@ def jobs(seed: int) -> dict:
         if w in ARM_OF:
             wanted[w] = arm(ARM_OF[w], seed)
         else:
-            wanted[w] = FineTune(
-                f"w = {w}",
-                seed,
-                task=Task(habits=HABITS, seed=seed),
-                classes=TABLE.format(1, w),
-                base=base_of(HABITS),
-            )
+            wanted[w] = arm("C-RLFT", seed, classes=TABLE.format(1, w))
     return wanted
 
 

@@ -19,8 +19,8 @@ from paper.commands import (
     paired_dots,
     save_figure,
 )
-from paper.runs import TABLE, FineTune, base_of
-from paper.table2 import HABITS, HOW
+from paper.runs import TABLE
+from paper.table2 import HABITS, HOW, arm
 from paper.toy import Task
 from support.cli import run
 
@@ -43,10 +43,7 @@ CONDITIONS = "GPT4", "GPT3", "GPT2"
 def jobs(seed: int) -> dict:
     """{arm: job}"""
     task = Task(sources=SOURCES, habits=HABITS, seed=seed)
-    wanted = {}
-    for name, fields in ARMS.items():
-        wanted[name] = FineTune(name, seed, task=task, base=base_of(HABITS), **fields)
-    return wanted
+    return {name: arm("C-RLFT", seed, task=task, **fields) for name, fields in ARMS.items()}
 
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:

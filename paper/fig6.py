@@ -17,7 +17,7 @@ from paper.commands import (
     open_figure,
     save_figure,
 )
-from paper.runs import FineTune, base_of
+from paper.runs import FineTune
 from paper.table2 import HABITS, arm, expert_score
 from paper.toy import Task
 from support.cli import run
@@ -41,8 +41,7 @@ def job_of(side: str, share: float, seed: int) -> FineTune:
         return arm("C-RLFT", seed)
     keep = (share, 1.0) if side == "expert" else (1.0, share)
     task = Task(keep=keep, habits=HABITS, seed=seed)
-    name = f"{share:.0%} of the {side} class"
-    return FineTune(name, seed, steps=None, task=task, base=base_of(HABITS))
+    return arm("C-RLFT", seed, steps=None, task=task)
 
 
 def report(results: dict, folder: Path) -> tuple[dict, str]:

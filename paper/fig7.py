@@ -18,9 +18,7 @@ from paper.commands import (
     open_figure,
     save_figure,
 )
-from paper.runs import FineTune, base_of
-from paper.table2 import HABITS, arm
-from paper.toy import Task
+from paper.table2 import arm, scarce
 from support.cli import run
 
 SEEDS = 3
@@ -30,6 +28,7 @@ TURNS = (1, 2, 3)
 HEAD = [
     "placement",
     "expert's prompt, score",
+    "scarce skill",
     "turn 1",
     "turn 2",
     "turn 3",
@@ -43,14 +42,7 @@ def jobs(seed: int) -> dict:
     """{placement: job}"""
     wanted = {}
     for placement in PLACEMENTS:
-        wanted[placement] = FineTune(
-            placement,
-            seed,
-            steps=None,
-            task=Task(habits=HABITS, seed=seed),
-            template=placement,
-            base=base_of(HABITS),
-        )
+        wanted[placement] = arm("C-RLFT", seed, steps=None, template=placement)
     # an arm of Table 2, whose steps are as many epochs
     wanted["before_speaker"] = arm("C-RLFT", seed)
     return wanted
@@ -63,16 +55,20 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
     table = []
     for placement, row in rows.items():
         by_turn = [*row["by turn"], *row["other prompt, by turn"]]
-        table.append([f"`{placement}`", cell(row["all"]), *map(cell, by_turn)])
+        scores = row["all"], row["scarce skill"], *by_turn
+        table.append([f"`{placement}`", *map(cell, scores)])
     return rows, markdown(HEAD, table)
 
 
 def numbers_of(group: list[dict]) -> dict:
-    """A placement's score, [a value per seed]; by turn, under both prompts, a list of such."""
+    """A placement's score and the scarce skill's, [a value per seed]; by turn, under both prompts,
+    a list of such.
+    """
     expert = [result["scores"]["GPT4"]["sampled"] for result in group]
     other = [result["scores"]["GPT3"]["sampled"] for result in group]
     return {
         "all": [score["all"] for score in expert],
+        "scarce skill": [scarce(result) for result in group],
         "by turn": turns_of(expert),
         "other prompt, by turn": turns_of(other),
     }

@@ -39,7 +39,9 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
     numbers = {}
     for (share, base, name), group in results.items():
         row = numbers.setdefault(f"{share:g}, {base}", {})
-        row[name] = {how: [expert_score(result, how) for result in group] for how in HOW}
+        row[name] = {}
+        for how in HOW:
+            row[name][how] = [expert_score(result, how) for result in group]
     draw(numbers, folder / "habits.png")
 
     # a column for each share, and then for each end with the other's base
@@ -57,6 +59,7 @@ def report(results: dict, folder: Path) -> tuple[dict, str]:
 
 
 def seeds_in_order(numbers: dict, columns: dict, how: str) -> list[str]:
+    """A cell for each column: in how many of its seeds the arms have the paper's order."""
     cells = []
     for key in columns:
         scores = {name: row[how] for name, row in numbers[key].items()}
