@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test_long lint paper real gpu gpu_check gpu_bench gpu_tune gpu_step
+.PHONY: demo test test_long lint paper paper_details real gpu gpu_check gpu_bench gpu_tune gpu_step
 
 demo: $(if $(VENV),$(VENV)/ready)
 	@rm -rf out/demo
@@ -18,6 +18,10 @@ demo: $(if $(VENV),$(VENV)/ready)
 paper: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper $(if $(CRLFT_ASSETS),--assets $(CRLFT_ASSETS))
 
+# Each detail of the method with what it is worth: docs/details.md.
+paper_details: $(if $(VENV),$(VENV)/ready)
+	$(RUN) -m paper.details
+
 # Real answers on a real base: an hour on two cores. DATA="FILE.." names the conversations, FLAGS
 # what else paper/real.py knows, as FLAGS="--steps 20".
 DATA ?= $(if $(CRLFT_ASSETS),$(CRLFT_ASSETS)/conversations/mixed_quality.jsonl)
@@ -25,8 +29,9 @@ DATA ?= $(if $(CRLFT_ASSETS),$(CRLFT_ASSETS)/conversations/mixed_quality.jsonl)
 real: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m paper.real $(DATA) $(FLAGS)
 
+# two tests at a time: most are a process of one thread
 test: $(if $(VENV),$(VENV)/dev)
-	$(RUN) -m pytest -q -rs --durations=20 -m "not long" tests
+	$(RUN) -m pytest -q -rs --durations=20 -n 2 --dist worksteal -m "not long" tests
 
 test_long: $(if $(VENV),$(VENV)/dev)
 	$(RUN) -m pytest -q -rs tests

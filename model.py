@@ -34,7 +34,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from kernels.cpu_linear import project
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import rms_norm
 from kernels.rotary_attention import rotary_attention, rotate
@@ -110,20 +109,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x_TD, self.weight, self.eps, residual_TD)
 
 
-class Linear(nn.Linear):
-    """x W^T, without a bias; W is [outputs, inputs].
-
-    `project` is PyTorch's F.linear, on a GPU always. In fp32 training on some CPUs it calls oneDNN,
-    which is faster there (kernels/cpu_linear.py).
-    """
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x_TK: Tensor) -> Tensor:
-        return project(x_TK, self.weight)
-
-
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -132,10 +117,10 @@ class Attention(nn.Module):
         self.G = config.num_key_value_heads
         self.E = config.head_size
         # With G < H (grouped queries) H / G query heads share a pair of key and value heads.
-        self.q_proj = Linear(D, self.H * self.E)
-        self.k_proj = Linear(D, self.G * self.E)
-        self.v_proj = Linear(D, self.G * self.E)
-        self.o_proj = Linear(self.H * self.E, D)
+        self.q_proj = nn.Linear(D, self.H * self.E, bias=False)
+        self.k_proj = nn.Linear(D, self.G * self.E, bias=False)
+        self.v_proj = nn.Linear(D, self.G * self.E, bias=False)
+        self.o_proj = nn.Linear(self.H * self.E, D, bias=False)
 
     def forward(
         self,
@@ -175,9 +160,9 @@ class MLP(nn.Module):
         super().__init__()
         D = config.hidden_size
         U = config.intermediate_size
-        self.gate_proj = Linear(D, U)
-        self.up_proj = Linear(D, U)
-        self.down_proj = Linear(U, D)
+        self.gate_proj = nn.Linear(D, U, bias=False)
+        self.up_proj = nn.Linear(D, U, bias=False)
+        self.down_proj = nn.Linear(U, D, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TU = self.gate_proj(x_TD)
@@ -338,7 +323,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:

@@ -11,6 +11,7 @@ A command is a module of this folder with
     jobs(seed)                 {key: Job}: an arm, or a point of a figure, with this seed
     report(results, folder)    {key: [a result per seed]} -> (numbers for JSON, the page's table);
                                the picture goes into the folder
+    PAGE                       the page with the table's mark, where it is not paper/README.md
 
 `command` puts them together: jobs, then runs.perform, then report, then publish.
 """
@@ -175,8 +176,9 @@ def publish(name: str, config: PaperConfig, content: dict) -> None:
     if not is_whole(config):
         return
     mark = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    page = getattr(importlib.import_module(f"paper.{name}"), "PAGE", PAGE)
     # a function, since re would read the backslashes of a text
-    PAGE.write_text(mark.sub(lambda _: f"{table}\n", PAGE.read_text()))
+    page.write_text(mark.sub(lambda _: f"{table}\n", page.read_text()))
 
 
 # ---- statistics and tables

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import norm64, swiglu64, turn64
 
-from kernels import cpu_linear, cross_entropy
+from kernels import cross_entropy
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from kernels.rms_norm import rms_norm
 from kernels.rotary_attention import rotary_attention, rotate
@@ -40,24 +40,6 @@ def test_swiglu():
     g = torch.randn(5, 9)
     u = torch.randn(5, 9)
     assert off(swiglu(g, u), swiglu64(g.double(), u.double())) < 1e-6
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this PyTorch")
-@pytest.mark.parametrize("prefer_onednn", [True, False])
-def test_a_linear_layer_on_a_cpu(prefer_onednn, monkeypatch):
-    """Both products, whichever this CPU prefers."""
-    monkeypatch.setattr(cpu_linear, "PREFER_ONEDNN", prefer_onednn)
-    x = torch.randn(cpu_linear.LEAST_ROWS, 33, requires_grad=True)
-    weight = torch.randn(41, 33, requires_grad=True)
-    dy = torch.randn(cpu_linear.LEAST_ROWS, 41)
-    y = cpu_linear.project(x, weight)
-    assert ("OneDNN" in type(y.grad_fn).__name__) == prefer_onednn
-    y.backward(dy)
-
-    x64, weight64, dy64 = x.detach().double(), weight.detach().double(), dy.double()
-    assert off(y.detach(), x64 @ weight64.T) < 1e-6
-    assert off(x.grad, dy64 @ weight64) < 1e-6
-    assert off(weight.grad, dy64.T @ x64) < 1e-6
 
 
 def test_rotation_is_by_the_difference_of_positions():
