@@ -652,12 +652,13 @@ def details_table(results: dict) -> tuple[dict, str]:
     table = []
     for name, detail in DETAILS.items():
         # where a detail is asked of fewer seeds than ours was, zip leaves the others out
-        pairs = list(zip(results[detail.our_arm], results[detail.their_arm]))
+        pairs = zip(results[detail.our_arm], results[detail.their_arm])
+        our_runs, their_runs = zip(*pairs)
         row = {"ours": {}, "theirs": {}, "theirs - ours": {}}
         cells = []
         for how in HOW:
-            ours = [expert_score(a, how) for a, _ in pairs]
-            theirs = [expert_score(b, how) for _, b in pairs]
+            ours = [expert_score(result, how) for result in our_runs]
+            theirs = [expert_score(result, how) for result in their_runs]
             # seed by seed: the same data, the same held-out prompts
             further = [b - a for a, b in zip(ours, theirs)]
             row["ours"][how] = ours
@@ -667,8 +668,8 @@ def details_table(results: dict) -> tuple[dict, str]:
         row["here"] = verdict(row["theirs - ours"])
         # where most of a difference comes from
         row["scarce skill"] = {
-            "ours": [scarce(a) for a, _ in pairs],
-            "theirs": [scarce(b) for _, b in pairs],
+            "ours": list(map(scarce, our_runs)),
+            "theirs": list(map(scarce, their_runs)),
         }
         numbers[name] = row
         first = f"{name}; {detail.made_by}"

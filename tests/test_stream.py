@@ -542,7 +542,7 @@ def own_memory_of(group):
 
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("count", [5_632, 56_320, 1_000_000])
+@pytest.mark.parametrize("count", [5_632, 56_320, 200_000, 1_000_000])
 def test_preparing_many_takes_no_more_memory(assets, tmp_path, count, processes):
     """Prints the rows of the table in docs/data.md."""
     lines = (assets / "conversations" / "mixed_quality.jsonl").read_text().splitlines()
