@@ -18,9 +18,10 @@ demo: $(if $(VENV),$(VENV)/ready)
 paper: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper $(if $(CRLFT_ASSETS),--assets $(CRLFT_ASSETS))
 
-# Each detail of the method with what it is worth: docs/details.md.
+# Each detail of the method with what it is worth (docs/details.md), and what later papers say.
 paper_details: $(if $(VENV),$(VENV)/ready)
 	$(RUN) -m paper.details
+	$(RUN) -m paper.claims
 
 # Real answers on a real base: an hour on two cores. DATA="FILE.." names the conversations, FLAGS
 # what else paper/real.py knows, as FLAGS="--steps 20".

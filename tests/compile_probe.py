@@ -88,7 +88,7 @@ def main():
     for probe in (loop, branch, fine, hint, tf32, spill):
         dtype = "bf16" if probe is spill else "fp32"
         lines = aot.report_of(("sm_90", probe.__name__, probe, dtype, {}))
-        failed = [text for text, bad in lines if bad]
+        failed = [line.text for line in lines if line.failed]
         print(probe.__name__, "|".join(failed).replace("\n", " "))
 
 

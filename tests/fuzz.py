@@ -33,8 +33,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -1208,16 +1210,6 @@ def make_desk(folder: Path) -> Desk:
     return Desk(folder, folder / "run")
 
 
-def table_of(results: list[Result]) -> str:
-    lines = [f"{'target':22}{'inputs':>9}{'refused':>9}{'accepted':>9}{'unexpected':>11}{'s':>8}"]
-    for r in results:
-        lines.append(
-            f"{r.target:22}{r.inputs:9,}{r.refused:9,}{r.accepted:9,}{r.unexpected:11,}"
-            f"{r.seconds:8,.0f}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=[], help="all, if none is named")
@@ -1228,36 +1220,62 @@ def main() -> None:
     parser.add_argument("--desk", help="a folder with the demo's data and a run, to begin faster")
     parser.add_argument("--processes", action="store_true", help="each in a process of its own")
     parser.add_argument("--reasons", action="store_true", help="print what refused most inputs")
-    parser.add_argument("--out", help="a JSON file for the table")
+    parser.add_argument("--out", help="a JSON file for the table; keeps the rows of other targets")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="desk.") as folder:
-        desk = (
-            make_desk(Path(folder))
-            if not args.desk
-            else Desk(Path(args.desk), Path(args.desk) / "run")
-        )
-        results = []
-        for name in args.targets or TARGETS:
-            how = args.seed, args.number, args.first, args.minutes
-            result = fuzz(desk, name, *how, outcome_of_process if args.processes else outcome)
-            results.append(result)
-            print(table_of([result]).splitlines()[-1], flush=True)
-            for i, why in list(result.examples.items())[:12]:
-                print(f"    {name} {i}: {why}", flush=True)
-            for reason, count in result.reasons.most_common(12 if args.reasons else 0):
-                print(f"    {count:6,} {reason}", flush=True)
-    print(table_of(results))
-    if args.out:
-        rows = []
-        for result in results:
-            rows.append({k: v for k, v in vars(result).items() if k != "reasons"})
-        # --desk saves half a minute, and changes no input
-        how = f"--seed {args.seed} --number {args.number} --minutes {args.minutes:g}"
-        command = f"python tests/fuzz.py {how} --out results/fuzz.json"
-        content = {"command": command, "date": time.strftime("%Y-%m-%d"), "rows": rows}
-        Path(args.out).write_text(json.dumps(content, indent=1) + "\n")
-    sys.exit(any(result.unexpected for result in results))
+    with contextlib.ExitStack() as stack:
+        if args.desk:
+            desk = Desk(Path(args.desk), Path(args.desk) / "run")
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="desk."))
+            desk = make_desk(Path(folder))
+        unexpected = 0
+        for result in fuzz_on_all_cores(desk, args):
+            say(result, args)
+            if args.out:
+                keep(result, args)
+            unexpected += result.unexpected
+    sys.exit(unexpected > 0)
+
+
+def fuzz_on_all_cores(desk: Desk, args: argparse.Namespace) -> Iterator[Result]:
+    """A target's result after the other; each core is at one target."""
+    cores = len(os.sched_getaffinity(0))
+    way = outcome_of_process if args.processes else outcome
+    how = args.seed, args.number, args.first, args.minutes, way
+    start = partial(torch.set_num_threads, 1)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, spawn, initializer=start) as pool:
+        waiting = [pool.submit(fuzz, desk, name, *how) for name in args.targets or TARGETS]
+        for one_target in waiting:
+            yield one_target.result()
+
+
+def say(result: Result, args: argparse.Namespace) -> None:
+    print(
+        f"{result.target:22}{result.inputs:9,} inputs in {result.seconds:5,.0f} s:"
+        f"{result.refused:9,} refused{result.accepted:9,} accepted"
+        f"{result.unexpected:7,} unexpected",
+        flush=True,
+    )
+    for i, why in list(result.examples.items())[:12]:
+        print(f"    {result.target} {i}: {why}", flush=True)
+    for reason, count in result.reasons.most_common(12 if args.reasons else 0):
+        print(f"    {count:6,} {reason}", flush=True)
+
+
+def keep(result: Result, args: argparse.Namespace) -> None:
+    """Writes a target's row into --out; rows of other targets stay what they are."""
+    path = Path(args.out)
+    rows = {}
+    if path.exists():
+        rows = {row["target"]: row for row in json.loads(path.read_text())["rows"]}
+    row = {k: v for k, v in vars(result).items() if k != "reasons"}
+    rows[result.target] = row | {"seed": args.seed, "date": time.strftime("%Y-%m-%d")}
+    # --desk saves half a minute, and changes no input
+    how = f"--seed {args.seed} --number {args.number} --minutes {args.minutes:g}"
+    command = f"python tests/fuzz.py {how} --out results/fuzz.json"
+    in_order = [rows[name] for name in TARGETS if name in rows]
+    path.write_text(json.dumps({"command": command, "rows": in_order}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ tests/test_readme.py checks that each page shows what its results say.
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -139,6 +140,56 @@ def bench() -> str:
     head = ["kernel and sizes", "pass", "ours, ms", "rate, of the ceiling"]
     head += ["error: ours, PyTorch's", "peers, ms"]
     return f"{markdown(head, rows)}\n\n{ceiling(results)}\n{where(results)}"
+
+
+# What a program, or one turn of its loop, computes: the product of these sizes, in elements.
+ELEMENTS = {
+    ("rms_norm", "_fwd_kernel"): ["BD"],
+    ("rms_norm", "_bwd_kernel"): ["BD"],
+    ("swiglu", "_fwd_kernel"): ["B"],
+    ("swiglu", "_bwd_kernel"): ["B"],
+    ("rotary_attention", "_rotate_kernel"): ["BA", "E"],
+    ("rotary_attention", "_fwd_kernel"): ["BM", "BN"],
+    ("rotary_attention", "_dq_kernel"): ["BM", "BN"],
+    ("rotary_attention", "_dkv_kernel"): ["BM", "BN"],
+    ("cross_entropy", "_softmax_kernel"): ["BV"],
+}
+
+
+def counts() -> str:
+    """docs/kernels.md: instructions and registers of every kernel, before issue 21 and now."""
+    after = read("kernel_counts.json")
+    before = {}
+    for row in read("kernel_counts_d331a37.json")["rows"]:
+        before.setdefault((row["arch"], row["file"], row["kernel"]), row)
+    table = {}
+    for row in after["rows"]:
+        kernel = row["file"], row["kernel"]
+        cells = table.setdefault(kernel, {})
+        if kernel in ELEMENTS and row["arch"] not in cells:
+            cells[row["arch"]] = f"{count(before[row['arch'], *kernel])} -> {count(row)}"
+    archs = list(dict.fromkeys(row["arch"] for row in after["rows"]))
+    rows = []
+    for (file, kernel), cells in table.items():
+        if cells:
+            rows.append([f"`{file}.{kernel}`", *(cells[arch] for arch in archs)])
+    made = f"triton {after['triton']}; `{after['command']}`"
+    return f"{markdown(['kernel', *archs], rows)}\n\n{made}"
+
+
+def count(row: dict) -> str:
+    """Instructions an element, and registers; spills where there are any."""
+    sizes = row["constants"]
+    # the old rotation was of a tile of rows of one head
+    elements = math.prod(
+        sizes.get(name, sizes.get("BT")) for name in ELEMENTS[row["file"], row["kernel"]]
+    )
+    lanes = 64 if row["arch"] == "gfx942" else 32
+    # attention's first loop is that of whole tiles, the second that of the diagonal
+    loops = row["loops"][:1] if row["file"] == "rotary_attention" else row["loops"]
+    done = sum(loops) or row["instructions"]
+    spills = f", {row['spills']} spills" if row["spills"] else ""
+    return f"{done * lanes * row['warps'] / elements:.1f} ({row['registers']}{spills})"
 
 
 # ---- paper.step
@@ -346,7 +397,8 @@ def fuzz() -> str:
         counts = [f"{row[key]:,}" for key in ("inputs", "refused", "accepted", "unexpected")]
         rows.append([f"`{row['target']}`", row["what"], *counts])
     head = ["target", "what is broken", "inputs", "refused", "accepted", "unexpected"]
-    return f"{markdown(head, rows)}\n\n{results['date']}; `{results['command']}`"
+    dates = " and ".join(sorted({row["date"] for row in results["rows"]}))
+    return f"{markdown(head, rows)}\n\n{dates}; `{results['command']}`"
 
 
 PAGES = {
@@ -354,7 +406,7 @@ PAGES = {
     "docs/flags.md": [flags],
     "README.md": [gpu],
     "docs/data.md": [packing, plan_times],
-    "docs/kernels.md": [bench],
+    "docs/kernels.md": [bench, counts],
     "docs/training.md": [step_gpu],
     "docs/method.md": [table2_short, cancel],
     "docs/real.md": [real, real_parts, real_none, real_equal, real_samples],

@@ -35,7 +35,7 @@ ELSEWHERE = {
     "make gpu": "a GPU",
     "make gpu VENV= PYTHON=python3 OUT=results": "a GPU",
     "make paper": "`python -m paper`, here",
-    "make paper_details": "`python -m paper.details`, here",
+    "make paper_details": "`python -m paper.details` and `python -m paper.claims`, here",
     "make real": "an hour; test_real.py runs it with 2 steps on a small base",
     "make real DATA=mixed_quality.jsonl": "as make real",
     'make real DATA="gpt4.json text_davinci_001.json text_davinci_003.json"': "as make real",
@@ -68,6 +68,7 @@ LESS = {
 MANY_RUNS = [
     "python -m paper",
     "python -m paper.alpha",
+    "python -m paper.claims",
     "python -m paper.classes",
     "python -m paper.details",
     "python -m paper.fig4",

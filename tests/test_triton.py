@@ -24,6 +24,7 @@ from conftest import ROOT, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import compile as aot
 from kernels import cross_entropy, rms_norm, rotary_attention, swiglu
 from kernels.cases import cases
 
@@ -740,6 +741,33 @@ def test_the_report_fails_what_it_should():
     assert hint == "hint "
     assert "plain TF32" in tf32
     assert " spills" in spill.partition("FAILED")[2]
+
+
+def machine_code(*words):
+    """Labels, branches ("b:.L" goes to .L) and so many other instructions, as nvdisasm prints them
+    and as LLVM does."""
+    nvidia = []
+    amd = []
+    for word in words:
+        if isinstance(word, int):
+            nvidia += ["        /*0a30*/                   FADD R2, R2, R3 ;"] * word
+            amd += ["        v_add_f32_e32 v2, v2, v3"] * word
+        elif word.startswith("b:"):
+            nvidia += [f"        /*0a40*/              @!P0 BRA `({word[2:]}) ;"]
+            amd += [f"        s_cbranch_vccnz {word[2:]}"]
+        else:
+            nvidia += [f"{word}:"]
+            amd += [f"{word}:                                 ; %.lr.ph"]
+    return "\n".join(nvidia), "\n".join(["; a comment", ".p2align 8", *amd])
+
+
+def test_the_report_counts_instructions_of_inner_loops():
+    waits = (".L_w", 1, "b:.L_w")
+    outer = (".L_a", 10, ".L_b", 20, "b:.L_x", *waits, 19, "b:.L_b", 5, "b:.L_a", ".L_x")
+    for code in machine_code(3, *outer, ".L_c", 30, "b:.L_c", ".L_e", "b:.L_e"):
+        assert aot.instructions(code) == (94, [43, 31])
+    for code in machine_code(7):
+        assert aot.instructions(code) == (7, [])
 
 
 # ---- the scripts, and the tests themselves
