@@ -14,6 +14,7 @@ time than are owned. A change that cannot show in any result is named in EQUIVAL
 import ast
 import importlib.util
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -638,6 +639,14 @@ def load(source: str, name: str) -> tuple[ModuleType, str]:
     return module, file.name
 
 
+# Of a mutant's checks; the kernels' own take 20. A mutant that loops for ever is found, too.
+MOST_SECONDS = 240
+
+
+def out_of_time(number, frame):
+    raise TimeoutError(f"no end in {MOST_SECONDS} s")
+
+
 def fate(mutant: Mutant) -> str | None:
     """What killed it, or None."""
     import kernel_checks
@@ -647,6 +656,8 @@ def fate(mutant: Mutant) -> str | None:
     torch.set_num_threads(1)
     name = f"mutant_{mutant.kernel}_{os.getpid()}_{mutant.number}"
     path = None
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(MOST_SECONDS)
     try:
         module, path = load(mutant.source, name)
         with kernel_checks.kernels_on(module), np.errstate(all="ignore"):
@@ -657,6 +668,7 @@ def fate(mutant: Mutant) -> str | None:
         lines = str(error).splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"
     finally:
+        signal.alarm(0)
         if path:
             os.unlink(path)
     return None
