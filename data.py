@@ -1092,20 +1092,22 @@ def span(values: np.ndarray, form: str) -> str:
 def print_load(data: Prepared, steps: Steps, ranks: int) -> None:
     """How much longer the busiest rank works on a step than the mean rank."""
     per_token, per_square = COST_7B
-    tokens = np.zeros((len(steps), ranks))
-    squares = np.zeros((len(steps), ranks))
-    for s, step in enumerate(steps):
+    uneven = {"tokens": [], "sum of length^2": [], "7B's FLOPs": []}
+    for step in steps:
+        # ranks take the micro-batches of a step in turn; of many ranks some have none
+        busy = min(ranks, len(step))
+        tokens = np.zeros(busy)
+        squares = np.zeros(busy)
         for m, micro_batch in enumerate(step):
             lengths = data.lengths[micro_batch]
-            # ranks take the micro-batches of a step in turn
-            tokens[s, m % ranks] += lengths.sum()
-            squares[s, m % ranks] += (lengths.astype(np.float64) ** 2).sum()
-    flops = per_token * tokens + per_square * squares
-
-    # a step takes as long as its busiest rank
-    for name, load in (("tokens", tokens), ("sum of length^2", squares), ("7B's FLOPs", flops)):
-        uneven = load.max(1) / load.mean(1)
-        mean, worst = uneven.mean(), uneven.max()
+            tokens[m % ranks] += lengths.sum()
+            squares[m % ranks] += (lengths.astype(np.float64) ** 2).sum()
+        flops = per_token * tokens + per_square * squares
+        # a step takes as long as its busiest rank
+        for load, of_steps in zip((tokens, squares, flops), uneven.values(), strict=True):
+            of_steps.append(load.max() / (load.sum() / ranks))
+    for name, of_steps in uneven.items():
+        mean, worst = np.mean(of_steps), np.max(of_steps)
         print(f"{ranks} ranks, most / mean {name}: {mean:.4f}, at worst {worst:.4f}")
 
 

@@ -69,6 +69,9 @@ FILLS = (1.0, 0.999, 0.9975, 0.99, 0.98)
 # succeeds (70,000 ShareGPT-like lengths: the same 803 steps, after 1.4 times the time).
 MANY_STEPS = 200
 
+# of a step, at most: something is kept for each pair of them (no_use_SMM)
+MOST_MICRO_BATCHES = 16_384
+
 
 def plan(
     lengths: np.ndarray,
@@ -92,7 +95,8 @@ def plan(
     The other way round, filling micro-batches and making steps of them, leaves it to chance how
     many experts a step has.
 
-    ValueError: no conversation, one longer than a micro-batch, or a step whose weights are all 0.
+    ValueError: no conversation, one longer than a micro-batch, more than MOST_MICRO_BATCHES, or a
+    step whose weights are all 0.
     """
     problem = Problem(
         lengths=np.asarray(lengths, np.int64),
@@ -162,6 +166,11 @@ class Problem:
         """ValueError where no plan exists."""
         if len(self.lengths) == 0:
             raise ValueError("no conversation to plan")
+        if self.M > MOST_MICRO_BATCHES:
+            raise ValueError(
+                f"a step of {self.M:,} micro-batches, of {self.capacity:,} tokens each; at most "
+                f"{MOST_MICRO_BATCHES:,}: lower --batch_tokens or raise --micro_tokens"
+            )
         longest = self.lengths.max()
         if longest > self.capacity:
             raise ValueError(

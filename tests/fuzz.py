@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -66,6 +66,8 @@ from tokenizer import EOT, Tokenizer  # noqa: E402
 
 # seconds after which an input has hung; all inputs are small
 HANGS = 30
+# bytes of address space; a process that only imports torch has some 2e9
+MOST_MEMORY = 14 * 2**30
 # characters of a line that a user reads
 LONGEST_LINE = 1200
 
@@ -1242,12 +1244,17 @@ def fuzz_on_all_cores(desk: Desk, args: argparse.Namespace) -> Iterator[Result]:
     cores = len(os.sched_getaffinity(0))
     way = outcome_of_process if args.processes else outcome
     how = args.seed, args.number, args.first, args.minutes, way
-    start = partial(torch.set_num_threads, 1)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores, spawn, initializer=start) as pool:
+    with ProcessPoolExecutor(cores, spawn, initializer=in_bounds) as pool:
         waiting = [pool.submit(fuzz, desk, name, *how) for name in args.targets or TARGETS]
         for one_target in waiting:
             yield one_target.result()
+
+
+def in_bounds() -> None:
+    """One thread, and a MemoryError where an input makes the program ask for more than it may."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
 
 
 def say(result: Result, args: argparse.Namespace) -> None:
