@@ -335,17 +335,18 @@ class ByteLevel:
 
 def check_byte_level(fields: dict) -> None:
     """ValueError: a tokenizer.json of another kind than GPT-2's, which would need more of us."""
-    steps = fields.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
-    if fields["model"].get("type") != "BPE" or not byte_level:
+    step = fields.get("pre_tokenizer")
+    # one, or a sequence of them
+    steps = step.get("pretokenizers", [step]) if isinstance(step, dict) else []
+    byte_level = [step for step in steps if type_of(step) == "ByteLevel"]
+    if type_of(fields["model"]) != "BPE" or not byte_level:
         raise ValueError(
             "tokenizer.json is not a byte-level BPE, GPT-2's kind; where the base has a "
             "tokenizer.model too, take that"
         )
     if fields.get("normalizer") is not None:
         raise ValueError(
-            f"tokenizer.json has a normalizer ({fields['normalizer'].get('type')}), which changes "
+            f"tokenizer.json has a normalizer ({type_of(fields['normalizer'])}), which changes "
             "texts before they are encoded; only tokenizers without one are supported"
         )
     # it would put a space of its own before ours
@@ -354,3 +355,9 @@ def check_byte_level(fields: dict) -> None:
             "tokenizer.json adds a space before texts (add_prefix_space); "
             "only tokenizers without it are supported"
         )
+
+
+def type_of(part: object) -> str | None:
+    """What a part of a tokenizer.json says that it is. The library also takes a list for a part,
+    with the fields in their order; such a one says nothing."""
+    return part.get("type") if isinstance(part, dict) else None

@@ -163,6 +163,7 @@ def edited(file, folder, **fields):
     "fields, message",
     [
         ({"normalizer": {"type": "NFC"}}, "normalizer .NFC."),
+        ({"normalizer": ["NFC"]}, "has a normalizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "no[t]? a byte-level BPE"),
         ({"added_tokens": []}, "no bos_token"),
         ({"model": 3}, "not a whole one"),
