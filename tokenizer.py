@@ -293,7 +293,10 @@ class ByteLevel:
             added = fields["added_tokens"]
             self.added = {token["content"]: token["id"] for token in added}
             self.specials = {token["content"]: token["id"] for token in added if token["special"]}
-            self.library = tokenizers.Tokenizer.from_buffer(file)
+            # with one that is not at the tokens the library panics
+            if fields["model"].get("continuing_subword_prefix"):
+                raise ValueError("its model has a continuing_subword_prefix")
+            self.library = library_of(file)
         except Exception as error:
             raise ValueError(
                 f"tokenizer.json is not a whole one ({error}); fetch the file again"
@@ -331,6 +334,17 @@ class ByteLevel:
     def id_of(self, name: str) -> int | None:
         """The id of a token that stands beside the merges, or None."""
         return self.added.get(name)
+
+
+def library_of(file: bytes) -> tokenizers.Tokenizer:
+    """What the library makes of a tokenizer.json. An Exception of any kind where it cannot."""
+    try:
+        return tokenizers.Tokenizer.from_buffer(file)
+    except BaseException as error:
+        # a panic of its Rust code, which is no Exception, and whose class cannot be imported
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None
 
 
 def check_byte_level(fields: dict) -> None:

@@ -379,7 +379,10 @@ def outcome(case: Case, work: Path) -> tuple[str, str]:
         line = called(case)
     except Reached:
         line = None
-    except (Exception, Hung) as error:
+    except KeyboardInterrupt:
+        raise
+    # Hung, and a panic of a library's Rust code, are no Exception
+    except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return "unexpected", f"{type(error).__name__} at {where.name}:{where.lineno}: {error}"[:300]
 

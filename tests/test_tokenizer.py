@@ -7,6 +7,8 @@ import shutil
 from itertools import chain
 
 import numpy as np
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROOT, SMALL_SPECIALS, refused
@@ -172,6 +174,22 @@ def edited(file, folder, **fields):
 def test_a_tokenizer_json_of_another_kind_is_named(byte_level_file, tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         Tokenizer(edited(byte_level_file, tmp_path, **fields))
+
+
+def test_a_panic_of_the_library_is_a_refusal(byte_level_file, tmp_path, monkeypatch):
+    model = json.loads(byte_level_file.read_text())["model"]
+    path = edited(byte_level_file, tmp_path, model=model | {"continuing_subword_prefix": "x" * 50})
+    with pytest.raises(ValueError, match="has a continuing_subword_prefix"):
+        Tokenizer(path)
+    # what Rust's panic looks like from here
+    PanicException = type("PanicException", (BaseException,), {})
+
+    def panics(file):
+        raise PanicException("byte index 5 is out of bounds")
+
+    monkeypatch.setattr("tokenizer.tokenizers.Tokenizer", SimpleNamespace(from_buffer=panics))
+    with pytest.raises(ValueError, match="not a whole one .byte index 5"):
+        Tokenizer(byte_level_file)
 
 
 def test_a_special_token_that_a_text_can_spell_is_named(byte_level_file, tmp_path):
