@@ -5,10 +5,9 @@ import json
 import random
 import shutil
 from itertools import chain
-
-import numpy as np
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL_SPECIALS, refused
