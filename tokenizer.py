@@ -312,6 +312,12 @@ class ByteLevel:
                 f"tokenizer.json has the id {self.size - 1:,}, which no tokenizer has; "
                 "fetch the file again"
             )
+        for name, id_ in self.added.items():
+            if id_ not in range(self.size):
+                raise ValueError(
+                    f"tokenizer.json gives {name!r:.80} the id {id_!r:.80}, which no token has; "
+                    "fetch the file again"
+                )
         # bytes spell every text, so none is unknown
         self.unk = None
 

@@ -175,6 +175,13 @@ def test_a_tokenizer_json_of_another_kind_is_named(byte_level_file, tmp_path, fi
         Tokenizer(edited(byte_level_file, tmp_path, **fields))
 
 
+def test_an_id_that_no_token_has_is_named(byte_level_file, tmp_path):
+    added = json.loads(byte_level_file.read_text())["added_tokens"]
+    added[0]["id"] = 2**31
+    with pytest.raises(ValueError, match="the id 2147483648, which no to"):
+        Tokenizer(edited(byte_level_file, tmp_path, added_tokens=added))
+
+
 def test_a_panic_of_the_library_is_a_refusal(byte_level_file, tmp_path, monkeypatch):
     model = json.loads(byte_level_file.read_text())["model"]
     path = edited(byte_level_file, tmp_path, model=model | {"continuing_subword_prefix": "x" * 50})
