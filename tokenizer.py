@@ -293,9 +293,9 @@ class ByteLevel:
             added = fields["added_tokens"]
             self.added = {token["content"]: token["id"] for token in added}
             self.specials = {token["content"]: token["id"] for token in added if token["special"]}
-            # with one that is not at the tokens the library panics
+            # the library panics where a token of a merge is shorter than this
             if fields["model"].get("continuing_subword_prefix"):
-                raise ValueError("its model has a continuing_subword_prefix")
+                raise ValueError("a continuing_subword_prefix, which GPT-2's kind has not")
             self.library = library_of(file)
         except Exception as error:
             raise ValueError(

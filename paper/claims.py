@@ -189,8 +189,11 @@ def by_prompt(group: list[dict]) -> dict[str, dict]:
     """{prompt: {"sampled", "greedy": [a value per seed]}}"""
     rows = {}
     for prompt in PROMPTS:
-        scores = [ask(result, prompt) for result in group]
-        rows[prompt] = {how: [of_seed[how]["all"] for of_seed in scores] for how in HOW}
+        rows[prompt] = {how: [] for how in HOW}
+        for result in group:
+            scores = ask(result, prompt)
+            for how in HOW:
+                rows[prompt][how].append(scores[how]["all"])
     return rows
 
 

@@ -270,7 +270,7 @@ def test_show_names_what_is_wrong(toy, tmp_path):
     assert "nofile: show takes one prepared file" in fail("show", prepared, "nofile")
     for flag in ("--micro_tokens", "--ranks", "--tokens_per_s"):
         assert f"{flag} 0" in fail("stats", prepared, flag, 0)
-    # else they would be refused by the machine's memory
+    # neither may take as much memory as it says
     assert "lower --batch_tokens" in fail("stats", prepared, "--batch_tokens", 2**31)
     data.main(["stats", str(prepared), "--ranks", str(2**31)])
 
