@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import pages
 import pytest
@@ -272,7 +273,11 @@ def test_show_names_what_is_wrong(toy, tmp_path):
         assert f"{flag} 0" in fail("stats", prepared, flag, 0)
     # neither may take as much memory as it says
     assert "lower --batch_tokens" in fail("stats", prepared, "--batch_tokens", 2**31)
+    tracemalloc.start()
     data.main(["stats", str(prepared), "--ranks", str(2**31)])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**28
 
 
 def test_stats(toy, tmp_path, capsys):
