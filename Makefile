@@ -7,11 +7,11 @@ RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 .PHONY: demo test test_long lint paper paper_details real gpu gpu_check gpu_bench gpu_tune gpu_step
 
 demo: $(if $(VENV),$(VENV)/ready)
-	@rm -rf out/demo
+	rm -rf out/demo
 	$(RUN) -m paper.toy --out out/demo
 	$(RUN) train.py --data out/demo/train.safetensors --model toy --out out/demo --steps 1500
 	$(RUN) sample.py out/demo/hf --prompt "reverse a c b d"
-	@$(RUN) -m paper.toy --score out/demo
+	$(RUN) -m paper.toy --score out/demo
 
 # The paper in miniature: every table and figure of paper/README.md. Stop it when you like; the same
 # line goes on.
@@ -69,12 +69,8 @@ gpu_tune: $(if $(VENV),$(VENV)/dev)
 
 # a training step of 8 layers of 7B and 13B, beside transformers
 gpu_step: $(if $(VENV),$(VENV)/dev)
-ifdef CHECK
-	$(RUN) -m paper.step --out $(OUT) --rounds 1 --conversations 4
-else
-	$(RUN) -m paper.step --out $(OUT) --model 7b --micro 4 --rounds 1 --minutes $(or $(MINUTES),2)
-	$(RUN) -m paper.step --out $(OUT) --model 13b --micro 4 --rounds 1 --minutes $(or $(MINUTES),1)
-endif
+	$(RUN) -m paper.step --out $(OUT) --model 7b,13b --micro 4 --rounds 1 \
+	  --minutes $(or $(MINUTES),3) $(TRY)
 
 ifneq ($(VENV),)
 $(VENV)/ready: requirements.txt

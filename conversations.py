@@ -35,7 +35,7 @@ import hashlib
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -375,16 +375,21 @@ class Class:
     name: str
     condition: str
     weight: float | None
+    # the table's number; the highest is the expert's
+    number: float | None = field(default=None, compare=False)
 
 
-def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class]]:
+def parse_classes(
+    text: str, beta: float | None = None, answers_have_rewards: bool = False
+) -> list[tuple[str, Class]]:
     """[(label glob, Class)] of a table such as "Model: GPT-4=GPT4:1.0,*=GPT3:0.1".
 
     A glob is a label in which * stands for any text and ? for any character. The number is the
-    class's weight; if beta is given, the number is the reward r_c (`weight_of_reward`).
+    class's weight; if beta is given, the number is the reward r_c (`weight_of_reward`). Where
+    every answer has a reward of its own, the numbers only say which class is the expert's.
 
-    ValueError: the text is not such a table, a weight is out of range, beta is not above 0, or
-    there are more than MOST_CLASSES.
+    ValueError: the text is not such a table, a weight is out of range, beta is not above 0, two
+    classes would have one name, or there are more than MOST_CLASSES.
     """
     if beta is not None and not 0 < beta < math.inf:
         raise ValueError(f"--beta {beta}: the KL coefficient of Eq. 4 must be above 0, and finite")
@@ -393,19 +398,36 @@ def parse_classes(text: str, beta: float | None = None) -> list[tuple[str, Class
     entries = []
     weights_of = collections.defaultdict(set)
     for entry in text.split(","):
-        glob, condition, weight = parse_entry(entry, beta)
-        entries.append((glob, condition, weight))
+        glob, condition, number = parse_entry(entry)
+        weight = weight_of_reward(number, beta) if beta else number
+        if answers_have_rewards:
+            # no answer takes it
+            weight = min(weight, MAX_WEIGHT)
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise ValueError(
+                f"--classes: {entry!r} gives the weight {weight:g}; "
+                f"weights are from 0 to {MAX_WEIGHT:g}"
+            )
+        entries.append((glob, condition, weight, number))
         weights_of[condition].add(weight)
 
     # A class has the name of its condition. Where classes of different weights share a condition,
     # the name has the weight, too.
     table = []
-    for glob, condition, weight in entries:
+    for glob, condition, weight, number in entries:
         name = condition
         if len(weights_of[condition]) > 1:
             name = f"{condition}:{weight}"
-        table.append((glob, Class(name, condition, weight)))
-    check_number_of_classes(len({(condition, weight) for _, condition, weight in entries}))
+        table.append((glob, Class(name, condition, weight, number)))
+    classes = {class_ for _, class_ in table}
+    check_number_of_classes(len(classes))
+    # `X:0.1` may also be a condition; a prepared file counts each class under its name
+    names = collections.Counter(class_.name for class_ in classes)
+    for name, number_of_classes in names.items():
+        if number_of_classes > 1:
+            raise ValueError(
+                f"--classes: two classes would have the name {name!r}; rename the condition"
+            )
     return table
 
 
@@ -418,8 +440,8 @@ def check_number_of_classes(number: int) -> None:
         )
 
 
-def parse_entry(entry: str, beta: float | None) -> tuple[str, str, float]:
-    """(label glob, condition, weight) of one entry of the table."""
+def parse_entry(entry: str) -> tuple[str, str, float]:
+    """(label glob, condition, number) of one entry of the table."""
     # cut at the last = and the last :, since a label may hold them, too, as "Model: GPT-4" does
     glob, equals, right = entry.rpartition("=")
     condition, _, number = right.rpartition(":")
@@ -433,14 +455,7 @@ def parse_entry(entry: str, beta: float | None) -> tuple[str, str, float]:
             f"--classes: {entry!r} is not `label glob=condition:number`, "
             'such as "Model: GPT-4=GPT4:1.0"'
         )
-
-    weight = weight_of_reward(number, beta) if beta else number
-    if not 0 <= weight <= MAX_WEIGHT:
-        raise ValueError(
-            f"--classes: {entry!r} gives the weight {weight:g}; "
-            f"weights are from 0 to {MAX_WEIGHT:g}"
-        )
-    return glob.strip(), condition.strip(), weight
+    return glob.strip(), condition.strip(), number
 
 
 def weight_of_reward(reward: float, beta: float, highest: float = 1.0) -> float:
@@ -631,7 +646,8 @@ class Classes:
             raise ValueError(f"--expert {name!r} is not one of the classes {names}")
         if self.table:
             of_table = [class_ for _, class_ in self.table]
-            return max(of_table, key=lambda class_: class_.weight)
+            # not of the highest weight: two far rewards may both be so low that exp() gives 0
+            return max(of_table, key=lambda class_: class_.number)
         if len(self.all) > 1:
             raise ValueError(
                 f"classes {names}, and no --classes that says which is the expert's; "
@@ -728,7 +744,7 @@ def tokenizer_for(template: str, file: str | Path | bytes, meta: dict | None = N
     (Beside a path files say them.)
     """
     chosen = template_named(template)
-    # files of before have no ids
+    # files prepared by older versions have no ids
     found = meta or {}
     ids = {kind: found[kind] for kind in KINDS if found.get(kind) is not None}
     return Tokenizer(file, chosen.end_of_turn, chosen.space, ids)
@@ -904,10 +920,9 @@ def cut_to_length(
         ledger["added_by_split"] += sum(len(tokens) for tokens, _ in parts) - length
         if len(parts) > 1:
             ledger["split_conversations"] += 1
-    if too_long != "drop" and any(len(tokens) > max_len for tokens, _ in parts):
-        ledger["truncated_conversations"] += 1
 
     kept = []
+    is_cut = False
     for tokens, weights in parts:
         # a part is left out if it has no token with a weight before max_len, or is to be dropped
         supervised = np.flatnonzero(weights[:max_len])
@@ -918,10 +933,13 @@ def cut_to_length(
         # that got no answer.
         end = supervised[-1] + 1
         ledger["truncated"] += max(0, len(tokens) - max_len)
+        is_cut = is_cut or len(tokens) > max_len
         ledger["trailing_cut"] += min(len(tokens), max_len) - end
         ledger["trained"] += len(supervised)
         ledger["prompt"] += end - len(supervised)
         kept.append((tokens[:end], weights[:end]))
+    if is_cut:
+        ledger["truncated_conversations"] += 1
     if not kept:
         ledger["dropped_conversations"] += 1
     return kept, ledger

@@ -6,7 +6,7 @@
     python data.py stats train.safetensors        classes, weights, and how the steps come out
 
 What is done to a conversation stands in conversations.py, what is done to many in packing.py. The
-file holds the conversations one behind the other (N conversations, S tokens in all):
+file holds the conversations end to end (N conversations, S tokens in all):
 
     tokens      int32 [S]
     weights     fp32 [S]       the weight of predicting the token; 0 for all but answers, as a rule
@@ -52,10 +52,10 @@ from conversations import (
     tokenizer_for,
     tokens_of,
 )
-from packing import COST_7B, Batch, Steps, flat, pack, plan
-from recipe import finetune_lr
+from packing import COST_7B, Batch, Steps, flat, micro_batches_of, pack, plan
+from recipe import FINETUNE_BATCH_TOKENS, MICRO_TOKENS, PRETRAIN_LR, finetune_lr
 from support.arrays import Arrays, Spool, digest_of
-from support.cli import check_help, parse_args, run
+from support.cli import check_help, on_one_line, parse_args, run
 from support.fields import Fields, parse_object
 from support.makers import Account, Made, Maker, Makers, OfClass
 from tokenizer import EOT, Tokenizer
@@ -140,13 +140,13 @@ class StatsConfig:
     # a prepared file
     files: tuple
     # tokens of an optimizer step, at most
-    batch_tokens: int = 262_144
+    batch_tokens: int = FINETUNE_BATCH_TOKENS
     # tokens of a micro-batch, at most
-    micro_tokens: int = 16_384
+    micro_tokens: int = MICRO_TOKENS
     # GPUs of the run
     ranks: int = 8
     # the base's own learning rate, which the run's is scaled from
-    pretrain_lr: float = 3e-4
+    pretrain_lr: float = PRETRAIN_LR
     # measured, of all ranks together: gives the time of an epoch
     tokens_per_s: float | None = None
     # where to draw the lengths
@@ -283,16 +283,21 @@ LABELS_SHOWN = 8
 LABEL_WIDTH = 60
 
 
+# what the metadata say of a class
+CLASS_FIELDS = ("name", "condition", "weight")
+
+
 class Totals:
     """What is counted over all chunks, and the classes by their numbers in the whole of the files.
 
-    The numbers go by the order in which the files name the classes, whichever process has seen
-    them first.
+    The table's classes keep the table's order. The others are numbered as the files name them,
+    whichever process has seen them first.
     """
 
     def __init__(self, config: PrepareConfig | ShowConfig):
         self.config = config
-        self.classes = Classes(parse_classes(config.classes, config.beta), config.beta)
+        table = parse_classes(config.classes, config.beta, bool(config.reward))
+        self.classes = Classes(table, config.beta)
         self.of_class = [OfClass() for _ in self.classes.all]
         self.account = Account()
         self.kept = np.zeros(len(self.classes.all), np.int64)
@@ -375,7 +380,7 @@ class Totals:
             # with a template without it no prompt says the condition, so sampling has none to say
             if "{c}" not in f"{template.user}{template.assistant}{template.opening}":
                 class_ = dataclasses.replace(class_, condition="")
-            shown.append(dataclasses.asdict(class_))
+            shown.append({name: getattr(class_, name) for name in CLASS_FIELDS})
             counts[class_.name] = {key: int(of_class.ledger[key]) for key in LEDGER}
             labels[class_.name] = dict(of_class.labels.most_common(LABELS_SHOWN))
 
@@ -420,7 +425,7 @@ def ledger_table(meta: dict) -> str:
     for class_ in meta["classes"]:
         counts = meta["counts"][class_["name"]]
         total.update(counts)
-        line = f"{class_['name']:12} {class_['weight']:7.4g}"
+        line = f"{on_one_line(class_['name']):12} {class_['weight']:7.4g}"
         for _, key, width in LEDGER_COLUMNS:
             line += f" {counts[key]:{width},}"
         lines.append(line)
@@ -430,11 +435,12 @@ def ledger_table(meta: dict) -> str:
     why_dropped = "(an empty answer, nothing to train on, or too long)"
     truncated = f"{total['truncated_conversations']:,} cut at {meta['max_len']:,} tokens"
     split = f"{total['split_conversations']:,} split"
-    chosen = f"expert: {meta['expert']}, template: {meta['template']}"
+    chosen = f"expert: {on_one_line(meta['expert'])}, template: {meta['template']}"
     lines.append(f"{dropped} {why_dropped}, {truncated}, {split}; {chosen}")
     for class_ in meta["classes"]:
         if not meta["counts"][class_["name"]]["conversations"]:
-            lines.append(f"warning: no conversation is of class {class_['name']}; check --classes")
+            name = on_one_line(class_["name"])
+            lines.append(f"warning: no conversation is of class {name}; check --classes")
     return "\n".join(lines + account_lines(meta))
 
 
@@ -444,7 +450,7 @@ def label_lines(meta: dict) -> list[str]:
     for name, labels in (meta.get("labels") or {}).items():
         for label, conversations in labels.items():
             label = textwrap.shorten(label, LABEL_WIDTH, placeholder="..") or "(no label)"
-            lines.append(f"{label} {conversations:,} -> {name}")
+            lines.append(f"{label} {conversations:,} -> {on_one_line(name)}")
         others = meta["counts"][name]["conversations"] - sum(labels.values())
         if others:
             lines.append(f"other labels {others:,} -> {name}")
@@ -663,8 +669,11 @@ class Prepared:
         _ = self.sums
 
     def check_pieces(self, part: int = 0, parts: int = 1) -> dict[tuple[str, int], bytes]:
-        """Check the values of every so many-th piece of the file; returns what `check_digests`
-        takes: {(array, its first value): sha256} of these pieces, nothing without digests."""
+        """Check the values of every parts-th piece of the file, from number `part` on.
+
+        Returns what `check_digests` takes: {(array, its first value): sha256} of these pieces,
+        nothing without digests.
+        """
         found = {}
         pieces = list(itertools.islice(self.file.pieces(), part, None, parts))
         # a bar where it takes over two seconds, on a terminal
@@ -754,7 +763,7 @@ def check_classes(fields: Fields) -> None:
         names.append(class_.text("name"))
         class_.text("condition")
         class_.number("weight", 0, MAX_WEIGHT)
-        if set(class_.content) != {field.name for field in dataclasses.fields(Class)}:
+        if set(class_.content) != set(CLASS_FIELDS):
             raise fields.wrong("classes", "a list of names, conditions and weights")
     if len(names) > MOST_CLASSES or len(set(names)) < len(names):
         raise fields.wrong("classes", f"a list of at most {MOST_CLASSES:,}, each with its own name")
@@ -832,7 +841,10 @@ def show(config: ShowConfig) -> None:
             raise ValueError(
                 f"{config.files[1]}: show takes one prepared file, or conversation files"
             )
+        check_only_prepared(config)
         data = Prepared(config.files[0])
+        if not data.has_digests:
+            print(NO_DIGESTS.format(path=data.path))
         print(ledger_table(data.meta))
         shown = shown_of_prepared(data, config)
     else:
@@ -852,6 +864,16 @@ def show(config: ShowConfig) -> None:
         print_conversation(shown, *row)
     if shown.lengths is not None:
         print_lengths(shown.lengths)
+
+
+def check_only_prepared(config: ShowConfig) -> None:
+    """ValueError: a flag that says how to prepare, and the file is prepared already."""
+    for option in dataclasses.fields(ShowConfig):
+        is_for_both = option.name in ("files", "n", "at", "of")
+        if not is_for_both and getattr(config, option.name) != option.default:
+            raise ValueError(
+                f"--{option.name} is for conversation files; {config.files[0]} is prepared"
+            )
 
 
 def check_class_is_known(name: str | None, names: list[str]) -> None:
@@ -917,7 +939,7 @@ def print_conversation(
     shown: Shown, number: int, class_id: int, tokens: np.ndarray, weights: np.ndarray
 ) -> None:
     """One conversation: its class, its tokens by weight, and what the model learns where."""
-    name = shown.class_names[class_id]
+    name = on_one_line(shown.class_names[class_id])
     trained = np.count_nonzero(weights)
     print(f"\n-- conversation {number}, class {name}, {len(tokens)} tokens, {trained} trained")
     print(colored(shown.tokenizer, tokens, weights, shown.heaviest))
@@ -1033,7 +1055,9 @@ def print_classes(data: Prepared) -> None:
         lengths = data.lengths[mine]
         supervised = data.supervised[mine].sum()
         share = data.weight_sums[mine].sum() / total
-        line = f"{class_.name:12} {len(lengths):8,} {lengths.sum():11,} {supervised:11,}"
+        line = (
+            f"{on_one_line(class_.name):12} {len(lengths):8,} {lengths.sum():11,} {supervised:11,}"
+        )
         print(f"{line} {share:9.1%}   {percentiles(lengths)}")
 
 
@@ -1062,7 +1086,7 @@ def print_steps(data: Prepared, steps: Steps, config: StatsConfig) -> None:
     """How full the steps are, and whether each holds the classes in proportion."""
     # as `plan` has it
     capacity = min(config.micro_tokens, config.batch_tokens)
-    micro_batches = max(1, config.batch_tokens // config.micro_tokens)
+    micro_batches = micro_batches_of(config.batch_tokens, config.micro_tokens)
     full = data.lengths.sum() / (len(steps) * micro_batches * capacity)
     size = f"{micro_batches} x {capacity:,} tokens"
     print(f"an epoch: {len(steps)} steps of {size}, {full:.1%} full")
@@ -1149,7 +1173,7 @@ def main(argv: list[str]) -> None:
             print(f"stopped; nothing is left of {config.out}", file=sys.stderr)
             raise
         print(ledger_table(meta))
-        print(f"wrote {config.out}")
+        print(on_one_line(f"wrote {config.out}"))
     elif command == ["show"]:
         show(parse_args(ShowConfig, words, positional="files"))
     elif command == ["stats"]:

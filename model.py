@@ -15,8 +15,8 @@ Parameters carry Hugging Face names (model.layers.0.self_attn.q_proj.weight). Th
 format: because we keep them, a Hugging Face directory of weights loads without renaming.
 
 Shapes in this file: T packed tokens, N conversations, R rows with a loss weight, D width, H query
-heads, G key-value heads, E head size, C = E / 2 rotation pairs, U ffn width, V vocab, K the input
-width of any matrix; in generation B prompts, S cache slots, L layers.
+heads, G key-value heads, E head size, C = E / 2 rotation pairs, U ffn width, V vocab; in generation
+B prompts, S cache slots, L layers.
 """
 
 import math
@@ -34,6 +34,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from kernels import attention_without_cudnn
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import rms_norm
 from kernels.rotary_attention import rotary_attention, rotate
@@ -224,8 +225,7 @@ class Block(nn.Module):
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.crlft.rotary_attention.default,
-    # the names of the same operations on a CPU
-    torch.ops.aten.mkldnn_linear.default,
+    # attention's name on a CPU
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 
@@ -234,9 +234,8 @@ def keep(U: int, _context, op, *args, **_) -> CheckpointPolicy:
     """The policy of recompute = "cheap". torch calls it for each operation `op` of a block, with
     the operation's inputs `args`: is the result kept, or computed again?
     """
-    # The result of down_proj, [T, D], is the block's last. No gradient needs it, so on a GPU it is
-    # not kept, though it is a matmul. (On a CPU, where down_proj may be another operation than
-    # aten.mm, it is kept.) down_proj is the only matmul of a block whose input is U wide.
+    # The result of down_proj, [T, D], is the block's last. No gradient needs it, so it is not kept,
+    # though it is a matmul. down_proj is the only matmul of a block whose input is U wide.
     is_down_proj = op == torch.ops.aten.mm.default and args[0].shape[1] == U
     if op in KEPT and not is_down_proj:
         return CheckpointPolicy.MUST_SAVE
@@ -467,12 +466,16 @@ class LayerCache:
 
     def attend(self, q_BHE: Tensor) -> Tensor:
         """o_BHE: each prompt's one query looks at all keys that the cache holds of the prompt."""
+        B, H, E = q_BHE.shape
+        G = self.k_BGSE.shape[1]
         used = self.cache_pass.used
-        o_BH1E = F.scaled_dot_product_attention(
-            q_BHE[:, :, None],
-            self.k_BGSE[:, :, :used],
-            self.v_BGSE[:, :, :used],
-            attn_mask=self.cache_pass.mask_B11S,
-            enable_gqa=True,
-        )
-        return o_BH1E[:, :, 0]
+        # The H / G query heads that share a key head stand where other calls have tokens: so the
+        # keys are read once for all of them.
+        with attention_without_cudnn():
+            o_BGHE = F.scaled_dot_product_attention(
+                q_BHE.reshape(B, G, H // G, E),
+                self.k_BGSE[:, :, :used],
+                self.v_BGSE[:, :, :used],
+                attn_mask=self.cache_pass.mask_B11S,
+            )
+        return o_BGHE.reshape(B, H, E)

@@ -70,7 +70,12 @@ FILLS = (1.0, 0.999, 0.9975, 0.99, 0.98)
 MANY_STEPS = 200
 
 # of a step, at most: something is kept for each pair of them (no_use_SMM)
-MOST_MICRO_BATCHES = 16_384
+MOST_MICRO_BATCHES = 4096
+
+
+def micro_batches_of(batch_tokens: int, micro_tokens: int) -> int:
+    """How many micro-batches a step has."""
+    return max(1, batch_tokens // micro_tokens)
 
 
 def plan(
@@ -104,7 +109,7 @@ def plan(
         weight_sums=np.asarray(weight_sums, np.float64),
         seed=seed,
         epoch=epoch,
-        M=max(1, batch_tokens // micro_tokens),
+        M=micro_batches_of(batch_tokens, micro_tokens),
         capacity=min(micro_tokens, batch_tokens),
         cost=cost,
     )
@@ -520,7 +525,7 @@ MOST_ROUNDS = 400
 # take 8 times as long, and come out as even.
 MOST_SLOTS = 48
 
-# A round tries so many slots of a micro-batch: the fewest of these that reach its conversations.
+# How many slots of a micro-batch a round tries: the fewest of these that reach its conversations.
 REACHES = (4, 8, 16, 32, MOST_SLOTS + 1)
 
 

@@ -23,7 +23,8 @@ from packing import Steps, flat, plan
 class TrainConfig:
     """The settings of a run. The defaults are the paper's, where it gives them (Sec. 4.1).
 
-    None is for what depends on the model or the machine: `train.resolve` fills it in.
+    None is for what depends on the model, the data or the machine: `resolve` and `set_up` in
+    train.py fill it in.
     """
 
     # a file that `data.py prepare` wrote
@@ -38,7 +39,7 @@ class TrainConfig:
     # passes over the data
     epochs: int = 5
     # tokens of an optimizer step, at most
-    # default: 262,144, of which 200k have a loss; a preset has its own
+    # default: 262,144, the paper's 200k supervised if 3 in 4 are; a preset has its own
     batch_tokens: int | None = None
     # tokens of a micro-batch, at most: what must fit on one GPU
     # default: 16,384, or --batch_tokens if that is less
@@ -132,6 +133,13 @@ RESUME_MAY_CHANGE = (
     "nonfinite",
     "timeout",
 )
+
+
+# Packed tokens of a step where the model is a base. If some 3 in 4 of them are supervised, that is
+# the paper's 200k (Sec. 4.1).
+FINETUNE_BATCH_TOKENS = 262_144
+# Tokens of a micro-batch, for presets and bases.
+MICRO_TOKENS = 16_384
 
 
 # ---- the learning rate
@@ -235,8 +243,9 @@ def all_steps(
     return steps[: config.steps], epoch_ends
 
 
-# All steps of a run are planned before its first. So many conversations, over all its epochs, take
-# about five minutes and 2 GB, on each rank. An epoch by itself takes as long as so many more.
+# All steps of a run are planned before its first. 100 million conversations, summed over the
+# epochs, take each rank 5 to 15 minutes and 2 GB: more is refused. Each epoch also costs as much as
+# some 3,000 conversations, however few it has.
 MOST_PLANNED = 100_000_000
 EPOCH_COUNTS_AS = 3000
 # never refused, however large the data are
@@ -244,7 +253,7 @@ FEW_EPOCHS = 10
 
 
 def check_epochs(conversations: int, steps_of_one: int, config: TrainConfig) -> None:
-    """ValueError: a run of so many epochs that planning it would take hours, or all memory.
+    """ValueError: a run of more than FEW_EPOCHS that would plan more than MOST_PLANNED in all.
 
     conversations, steps_of_one: of one epoch.
     """

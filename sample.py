@@ -18,7 +18,7 @@ conditions they have "responses" instead, a {"response", "finish", "logprob"} fo
 at any time, the same command goes on. A prompt's random numbers follow from --seed and its place in
 the file, whatever is answered beside it.
 
-Shapes: B prompts, V vocab.
+Shapes: B prompts, S steps of generation, V vocab.
 """
 
 import support.threads  # noqa: F401, first: how threads wait is said before torch is loaded
@@ -57,7 +57,7 @@ from support.cli import parse_args, run
 from support.fields import read_fields
 from support.files import written_whole
 from support.hf import load_model, model_digest, read_config, tokenizer_files
-from support.kept import KeptAnswers, Part, check_out, digest_of
+from support.kept import KeptAnswers, Part, check_out, rows_sha256
 from support.rows import read_rows
 from tokenizer import TOKENIZER_FILES
 
@@ -404,8 +404,15 @@ class Speaker:
         config: SampleConfig,
         numbers: Sequence[int] | None = None,
     ) -> list[Answer]:
-        """The answers to B prompts, made side by side."""
-        steps = list(self.generate(prompts, config, numbers))
+        """The answers to B prompts, made side by side. ValueError: no memory for so many."""
+        try:
+            steps = list(self.generate(prompts, config, numbers))
+        except torch.OutOfMemoryError:
+            longest = max(len(prompt) for prompt in prompts)
+            raise ValueError(
+                f"the GPU is out of memory, with {len(prompts)} prompts of up to {longest} tokens "
+                "at once; lower --batch or --max_new"
+            ) from None
         answers = []
         for b in range(len(prompts)):
             ids = [step[b] for step in steps if step[b] is not None]
@@ -675,8 +682,9 @@ def answer_file(speakers: dict[str, Speaker], config: SampleConfig) -> None:
 
         with written_whole(config.output) as partial, open(partial, "w", encoding="utf-8") as file:
             for i, row in enumerate(rows):
-                of_row = {name: responses[name][i] for name in speakers}
-                added = {"responses": of_row} if len(speakers) > 1 else responses[name][i]
+                of_row = {name: of_name[i] for name, of_name in responses.items()}
+                only, *others = of_row.values()
+                added = {"responses": of_row} if others else only
                 file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
     count = f"{len(rows)} x {len(speakers)}" if len(speakers) > 1 else f"{len(rows)}"
     print(f"{count} answers in {config.output}", file=sys.stderr)
@@ -688,7 +696,7 @@ def run_of(speaker: Speaker, rows: list[dict], config: SampleConfig) -> dict:
     for name in ("folder", "prompt", "input", "output"):
         del flags[name]
     # the flags go last: several conditions are named there
-    return speaker.identity | {"prompts": digest_of(rows)} | flags
+    return speaker.identity | {"prompts": rows_sha256(rows)} | flags
 
 
 def add_logprobs(
@@ -800,6 +808,8 @@ def main(argv: list[str]) -> None:
         )
     if bool(config.input) != bool(config.output):
         raise ValueError("--input and --output go together")
+    if config.input and config.prompt is not None:
+        raise ValueError("--prompt is one question and --input a file of them; give one of the two")
     check_sampling(config)
 
     training = read_training(model_folder(config.folder[0]))

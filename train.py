@@ -57,8 +57,10 @@ from torch.distributed.fsdp import (
 
 from data import NO_DIGESTS, Prepared
 from model import RECOMPUTE, SIZES, Block, Config, Losses, Model
-from packing import Batch, ahead, flat, pack
+from packing import MOST_MICRO_BATCHES, Batch, ahead, flat, micro_batches_of, pack
 from recipe import (
+    FINETUNE_BATCH_TOKENS,
+    MICRO_TOKENS,
     PRESETS,
     PRETRAIN_LR,
     RESUME_MAY_CHANGE,
@@ -79,7 +81,7 @@ from support.budget import (
     usage_text,
 )
 from support.checkpoint import Checkpoints
-from support.cli import check_help, one_line, parse_args, run
+from support.cli import ENDED_BY_CTRL_C, check_help, one_line, parse_args, run
 from support.export import export
 from support.files import file_sha256, naming
 from support.hf import (
@@ -88,12 +90,12 @@ from support.hf import (
     check_manifest,
     check_tokenizer,
     load_weights,
+    not_listed,
     read_config,
 )
 from support.lock import only_run
 from support.metrics import Log, ledger, log, log_line, planning, plot
 from support.ranks import (
-    SIGNALLED,
     Signals,
     from_all_ranks,
     local_rows,
@@ -136,7 +138,8 @@ def train_step(
             optimizer.zero_grad()
 
         # FSDP adds up the ranks' gradients in this call: after every micro-batch, not once a step.
-        # Otherwise each rank would have to hold the gradient of the whole model.
+        # Otherwise each rank would have to hold the gradient of the whole model. (The one rank of
+        # --offload does: see copied_once.)
         (loss_sum / weight_sum).backward()
         tally.add(batch, loss_sum, nll_T, correct_T)
 
@@ -373,7 +376,7 @@ def offload_policy(config: TrainConfig, device: torch.device) -> OffloadPolicy:
     """Where FSDP keeps the shards and their gradients: --offload, in the host's memory."""
     if not config.offload:
         return OffloadPolicy()
-    # From pinned memory a GPU copies while it computes.
+    # from pinned memory a GPU copies at its full rate
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
@@ -402,7 +405,7 @@ def my_batches(data: Prepared, steps: Iterable, me: int, world: int) -> Iterator
     A rank for which the last round has none gets an idle one instead, of weight 0. It adds exact
     zeros, and takes part in the collectives that the other ranks wait in.
     """
-    # Any few tokens would do, since they weigh 0: here one, and one that it could predict.
+    # Any few tokens would do, since they weigh 0. Two, so that there is one to predict.
     tokens, weights = data.conversation(0)
     idle = [(tokens[:2], weights[:2] * 0)]
     for step in steps:
@@ -497,12 +500,6 @@ CHOICES = {
     "nonfinite": ("stop", "skip"),
 }
 
-# Tokens of a step where the model is a base: the paper's (Sec. 4.1). A preset has its own.
-FINETUNE_BATCH_TOKENS = 262_144
-# Tokens of a micro-batch, for presets and bases.
-MICRO_TOKENS = 16_384
-# Micro-batches of a step, at most: planning compares all of a step's in pairs.
-MOST_MICRO_BATCHES = 4096
 # The vocabulary where there are no data: Llama-2's 32,000 tokens and <|end_of_turn|>.
 LLAMA_VOCAB = 32_001
 
@@ -510,8 +507,9 @@ LLAMA_VOCAB = 32_001
 def resolve(config: TrainConfig, data: Prepared | None) -> tuple[TrainConfig, Config]:
     """(the settings with their defaults filled in, the model's config).
 
-    Two settings may still be None. `steps` stays None where the run is given in epochs. The `lr` of
-    a base is known once the steps are planned: see set_up.
+    Three settings may still be None. `steps` stays None where the run is given in epochs. The `lr`
+    of a base, and the `pretrain_lr` that it follows from, are known once the steps are planned: see
+    set_up.
 
     data: None for a --dry_run without --data. Llama-2's vocabulary and the preset's or base's own
     context are then assumed.
@@ -683,7 +681,7 @@ def choose_device() -> torch.device:
 class Setup:
     """What is settled before the first step. A conversation is its number in `data`."""
 
-    config: TrainConfig  # complete: see resolve
+    config: TrainConfig  # see resolve
     model_config: Config
     data: Prepared
     device: torch.device
@@ -849,17 +847,21 @@ def base_sha256(model: str) -> str | None:
     """
     if model in SIZES:
         return None
+    folder = Path(model)
     # without a manifest this does nothing
-    check_manifest(model)
-    manifest = Path(model) / "manifest.json"
-    # The files are as the manifest says, so its own hash stands for theirs.
-    if manifest.is_file():
-        return file_sha256(manifest)
-    files = []
-    for path in sorted(Path(model).iterdir()):
+    check_manifest(folder)
+    names = []
+    for path in sorted(folder.iterdir()):
         if path.name == "config.json" or path.suffix == ".safetensors":
-            files.append(path)
-    hashes = " ".join(file_sha256(path) for path in files)
+            names.append(path.name)
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        # The files that it lists are as it says, so its own hash stands for theirs.
+        names = not_listed(folder, names)
+        if not names:
+            return file_sha256(manifest)
+        names = [manifest.name, *names]
+    hashes = " ".join(file_sha256(folder / name) for name in names)
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 
@@ -909,9 +911,9 @@ def checkpoints_of(setup: Setup, settings: dict) -> Checkpoints:
 
 REMAINS = "a checkpoint remains, the same command resumes"
 
-# A step whose loss or gradient is not finite may be an accident. So many in a row are not.
+# A step whose loss or gradient is not finite may be an accident. Ten in a row are not.
 MOST_IN_A_ROW = 10
-# The message names so many conversations of such a step; metrics.jsonl has all.
+# How many conversations of such a step the message names; metrics.jsonl has all.
 NAMED = 8
 
 
@@ -988,7 +990,7 @@ def opening_line(setup: Setup, model: Model) -> str:
     config = setup.config
     # numel is that of the whole parameter, also where this rank has a shard.
     parameters = sum(p.numel() for p in model.parameters())
-    micro_batches = max(1, config.batch_tokens // config.micro_tokens)
+    micro_batches = micro_batches_of(config.batch_tokens, config.micro_tokens)
     return (
         f"{parameters:,} parameters, {len(setup.train_on):,} conversations to train on, "
         f"{len(setup.held_out):,} held out, {setup.last} steps of up to {micro_batches} x "
@@ -1099,7 +1101,7 @@ def leave(step: int, checkpoints: Checkpoints) -> NoReturn:
     """A rank has received a signal (Ctrl-C, a preempted node). The step's save has begun."""
     checkpoints.wait()
     log(f"stopped by a signal after step {step}; {REMAINS}")
-    sys.exit(SIGNALLED)
+    sys.exit(ENDED_BY_CTRL_C)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -1152,6 +1154,8 @@ def dry_run(config: FitConfig) -> None:
     check_fit(config)
     check_offload(config, config.ranks)
     data = Prepared(config.data) if config.data else None
+    if data and not data.has_digests:
+        log(NO_DIGESTS.format(path=data.path))
     # The run is planned for GPUs, also where this command runs on a CPU. --recompute needs no
     # default here: print_budget shows all three.
     config = dataclasses.replace(config, dtype=config.dtype or "bfloat16")

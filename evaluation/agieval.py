@@ -29,7 +29,7 @@ from conversations import Message
 from evaluation.answers import load_speaker, name_of
 from evaluation.rows import require, rows_of, table_head, table_row, write_lines
 from sample import Answer, SampleConfig, Speaker, check_sampling
-from support.kept import KeptAnswers, check_out, digest_of
+from support.kept import KeptAnswers, check_out, rows_sha256
 
 # AGIEval's English tasks and how many items each has; the rows of Table 5
 TASKS = {
@@ -172,7 +172,7 @@ def agieval(config: AgievalConfig) -> None:
         ids.append(speaker.ids(question, truncate_left=True, max_new=first_tokens))
         item["cut"] = speaker.cut > cut_before
 
-    run = settings | speaker.identity | {"batch": config.batch, "prompts": digest_of(items)}
+    run = settings | speaker.identity | {"batch": config.batch, "prompts": rows_sha256(items)}
     with KeptAnswers(config.out, run, speaker.vocab_size) as kept:
         answers = respond(speaker, ids, sampling, kept, to_the_end=config.max_new is None)
         rows = []

@@ -29,7 +29,7 @@ from evaluation.rows import name_or_number, require, require_turns, rows_of, wri
 from sample import SampleConfig, Speaker, check_sampling, model_folder, read_training
 from support.fields import FETCH
 from support.files import written_whole
-from support.kept import KeptAnswers, check_out, digest_of
+from support.kept import KeptAnswers, check_out, rows_sha256
 
 # FastChat's temperatures by category: the colder, the more there is one right answer
 TEMPERATURE = {
@@ -111,7 +111,7 @@ def run_of(speaker: Speaker, rows: list[dict], config: AnswersConfig) -> dict:
     flags = dataclasses.asdict(config)
     for name in ("model", "questions", "out", "name"):
         del flags[name]
-    return flags | speaker.identity | {"prompts": digest_of(rows)}
+    return flags | speaker.identity | {"prompts": rows_sha256(rows)}
 
 
 def name_of(folder: str | Path) -> str:

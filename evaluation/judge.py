@@ -442,11 +442,12 @@ def read_outputs(files: tuple, asked: dict[str, dict]) -> tuple[dict[str, str], 
             raise ValueError(f"{path}: no such file; give the output of the batch")
         # Only a newline ends a line of JSONL: splitlines would also cut at characters that a judge
         # may write.
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        for line in Path(path).read_bytes().split(b"\n"):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                # what is no UTF-8 is a ValueError, too
+                row = json.loads(line.decode())
                 custom_id = row["custom_id"]
                 known = custom_id in asked
             except (ValueError, KeyError, TypeError, RecursionError):

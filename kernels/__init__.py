@@ -11,6 +11,7 @@ import warnings
 from types import SimpleNamespace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     import triton
@@ -55,6 +56,18 @@ def arch(x):
 def on_device_of(x):
     """Launch on the GPU that holds x: Triton by itself takes the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def attention_without_cudnn():
+    """For `with`: scaled_dot_product_attention takes any form but cuDNN's.
+
+    On Hopper and Blackwell cuDNN's is PyTorch's first choice. It plans anew for every new length,
+    which takes tenths of a second (https://github.com/modelscope/FunASR/issues/3704), and our
+    lengths are always new: by one token in decoding, by conversation in the reference.
+    """
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def check(name, true, what):

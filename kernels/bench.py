@@ -14,9 +14,10 @@ so a peer that moves more bytes shows as slower, not as faster. Beside every tim
 error of an output or gradient against the definition in fp32; none of ours may be above 1.05 times
 plain PyTorch's in bf16 (marked WORSE; exit status 1).
 
-The most telling case of each kernel comes first, then the second of each, and so on: --minutes,
-after which no case is begun, never cuts a whole kernel. Results are written to --out after each
-case.
+The most telling case of each kernel comes first, then the second of each, and so on, so that
+--minutes never cuts a whole kernel: a case is not begun where one as long as the longest would not
+end in time. Results are written to --out after each case, with the clocks and the power of the GPU
+just after it; the table and a picture lie beside them.
 """
 
 import argparse
@@ -36,10 +37,12 @@ from torch._functorch import config as functorch
 
 from kernels.cases import absent, cases, why
 from kernels.timing import (
+    Clock,
     copy_rate,
     errors_of,
     machine,
     matmul_rate,
+    nvidia_smi,
     once,
     outputs_of,
     seconds_of,
@@ -172,15 +175,19 @@ def measure(args: argparse.Namespace, own: dict, out: Path) -> dict:
         "ceiling": ceilings,
         "rows": [],
     }
-    began = time.monotonic()
+    clock = Clock(args.minutes)
     for kernel, shape in in_turn(args.kernel, own):
-        if time.monotonic() - began > 60 * args.minutes:
+        if not clock.has_time():
             absent[f"{kernel} {shape}"] = f"not begun within --minutes {args.minutes}"
             continue
         sizes = CASES[kernel].SIZES | shape
         if args.check:
             sizes |= CASES[kernel].SMALL
         rows = run_case(kernel, sizes, device, ceilings, args.runs)
+        if not args.check:
+            busy = nvidia_smi()
+            for row in rows:
+                row |= {"sm_clock": busy.get("sm_clock"), "power": busy.get("power")}
         first = not results["rows"]
         results["rows"] += rows
         out.write_text(json.dumps(results, indent=1))
@@ -250,8 +257,13 @@ def cells_of(row: dict) -> list[str]:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Each case's share of its ceiling, a bar for each implementation."""
-    import matplotlib.pyplot as plt
+    """Each case's share of its ceiling, a bar for each implementation. Nothing but a line where
+    matplotlib is missing."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture: pip install matplotlib")
+        return
 
     shares = {}
     for row in results["rows"]:
@@ -335,7 +347,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
         text = f"with a kernel that has it ({', '.join(kernels_with(name))})"
         parser.add_argument(f"--{name}", type=type(default), help=text)
     parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--minutes", type=float, default=8, help="begin no case after so many")
+    parser.add_argument("--minutes", type=float, default=8, help="for all cases")
     parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
     parser.add_argument("--check", action="store_true", help="run every case once on a CPU")
     parser.add_argument("--cpu", action="store_true", help="time head and loss on a CPU")
@@ -392,11 +404,12 @@ def main() -> None:
         out = Path(folder) / "bench.json" if args.check else args.out
         out.parent.mkdir(parents=True, exist_ok=True)
         results = measure(args, own, out)
+        out.with_suffix(".md").write_text(table(results) + "\n")
         draw(results, out.with_suffix(".png"))
     if not args.check:
         for peer, reason in absent.items():
             print(f"not run: {peer} ({reason})")
-        print(f"{out} and {out.with_suffix('.png')} written")
+        print(f"{out} written, and its table and picture beside it")
     worse = {row["kernel"] for row in results["rows"] if row["worse"]}
     if worse:
         names = ", ".join(sorted(worse))

@@ -44,7 +44,7 @@ CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 # Rows of logits in elements: 64 of bf16 are a cache line.
 ALIGNMENT = 64
 # Logits that a program of the softmax reads at a time, and its warps: within 1% of the fastest that
-# was tried on an H100, 2026-11-27 (results/gpu_tune.json).
+# was tried on an H100, 2026-11-27 (results/gpu_tune_d331a37.json).
 BLOCK = 4096
 WARPS = 8
 

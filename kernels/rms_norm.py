@@ -23,8 +23,10 @@ from kernels import arch, check, on_device_of, on_gpu, tl, triton
 
 # Backward programs, two per multiprocessor: enough loads in flight, few rows of partial dw. Rows
 # above 4,096 take so many registers that only one fits, and a second would wait for it: half as
-# many then. sm_90 as measured on an H100, 2026-11-27 (results/gpu_tune.json).
+# many then. sm_90 as measured on an H100, 2026-11-27 (results/gpu_tune_d331a37.json).
 PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
+# of a program; more gain nothing, and lose 6% of the backward pass at 5,120 (H100)
+MOST_WARPS = 8
 
 
 def rms_norm_ref(
@@ -85,9 +87,8 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
 def _shape(D):
     """What both kernels are launched with for rows of D elements."""
     BD = triton.next_power_of_2(D)
-    # 8 elements, one 16-byte load of bf16, a thread up to D = 2,048; more warps gain nothing there
-    # and lose 6% of the backward pass at 5,120 (H100)
-    num_warps = min(max(BD // 256, 1), 8)
+    # 8 elements a thread, one 16-byte load of bf16, until there are as many warps
+    num_warps = min(max(BD // 256, 1), MOST_WARPS)
     return {"D": D, "BD": BD, "num_warps": num_warps}
 
 

@@ -42,15 +42,24 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels import arch, check, on_device_of, on_gpu, tl, triton, warn_once
+from kernels import (
+    arch,
+    attention_without_cudnn,
+    check,
+    on_device_of,
+    on_gpu,
+    tl,
+    triton,
+    warn_once,
+)
 
 LOG2E = math.log2(math.e)
 HEAD_SIZES = 32, 64, 128
 
 # Tiles of (forward, dq, dk and dv): rows a program owns, rows it reads at a time, warps, stages of
 # the software pipeline. sm_90: forward and dq from a sweep on one H100, 2026-11-27
-# (results/gpu_tune.json): best or within 1% at ShareGPT-like lengths. Its dk, dv row is not the
-# fastest: (64, 64, 4, 2) was 14% faster there, but spills. The other GPUs' rows are from the
+# (results/gpu_tune_d331a37.json): best or within 1% at ShareGPT-like lengths. Its dk, dv row is not
+# the fastest: (64, 64, 4, 2) was 14% faster there, but spills. The other GPUs' rows are from the
 # ahead-of-time report (no spill, within shared memory), not measured.
 LAUNCH = {
     "sm_80": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
@@ -98,9 +107,10 @@ def rotary_attention_ref(
     outputs = []
     for piece in pieces[:-1]:
         q_1HLE, k_1GLE, v_1GLE = (x.transpose(0, 1)[None] for x in piece)
-        o_1HLE = F.scaled_dot_product_attention(
-            q_1HLE, k_1GLE, v_1GLE, is_causal=True, enable_gqa=True
-        )
+        with attention_without_cudnn():
+            o_1HLE = F.scaled_dot_product_attention(
+                q_1HLE, k_1GLE, v_1GLE, is_causal=True, enable_gqa=True
+            )
         outputs.append(o_1HLE[0].transpose(0, 1))
     outputs.append(torch.zeros_like(pieces[-1][0]))
     return torch.cat(outputs)

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 from kernels import check, on_device_of, on_gpu, tl, triton
 
-# elements of a program, four warps: two 16-byte loads of bf16 a thread from each tensor
+# elements of a program and its warps: two 16-byte loads of bf16 a thread from each tensor
 BLOCK = 2048
+WARPS = 4
 
 
 def swiglu_ref(gate_TU: torch.Tensor, up_TU: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,7 @@ def swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(gate)
     n = y.numel()
     with on_device_of(gate):
-        _fwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, y, n, BLOCK)
+        _fwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, y, n, BLOCK, num_warps=WARPS)
     return y
 
 
@@ -83,7 +84,7 @@ def swiglu_bwd_op(
     dup = torch.empty_like(up)
     n = dy.numel()
     with on_device_of(gate):
-        _bwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, dy, dgate, dup, n, BLOCK)
+        _bwd_kernel[(triton.cdiv(n, BLOCK),)](gate, up, dy, dgate, dup, n, BLOCK, num_warps=WARPS)
     return dgate, dup
 
 

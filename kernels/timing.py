@@ -11,6 +11,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,28 @@ class Times:
     least: float
     # nine calls in ten took no longer
     most_of_ten: float
+
+
+class Clock:
+    """The time that a script has: nothing is begun that would most likely not end in it."""
+
+    def __init__(self, minutes: float):
+        self.seconds = 60 * minutes
+        self.began = time.monotonic()
+        self.last = self.began
+        self.longest = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.began + self.seconds - time.monotonic()
+
+    def has_time(self) -> bool:
+        """Asked before each piece of work: is there time for one as long as the longest so far?"""
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.last)
+        self.last = now
+        return self.left >= self.longest
 
 
 def seconds_of(functions: dict[str, Callable], runs: int, device: str) -> dict[str, Times]:
@@ -143,7 +166,8 @@ def machine(command: str) -> dict:
 
 
 def nvidia_smi() -> dict:
-    """Driver, clocks and power as they are now; nothing where the tool is missing."""
+    """Driver, clocks and power as they are now: just after a kernel, those of a busy GPU. Nothing
+    where the tool is missing."""
     fields = {
         "driver": "driver_version",
         "sm_clock": "clocks.sm",

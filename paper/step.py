@@ -4,6 +4,7 @@ model with an untied head.
     python -m paper.step                this CPU                      -> results/step_cpu.json
     python -m paper.step --model 13b    a GPU, LLaMA-2-13B's width    -> results/step_gpu_13b.json
     python -m paper.step --out DIR      the file goes into another folder
+    python -m paper.step --check        the script itself on a CPU: times and writes nothing
 
 On the CPU the model has 15M parameters and one thread. On a GPU it has 8 layers of the width, and a
 step has 16,384 packed tokens. Each contestant runs in a process of its own, one after the other:
@@ -18,9 +19,13 @@ step has 16,384 packed tokens. Each contestant runs in a process of its own, one
 tokens/s counts real tokens. On the CPU time is process CPU time, and memory is the peak above the
 level before the model is built. On a GPU, MFU is the FLOPs that the batch needs (`train_flops`),
 per second, over the GPU's dense bf16 peak.
+
+A contestant that fails is named with its reason, and the others go on. Where it is ours, the exit
+status is 1.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -39,7 +44,7 @@ import torch
 import kernels.rms_norm
 import kernels.rotary_attention
 import kernels.swiglu
-from kernels.timing import machine
+from kernels.timing import Clock, machine
 from model import SIZES, Config
 from packing import pack, plan
 from paper.packing import sharegpt_like
@@ -92,7 +97,7 @@ CONTESTANTS = {
 class StepConfig:
     """The flags of `python -m paper.step`."""
 
-    # the width: cpu, 7b or 13b
+    # the width: cpu, 7b or 13b; several with commas, one after the other
     model: str = "cpu"
     # blocks of a GPU's model
     layers: int = 8
@@ -100,7 +105,7 @@ class StepConfig:
     micro: int = 1
     # how often each contestant runs
     rounds: int = 3
-    # no contestant is begun after so many minutes
+    # for all contestants: none is begun that would most likely not end in time
     minutes: float = 60.0
     # of ours: none, cheap or all
     recompute: str = "none"
@@ -108,6 +113,8 @@ class StepConfig:
     conversations: int | None = None
     # the folder of the results
     out: str = "results"
+    # one round of four conversations on a CPU, without a time
+    check: bool = False
     # who runs; set by the parent process
     contestant: str | None = None
     # the share of supervised tokens; set by the parent process
@@ -322,7 +329,7 @@ def peer_inputs(
 
 
 def contest(config: StepConfig) -> None:
-    """Print the contestant's line: an epoch of steps, after a first step to warm up."""
+    """Print the contestant's line: an epoch of steps, after one or all to warm up."""
     torch.set_num_threads(1)
     device = torch.device("cpu" if config.model == "cpu" else "cuda")
     on_gpu = device.type == "cuda"
@@ -341,7 +348,11 @@ def contest(config: StepConfig) -> None:
         steps = peer_steps(config.contestant, work, config.micro, device)
 
     clock = time.perf_counter if on_gpu else time.process_time
-    steps[0]()
+    # On a GPU all steps warm up: each has new lengths, for which libraries make plans once.
+    for step in steps if on_gpu else steps[:1]:
+        step()
+    if on_gpu:
+        torch.cuda.synchronize()
     began = clock()
     for step in steps:
         step()
@@ -406,60 +417,86 @@ def main(argv: list[str]) -> None:
     if config.contestant:
         contest(config)
         return
-    if config.model not in WIDTHS:
-        raise ValueError(f"--model {config.model!r} is not one of {', '.join(WIDTHS)}")
-    if config.model != "cpu" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--model {config.model} needs a GPU; without --model the step is timed on this CPU"
-        )
-    if config.model == "cpu":
+    if config.check:
+        argv = [*argv, "--model", "cpu", "--rounds", "1", "--conversations", "4"]
+        config = parse_args(StepConfig, argv)
+    models = config.model.split(",")
+    for model in models:
+        if model not in WIDTHS:
+            raise ValueError(f"--model {model!r} is not one of {', '.join(WIDTHS)}")
+        if model != "cpu" and not torch.cuda.is_available():
+            raise ValueError(
+                f"--model {model} needs a GPU; without --model the step is timed on this CPU"
+            )
+    clock = Clock(config.minutes)
+    failures = []
+    for model in models:
+        failures += race(model, config, argv, clock)
+    if failures:
+        raise ValueError(f"ours failed: {'; '.join(failures)}")
+
+
+def race(model: str, config: StepConfig, argv: list[str], clock: Clock) -> list[str]:
+    """All contestants at one width. Returns why ours failed, for each time that it did."""
+    if model == "cpu":
         device = "cpu"
         out = Path(config.out) / "step_cpu.json"
+        about = {
+            "command": " ".join(["python -m paper.step", *argv]),
+            "torch": torch.__version__,
+            "threads": 1,
+            "device": "CPU",
+        }
     else:
         device = "cuda"
-        out = Path(config.out) / f"step_gpu_{config.model}.json"
+        out = Path(config.out) / f"step_gpu_{model}.json"
+        about = machine("python -m paper.step") | {"micro": config.micro}
 
     lines = []
-    about = {
-        "command": " ".join(["python -m paper.step", *argv]),
-        "torch": torch.__version__,
-        "threads": 1,
-        "device": "CPU",
-        "rows": lines,
-    }
-    if device == "cuda":
-        about = machine("python -m paper.step") | {"micro": config.micro, "rows": lines}
-    began = time.monotonic()
+    failures = []
+    not_run = {}
     # Contestants take turns, so that a slow minute of the machine does not fall on one alone. The
     # file is written after each, so that a run that ends early leaves what it has.
-    for _ in range(config.rounds):
-        for supervised in SUPERVISED[device]:
-            for name in CONTESTANTS[device]:
-                if time.monotonic() - began > 60 * config.minutes:
-                    print(f"{name}: not begun within --minutes {config.minutes}")
-                    continue
-                line = run_alone(name, supervised, argv)
-                if line is None:
-                    continue
-                lines.append(line)
-                show(line)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(about, indent=1) + "\n")
+    turns = itertools.product(range(config.rounds), SUPERVISED[device], CONTESTANTS[device])
+    for _, supervised, name in turns:
+        if not clock.has_time():
+            not_run[name] = f"not begun within --minutes {config.minutes}"
+            continue
+        line, problem = run_alone(name, supervised, [*argv, "--model", model], clock.left)
+        if problem:
+            not_run[name] = problem
+            if name == "ours":
+                failures.append(f"{name}: {problem}")
+        elif config.check:
+            print(f"{supervised:4.0%} supervised  {name} ran")
+        else:
+            lines.append(line)
+            show(line)
+        if not config.check:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(about | {"rows": lines, "not_run": not_run}, indent=1) + "\n")
+    for name, problem in not_run.items():
+        print(f"{name}: {problem}")
     for supervised in SUPERVISED[device]:
         show_ratios(supervised, [line for line in lines if line["supervised"] == supervised])
+    return failures
 
 
-def run_alone(name: str, supervised: float, argv: list[str]) -> dict | None:
-    """The line of this contestant; None where it failed, which is printed."""
+def run_alone(
+    name: str, supervised: float, argv: list[str], seconds: float
+) -> tuple[dict | None, str | None]:
+    """(the line of this contestant, why there is none)."""
     own = ["--contestant", name, "--supervised", str(supervised)]
     command = [sys.executable, "-m", "paper.step", *argv, *own]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None, f"stopped when the time was up, after {seconds:.0f} s"
     if done.returncode:
         # a process that the system has killed prints nothing
         errors = done.stderr.strip().splitlines() or ["killed"]
-        print(f"{name}: {errors[-1]}")
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
+        return None, errors[-1]
+    return json.loads(done.stdout.splitlines()[-1]), None
 
 
 def show(line: dict) -> None:

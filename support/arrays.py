@@ -1,7 +1,7 @@
 """Arrays in a file: they grow on the disk, are joined once, and are read back by the piece.
 
 The file is a safetensors file: 8 bytes that say how long the header is, the header, which is JSON,
-and the arrays one behind the other. What the arrays mean is not known here.
+and the arrays end to end. What the arrays mean is not known here.
 
 safetensors has no checksum. So the metadata have one of each array, its digest: the sha256 of the
 sha256s of its pieces of 64 MiB. Several processes can check a file, each some of the pieces.

@@ -15,6 +15,7 @@ import torch
 
 from kernels.cross_entropy import CHUNK_BYTES
 from model import RECOMPUTE, Config
+from packing import micro_batches_of
 from recipe import TrainConfig
 from support.hf import parameter_shapes
 
@@ -22,8 +23,14 @@ GIB = 2**30
 
 # ---- FLOPs
 
-# Dense bf16, by a word in the device's name.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# Dense bf16, by words in the device's name; the first that fits counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 
 
 class TrainFlops(NamedTuple):
@@ -270,7 +277,7 @@ def check_fit(config: FitConfig) -> None:
     for name in ("ranks", "tflops", "gb"):
         value = getattr(config, name)
         if not 1e-6 < value <= 1e9:
-            raise ValueError(f"--{name} {value} is not above 0")
+            raise ValueError(f"--{name} {value} is not above 0 and at most 1e9")
     if not 1e-6 < config.mfu <= 1:
         raise ValueError(f"--mfu {config.mfu} is not above 0 and at most 1")
 
@@ -376,7 +383,7 @@ def print_time(config: FitConfig, flops: TrainFlops, work: Workload) -> None:
     without_waiting = needed / (config.ranks * config.tflops * 1e12 * config.mfu)
 
     # The ranks take a step's micro-batches in turns. In the last turn some may have none.
-    micro_batches = max(1, config.batch_tokens // config.micro_tokens)
+    micro_batches = micro_batches_of(config.batch_tokens, config.micro_tokens)
     turns = math.ceil(micro_batches / config.ranks)
     seconds = without_waiting * turns * config.ranks / micro_batches
     if turns * config.ranks > micro_batches:
@@ -445,11 +452,14 @@ def usage_text(
     return text
 
 
+OUT_OF_MEMORY = "can't allocate memory", "out of memory", "ALLOC_FAILED"
+
+
 def out_of_memory(error: Exception) -> str | None:
     """What the user can do, where a run failed for want of memory; else None."""
     is_type = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    # the CPU's allocator raises a plain RuntimeError
-    if not is_type and "can't allocate memory" not in str(error):
+    # the CPU's allocator, pinning and CUDA's libraries raise plain RuntimeErrors
+    if not is_type and not any(words in str(error) for words in OUT_OF_MEMORY):
         return None
     tried = re.search(r"[Tt]ried to allocate \S+ \w+", str(error))
     reason = tried[0] if tried else error

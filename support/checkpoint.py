@@ -236,6 +236,8 @@ def fault(path: Path, share: slice = slice(None)) -> str | None:
             return f"MANIFEST.json does not list {METADATA}"
         if path.name != f"step-{manifest['step']}":
             return "MANIFEST.json is of another checkpoint"
+        if not isinstance(manifest["identity"], dict):
+            return "MANIFEST.json does not say of which run it is"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"MANIFEST.json changed ({error})"
 

@@ -201,11 +201,15 @@ def one_line(error: BaseException) -> str | None:
 
 def printable(text: str) -> str:
     """The text on one line, whatever names and values stand in it, and not too long to read."""
-    lines = text.splitlines()
-    text = "\\n".join(lines)
+    text = on_one_line(text)
     if len(text) > LONGEST_START + LONGEST_END:
         text = f"{text[:LONGEST_START]} .. {text[-LONGEST_END:]}"
     return text
+
+
+def on_one_line(text: str) -> str:
+    """The text with `\\n` for each line break: a name may have some."""
+    return "\\n".join(text.splitlines())
 
 
 def check_utf8(argv: list[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from string import Template
 
 from conversations import role_texts, template_named, template_of
-from support.files import write_json
+from support.files import write_bytes, write_json
 from tokenizer import ByteLevel, Tokenizer
 
 # How sentencepiece writes a space in its pieces.
@@ -27,15 +27,15 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> Non
         of_library = byte_level_json(tokenizer)
     else:
         of_library = sentencepiece_json(tokenizer)
-        (folder / "tokenizer.model").write_bytes(tokenizer.bytes)
+        write_bytes(folder / "tokenizer.model", tokenizer.bytes)
 
     if is_bytes and tokenizer.eot < tokenizer.file_size:
         # no token more: the base's file is the export's
-        (folder / "tokenizer.json").write_bytes(tokenizer.bytes)
+        write_bytes(folder / "tokenizer.json", tokenizer.bytes)
     else:
         write_json(folder / "tokenizer.json", of_library)
         if is_bytes:
-            (folder / "tokenizer.base.json").write_bytes(tokenizer.bytes)
+            write_bytes(folder / "tokenizer.base.json", tokenizer.bytes)
 
     (expert,) = [c for c in meta["classes"] if c["name"] == meta["expert"]]
     prompts = template_of(meta), expert["condition"], is_bytes
@@ -43,7 +43,7 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer, meta: dict) -> Non
     config["chat_template"] = chat_template(*prompts)
     write_json(folder / "tokenizer_config.json", config)
     marked = chat_template(*prompts, training=True)
-    (folder / TRAINING_TEMPLATE).write_text(marked, encoding="utf-8")
+    write_bytes(folder / TRAINING_TEMPLATE, marked.encode())
     write_json(folder / "crlft.json", meta)
 
 

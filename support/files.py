@@ -6,8 +6,6 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.fields import read_fields
-
 
 def file_sha256(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hex."""
@@ -15,14 +13,15 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError names a file that holds none."""
-    return read_fields(path).content
-
-
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file, not escaped: pieces of a tokenizer and conditions are not all ASCII."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_bytes(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file. The error of a full disk names it."""
+    with naming(path):
+        path.write_bytes(content)
 
 
 @contextmanager
@@ -40,7 +39,8 @@ def written_whole(path: str | Path):
         # the mode that the umask gives: safetensors makes files that only their owner may read
         partial.touch()
         mode = partial.stat().st_mode
-        yield partial
+        with naming(path):
+            yield partial
         partial.chmod(mode)
         partial.replace(path)
     finally:

@@ -372,13 +372,14 @@ def whole(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 @torch.no_grad()
-def load_weights(model: Model, source, shard=whole) -> None:
+def load_weights(model: Model, source, rows_of=whole) -> None:
     """Fill every parameter from the source, a RandomWeights or SafetensorsWeights.
 
-    shard(parameter) -> (the rows to fill here, index of the first); train.py's knows FSDP.
+    rows_of(parameter) -> (the rows to fill here, index of the first): all of them, or those of this
+    rank (`local_rows` in support/ranks.py).
     """
     for name, parameter in model.named_parameters():
-        local, start = shard(parameter)
+        local, start = rows_of(parameter)
         if local.numel():
             local.copy_(source.rows(name, start, start + len(local)))
 
@@ -415,10 +416,16 @@ def check_manifest(folder: str | Path) -> None:
                 "the directory again"
             )
     # a tokenizer that was put there later, for one
-    unlisted = [name for name in files_read(folder) if name not in listed]
+    unlisted = not_listed(folder, files_read(folder))
     if unlisted:
         names = ", ".join(unlisted)
         print(f"{path}: does not list {names}; not verified", file=sys.stderr)
+
+
+def not_listed(folder: Path, names: list[str]) -> list[str]:
+    """Those of the names that the directory's manifest.json does not list."""
+    listed = read_fields(folder / "manifest.json").content
+    return [name for name in names if name not in listed]
 
 
 def files_read(folder: Path) -> list[str]:
@@ -431,14 +438,18 @@ def files_read(folder: Path) -> list[str]:
 def model_digest(folder: str | Path) -> str:
     """A sha256 that changes with any file that decides what the model says.
 
-    It is that of the manifest, which has all of them; without one, that of the files themselves.
+    It is that of the manifest, where that lists all of them. Else the files speak for themselves.
     """
     folder = Path(folder)
     manifest = folder / "manifest.json"
+    names = files_read(folder)
     if manifest.is_file():
-        return file_sha256(manifest)
+        names = not_listed(folder, names)
+        if not names:
+            return file_sha256(manifest)
+        names = ["manifest.json", *names]
     digest = hashlib.sha256()
-    for name in files_read(folder):
+    for name in names:
         digest.update(f"{name} {file_sha256(folder / name)}\n".encode())
     return digest.hexdigest()
 

@@ -36,7 +36,7 @@ class Kept(NamedTuple):
     finish: str
 
 
-def digest_of(rows: list) -> str:
+def rows_sha256(rows: list) -> str:
     """The sha256 of JSON values: what was asked."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -141,7 +141,7 @@ class KeptAnswers:
             if ours_is != theirs_is:
                 raise ValueError(
                     f"{self.path}: made with {name} {shown(theirs_is)}, not {shown(ours_is)}; "
-                    f"the command of then goes on with its {answers:,} answers; {REMEDY}"
+                    f"the command used then resumes its {answers:,} answers; {REMEDY}"
                 )
 
     def read_answer(self, fields: Fields) -> None:

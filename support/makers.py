@@ -161,7 +161,7 @@ class Maker:
         self.config = config
         self.tokenizer = tokenizer
         self.names = FieldNames(config.label or "model", config.reward)
-        table = parse_classes(config.classes, config.beta)
+        table = parse_classes(config.classes, config.beta, bool(config.reward))
         self.classes = Classes(table, config.beta)
 
     def conversations(self, chunk: Chunk) -> Iterator[Conversation]:
@@ -206,7 +206,7 @@ class Maker:
                 class_ids.append(places[class_])
                 group.append(prompt_hash(conversation))
 
-        # one behind the other, without padding; a chunk of which nothing is kept has none
+        # end to end, without padding; a chunk of which nothing is kept has none
         return Made(
             tokens=np.concatenate([*tokens, np.empty(0, np.int32)]),
             weights=np.concatenate([*weights, np.empty(0, np.float32)]),

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from support.cli import on_one_line
 from support.files import naming, written_whole
 from support.ranks import rank
 
 
-# A number that a picture can show is below this, a step far below.
+# Numbers from here on are taken for damage: no picture can show them, and no run has so many steps.
 HUGE = 10**18
 
 
@@ -30,7 +31,7 @@ def log(text: str) -> None:
     """Print a line, on rank 0, above the progress bar."""
     # The ranks may not have met yet, so torchrun's variable tells.
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(text)
+        tqdm.write(on_one_line(text))
 
 
 @contextmanager
@@ -110,7 +111,7 @@ class Log:
         kept = read_metrics(path, until=start)
         self.skipped = sum("skipped" in line for line in kept)
         self.validated = {line["step"] for line in kept if "val_loss" in line}
-        with naming(path), written_whole(path) as partial:
+        with written_whole(path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         # a line reaches the file as soon as it is whole
         self.path = path
@@ -146,11 +147,11 @@ class Log:
             f"loss {line['loss']:.4f} ({of_classes}) lr {line['lr']:.2e} "
             f"{line['tokens_per_s']:,.0f} tokens/s {supervised:.0%} supervised{tail}"
         )
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(on_one_line(text), refresh=False)
         self.bar.update()
         is_due = step % self.every == 0 or step in (1, self.steps)
         if self.bar.disable and is_due:
-            print(f"step {step}/{self.steps} {text}", flush=True)
+            print(on_one_line(f"step {step}/{self.steps} {text}"), flush=True)
 
     def write_nonfinite(
         self, step: int, error: Exception, conversations: list[int], skipped: bool

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from support.cli import ENDED_BY_CTRL_C
+
 # ---- who am I
 
 
@@ -202,8 +204,7 @@ def is_first_to_fail(store: dist.Store | None) -> bool:
 def account(error: BaseException, explain: Callable[[BaseException], str | None]) -> str:
     """What to print of an error, in its handler: a line where there is one, or the traceback."""
     line = explain(error)
-    # A DistError is also what a store raises when its time is over.
-    if not line and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+    if not line and is_of_another_rank(error):
         # without gloo's file name in brackets, and its first sentence only
         reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0]
         line = (
@@ -213,6 +214,19 @@ def account(error: BaseException, explain: Callable[[BaseException], str | None]
     if line:
         return f"{Path(sys.argv[0]).name}: {line}"
     return traceback.format_exc()
+
+
+# what NCCL says where a peer is gone; its other errors are this rank's own
+LOST_PEER = "remote process", "connection", "timed out", "timeout", "abort", "socket"
+
+
+def is_of_another_rank(error: BaseException) -> bool:
+    """Whether the error says that another rank is gone."""
+    text = str(error).lower()
+    if "nccl" in text:
+        return any(words in text for words in LOST_PEER)
+    # A DistError is also what a store raises when its time is over.
+    return "gloo" in text or isinstance(error, dist.DistError)
 
 
 def leave_without_agent() -> None:
@@ -239,9 +253,6 @@ def leave_without_agent() -> None:
 
 
 # ---- signals
-
-# The exit status that shells give a command which Ctrl-C has ended.
-SIGNALLED = 130
 
 # Seconds after the first Ctrl-C from which another one means it. Under torchrun a rank gets one
 # Ctrl-C twice: from the terminal, and at once again from its agent.
@@ -311,7 +322,7 @@ class Signals:
         elif is_ctrl_c and now - self.first >= MEANT:
             # the main thread may be in a collective that never ends
             self.say("stopped by a second Ctrl-C without saving; an earlier checkpoint remains")
-            os._exit(SIGNALLED)
+            os._exit(ENDED_BY_CTRL_C)
 
     def say(self, text: str) -> None:
         """One line of each node."""

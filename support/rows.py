@@ -35,8 +35,8 @@ ROWS_AT_ONCE = 1024
 # Bytes of one of its columns that are read at once; without it a whole group of rows is.
 COLUMN_BYTES_AT_ONCE = 2**20
 
-# A chunk has so many rows, or fewer where they have so many bytes: enough that sending it to
-# another process costs little beside what is done with it there.
+# A chunk ends at this many rows or bytes, whichever comes first: enough that sending it to another
+# process costs little beside what is done with it there.
 ROWS_OF_A_CHUNK = 256
 BYTES_OF_A_CHUNK = 2**20
 

@@ -242,6 +242,7 @@ def test_sample_names_what_is_wrong(toy_run, tmp_path):
     assert "--temperature is 0" in fail(hf, "--top_p", 0)
     assert "--seed is from 0" in fail(hf, "--seed", 10**20)
     assert "--input and --output go together" in fail(hf, "--input", "x")
+    assert "one of the two" in fail(hf, "--prompt", "x", "--input", "x", "--output", tmp_path / "y")
 
 
 def test_sample_names_the_row_that_is_wrong(toy_run, tmp_path):
@@ -269,6 +270,7 @@ def test_show_names_what_is_wrong(toy, tmp_path):
     assert "shown with --tokenizer PATH" in fail("show", toy / "train.jsonl")
     assert "--tokenizer" in fail("show")
     assert "nofile: show takes one prepared file" in fail("show", prepared, "nofile")
+    assert "train.safetensors is prepared" in fail("show", prepared, "--template", "none")
     for flag in ("--micro_tokens", "--ranks", "--tokens_per_s"):
         assert f"{flag} 0" in fail("stats", prepared, flag, 0)
     # neither may take as much memory as it says

@@ -25,6 +25,7 @@ from conversations import (
     tokenize,
 )
 from data import LEDGER, PrepareConfig, Prepared, prepare
+from data import main as data_main
 from prompts import tokenize_prompt
 from tokenizer import EOT, Tokenizer
 
@@ -283,6 +284,22 @@ def test_an_unanswered_turn_is_cut_and_a_conversation_without_answer_is_dropped(
     # an empty question stays
     kept, _ = cut("", "a")
     assert len(kept) == 1
+    # nothing of it is left before max_len: it is dropped, not cut
+    kept, ledger = cut("a " * 99, "a")
+    assert not kept
+    assert ledger["dropped_conversations"] == 1
+    assert ledger["truncated_conversations"] == 0
+
+
+def test_a_name_with_line_breaks_is_printed_on_one_line(toy, tmp_path, capsys):
+    path = tmp_path / "x.safetensors"
+    words = "--tokenizer", str(toy / "tokenizer.model"), "--out", str(path)
+    data_main(["prepare", str(toy / "train.jsonl"), *words, "--classes", "*=G\nP:1"])
+    data_main(["show", str(path), "--n", "1"])
+    data_main(["stats", str(path)])
+    out = capsys.readouterr().out
+    assert out.count("G\\nP") >= 8
+    assert not any(line.startswith("P") for line in out.splitlines())
 
 
 def test_real_files_are_prepared_and_counted(assets, tmp_path):

@@ -601,13 +601,15 @@ def test_single_grading_survives_a_batch_with_every_fault(single_requests, tmp_p
         json.dumps({"custom_id": keys[1], "response": "oops"}),
         json.dumps(reply(keys[1], "Rating: [[4]]"))[:-20],
     ]
-    batch.write_text("\n".join(output))
+    # and one that is no UTF-8: U+FFFD is not what the judge said
+    broken = json.dumps(reply(keys[1], "?[[5]]")).encode().replace(b"?", b"\xff")
+    batch.write_bytes("\n".join(output).encode() + b"\n" + broken)
     out = tmp_path / "judgments.jsonl"
     capsys.readouterr()
     evaluate("judge", batch, "--requests", single_requests, "--out", out)
     said = capsys.readouterr().out
     assert "2 of 4 requests answered" in said
-    assert "3 failed, 3 malformed, 1 doubled, 1 foreign, 1 unparsed; 2 to be asked again" in said
+    assert "3 failed, 4 malformed, 1 doubled, 1 foreign, 1 unparsed; 2 to be asked again" in said
 
     # read by newlines alone: the judge's text has another line separator in it
     rows = [json.loads(line) for line in out.read_text().split("\n")[:-1]]

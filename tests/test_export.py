@@ -27,7 +27,8 @@ from prompts import tokenize_prompt
 from sample import SampleConfig, Speaker
 from support.export import write_manifest, write_weights
 from support.export_tokenizer import TRAINING_TEMPLATE, chat_template, write_tokenizer
-from support.files import read_json, written_whole
+from support.fields import read_fields
+from support.files import written_whole
 from tokenizer import EOT
 
 # "Hi" and its end, by the Llama-2 tokenizer
@@ -180,15 +181,16 @@ def test_spaces_and_bytes_tokenize_alike(llama_tokenizer, tokenizer_folder):
 def test_the_end_of_turn_is_the_eos_and_unk_the_pad(toy_run):
     """By the files, as llama.cpp's converter, CTranslate2 and vLLM read them."""
     hf = toy_run / "hf"
-    config = read_json(hf / "config.json")
-    generation = read_json(hf / "generation_config.json")
+    config = read_fields(hf / "config.json").content
+    generation = read_fields(hf / "generation_config.json").content
     drawn = SampleConfig()
     assert generation["do_sample"]
     assert generation["temperature"] == drawn.temperature
     assert (generation["top_p"], generation["top_k"]) == (drawn.top_p, drawn.top_k or 0)
-    tokens = read_json(hf / "tokenizer_config.json")
+    tokens = read_fields(hf / "tokenizer_config.json").content
     added = {
-        token["content"]: token["id"] for token in read_json(hf / "tokenizer.json")["added_tokens"]
+        token["content"]: token["id"]
+        for token in read_fields(hf / "tokenizer.json").content["added_tokens"]
     }
 
     assert added == {"<unk>": 0, "<s>": 1, "</s>": 2, EOT: 96}
@@ -236,7 +238,7 @@ def as_exported_before(hf, out):
     (out / TRAINING_TEMPLATE).unlink()
 
     def rewrite(name, removed, **changed):
-        content = read_json(out / name) | changed
+        content = read_fields(out / name).content | changed
         content.pop(removed)
         (out / name).write_text(json.dumps(content))
 
@@ -309,7 +311,8 @@ def test_an_export_is_a_base_again(toy, toy_run, tmp_path, train):
     train(data, run, "--model", toy_run / "hf", *words)
     # it goes on where the first run ended, and the tokens that it adds are none
     assert metrics(run)[0]["loss"] == pytest.approx(metrics(toy_run)[-1]["loss"], abs=0.3)
-    assert read_json(run / "hf" / "config.json") == read_json(toy_run / "hf" / "config.json")
+    config = read_fields(run / "hf" / "config.json")
+    assert config.content == read_fields(toy_run / "hf" / "config.json").content
 
 
 def test_files_have_the_mode_that_the_umask_gives(toy_run, tmp_path):

@@ -11,6 +11,7 @@ from support.fields import file_in, parse_object, read_fields
 from support.files import file_sha256
 from support.hf import check_manifest, model_digest, read_config, weight_files
 from tokenizer import special_names_beside
+from train import base_sha256
 
 
 @pytest.fixture
@@ -151,6 +152,17 @@ def test_the_digest_of_a_model_changes_with_its_files(folder):
     assert without == model_digest(folder) != with_manifest
     edited(folder / "config.json", rms_norm_eps=1e-6)
     assert model_digest(folder) != without
+
+
+@pytest.mark.parametrize("digest", [model_digest, base_sha256])
+def test_what_a_manifest_does_not_list_counts_by_its_content(folder, digest):
+    (folder / "manifest.json").write_text("{}")
+    before = digest(folder)
+    weights = folder / weight_files(folder)[0]
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert digest(folder) != before
 
 
 def test_tokens_that_are_no_names(tmp_path):

@@ -172,6 +172,12 @@ def test_a_malformed_table_stops(text):
         parse_classes(text)
 
 
+def test_a_condition_that_looks_like_the_name_of_a_class_stops():
+    """A prepared file counts each class under its name."""
+    with pytest.raises(ValueError, match="two classes would have the name 'X:0.1'"):
+        parse_classes("a=X:0.1:1,b=X:0.1,c=X:0.2")
+
+
 def test_a_label_without_class_and_an_answer_without_weight_stop():
     unknown = Conversation((user("q"),), "x", where="f:3")
     with pytest.raises(ValueError, match="f:3: label 'x' matches no class"):
@@ -511,6 +517,16 @@ def test_4_the_tables_numbers_then_only_say_who_the_expert_is(assigned, answer_w
     assert answer_weights(*rows, **flags) == [1.0, pytest.approx(math.exp(-1))]
     _, classes = assigned(*rows, **flags)
     assert classes.expert().name == "B"
+
+
+@pytest.mark.parametrize("table", ["B=B:-100,A=A:-90", "B=B:5,A=A:9"])
+def test_4_then_they_are_no_weights(assigned, table):
+    """Two that are so low that exp() gives 0 are not alike, and one may be as high as it likes."""
+    rows = [row(model="A", r=1), row(model="B", r=0)]
+    _, classes = assigned(*rows, classes=table, reward="r", beta=0.1)
+    assert classes.expert().name == "A"
+    with pytest.raises(ValueError, match="'.=.:.' gives the weight"):
+        parse_classes("B=B:5,A=A:9", beta=0.1)
 
 
 @pytest.mark.parametrize("value", [None, "1", True, math.nan, math.inf, 10**400, [1]])

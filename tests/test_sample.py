@@ -373,7 +373,7 @@ def test_answers_survive_and_end_as_if_uninterrupted(
     ):
         line = refused(main, *words, *flags)
         assert message in line
-        assert f"the command of then goes on with its {kept} answers" in line
+        assert f"the command used then resumes its {kept} answers" in line
     source.write_text(source.read_text().replace("copy a b", "sort a b"))
     assert "made with prompts" in refused(main, *words)
     source.write_text(source.read_text().replace("sort a b", "copy a b"))

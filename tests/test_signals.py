@@ -13,7 +13,8 @@ from conftest import ROOT, metrics
 
 import train as train_module
 from support.checkpoint import steps
-from support.ranks import SIGNALLED, Signals, leave_without_agent
+from support.cli import ENDED_BY_CTRL_C
+from support.ranks import Signals, leave_without_agent
 from train import main
 
 
@@ -62,7 +63,7 @@ def test_what_a_signal_costs(toy, tmp_path, capsys):
         with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as stop:
             Interruption(monkeypatch, name, count)
             run(tmp_path / "run")
-        assert stop.value.code == SIGNALLED
+        assert stop.value.code == ENDED_BY_CTRL_C
         last = metrics(tmp_path / "run")[-1]["step"]
         assert steps(tmp_path / "run" / "checkpoints")[0] == last
         out, err = capsys.readouterr()
@@ -135,7 +136,7 @@ def test_only_a_second_ctrl_c_quits_and_only_after_a_second():
     ctrl_c, term = signal.SIGINT, signal.SIGTERM
     # the terminal's and the agent's, at once
     assert ends_after((0, ctrl_c), (0.05, ctrl_c)) == 7
-    assert ends_after((0, ctrl_c), (0.05, ctrl_c), (1.1, ctrl_c)) == SIGNALLED
+    assert ends_after((0, ctrl_c), (0.05, ctrl_c), (1.1, ctrl_c)) == ENDED_BY_CTRL_C
     # Slurm's and torchrun's
     assert ends_after((0, ctrl_c), (0, term), (1.1, term)) == 7
     assert ends_after() == 8

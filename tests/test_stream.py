@@ -25,7 +25,7 @@ from test_labels import answer, row, write
 
 import data
 import train as train_module
-from data import PrepareConfig, Prepared, prepare
+from data import PrepareConfig, Prepared, ShowConfig, prepare, show
 from support import arrays, makers, rows
 from support.arrays import Digest, Spool, digest_of
 from support.files import file_sha256
@@ -450,6 +450,8 @@ def test_a_file_without_digests_is_checked_field_by_field(tiny, tmp_path, change
 def test_a_file_without_digests_opens_with_a_line_that_says_so(tiny, tmp_path, capsys):
     path = changed(tiny, tmp_path / "x.safetensors", lambda values, meta: None)
     opened(path)
+    assert f"{path}: carries no digests" in capsys.readouterr().out
+    show(ShowConfig((str(path),), n=1))
     assert f"{path}: carries no digests" in capsys.readouterr().out
     opened(tiny)
     assert "digests" not in capsys.readouterr().out

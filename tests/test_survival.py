@@ -1204,6 +1204,29 @@ def test_the_committed_step_meets_its_floors():
         assert median("ours", share, "peak_bytes") < 0.6 * peak
 
 
+def test_a_step_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    """Ours decides the exit status. --check writes nothing."""
+    import paper.step
+
+    def run_alone(name, supervised, argv, seconds):
+        assert 0 < seconds <= 3600
+        if name == "ours" or "padded" in name:
+            return None, "CUDA error"
+        line = {"contestant": name, "supervised": supervised, "tokens_per_s": 1, "peak_bytes": 1}
+        return line, None
+
+    monkeypatch.setattr(paper.step, "run_alone", run_alone)
+    said = refused(paper.step.main, "--rounds", 1, "--out", tmp_path)
+    assert "ours failed: ours: CUDA error; ours: CUDA error" in said
+    results = json.loads((tmp_path / "step_cpu.json").read_text())
+    assert [row["contestant"] for row in results["rows"]] == 2 * ["transformers, packed"]
+    assert results["not_run"]["transformers, padded"] == "CUDA error"
+
+    refused(paper.step.main, "--check", "--out", tmp_path / "none")
+    assert "transformers, packed ran" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_gpu_s_step_says_that_it_needs_one():
     import paper.step
 

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -21,12 +22,11 @@ import mutants
 import pytest
 import torch
 from conftest import ROOT, call
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels import compile as aot
 from kernels import cross_entropy, rms_norm, rotary_attention, swiglu
 from kernels.cases import cases
+from kernels.timing import Clock
 
 MODULES = {
     "rms_norm": rms_norm,
@@ -44,8 +44,6 @@ fp16 = torch.float16
 fp32 = torch.float32
 gpu = pytest.mark.gpu
 by_dtype = pytest.mark.parametrize("dtype", checks.DTYPES.values(), ids=checks.DTYPES)
-few = settings(max_examples=6, deadline=None, derandomize=True)
-many = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 @pytest.fixture(autouse=True)
@@ -170,48 +168,6 @@ def test_no_logit_beyond_the_vocabulary_counts():
     checks.columns_beyond_the_vocabulary(cross_entropy)
 
 
-some_dtype = st.sampled_from(list(checks.DTYPES.values()))
-some_seed = st.integers(0, 2**20)
-some_length = st.one_of(st.integers(0, 40), st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 64, 65]))
-PACKING = {
-    "lengths": st.lists(some_length, min_size=1, max_size=7),
-    "padding": st.integers(0, 20),
-    "heads": st.sampled_from([(1, 1), (4, 1), (8, 1), (6, 3), (8, 2)]),
-    "E": st.sampled_from([32, 64]),
-    "dtype": some_dtype,
-    "seed": some_seed,
-}
-
-
-def any_packing(lengths, padding, heads, E, dtype, seed):
-    checks.rotary_attention(rotary_attention, dtype, lengths, padding, *heads, E, seed=seed)
-
-
-test_any_packing = few(given(**PACKING)(any_packing))
-test_any_packing_at_length = pytest.mark.long(many(given(**PACKING)(any_packing)))
-
-ROWS = {
-    "T": st.integers(1, 40),
-    "D": st.integers(1, 300),
-    "flag": st.booleans(),
-    "strided": st.booleans(),
-    "dtype": some_dtype,
-    "seed": some_seed,
-}
-
-
-def any_rows(T, D, flag, strided, dtype, seed):
-    checks.rms_norm(rms_norm, dtype, T, D, flag, strided, seed)
-    checks.swiglu(swiglu, dtype, T, D, strided, seed)
-    checks.linear_cross_entropy(
-        cross_entropy, dtype, T, D, D + 1, chunk_rows=128, strided=strided, seed=seed
-    )
-
-
-test_any_rows = few(given(**ROWS)(any_rows))
-test_any_rows_at_length = pytest.mark.long(many(given(**ROWS)(any_rows)))
-
-
 @gpu
 @by_dtype
 @pytest.mark.parametrize("D", [4096, 5120, 8192])
@@ -243,15 +199,6 @@ def test_attention_over_many_blocks(dtype, E, H, G):
     for lengths, padding in ((uneven, 37), (growing, 5)):
         checks.rotary_attention(rotary_attention, dtype, lengths, padding, H, G, E, device="cuda")
     checks.attention_blindness(rotary_attention, dtype, [200, 700, 300], H, G, E, device="cuda")
-
-
-# ---- the schedule
-
-
-@few
-@given(lengths=st.lists(st.integers(0, 70), max_size=150), padding=st.integers(0, 50))
-def test_plan_holds_every_block_once_most_work_first(lengths, padding):
-    checks.plan(rotary_attention, lengths, padding)
 
 
 # ---- what only the interpreter can see
@@ -847,6 +794,71 @@ def test_bench_table_renders_a_results_file(tmp_path):
     assert absent == "not run: Liger (ImportError)"
     cells = "| rms_norm | T=4 D=8 | forward | ours | 0.500 | 2.00 TB/s | 80% | 1.0e-03 | 3 |"
     assert shown == cells
+
+
+def test_bench_says_so_where_it_cannot_draw(monkeypatch, tmp_path, capsys):
+    from kernels import bench
+
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    bench.draw({"rows": []}, tmp_path / "bench.png")
+    assert capsys.readouterr().out == "no picture: pip install matplotlib\n"
+
+
+def test_nothing_is_begun_that_would_not_end_in_time(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("kernels.timing.time", SimpleNamespace(monotonic=lambda: now))
+    clock = Clock(minutes=1)
+    begun = []
+    # the second piece takes 30 s, and after 45 s there is no time for another one as long
+    for seconds in (10, 30, 5, 5):
+        begun.append(clock.has_time())
+        now += seconds
+    assert begun == [True, True, False, False]
+    assert clock.left == 10
+
+
+def test_tune_tries_every_value_and_goes_on_where_none_runs(tmp_path, monkeypatch):
+    out, _ = call("-m", "kernels.tune", "--check", "--out", tmp_path / "x.json")
+    for case in cases().values():
+        for knob in case.KNOBS:
+            for value in knob.values:
+                assert re.search(rf"{re.escape(knob.name)} +{re.escape(str(value))} +error", out), (
+                    out
+                )
+    assert not list(tmp_path.iterdir())
+
+    from kernels import tune
+
+    def refuses(*_):
+        raise RuntimeError("out of shared memory")
+
+    case = tune.case_for(cases()["swiglu"], "cpu")
+    monkeypatch.setattr(tune, "timed", refuses)
+    rows = tune.tune_knob(case, cases()["swiglu"].KNOBS[0], 1, "cpu")
+    assert {row["why_not"] for row in rows} == {"RuntimeError: out of shared memory"}
+    assert not any(row.get("best") for row in rows)
+
+
+def test_a_knob_reads_what_it_turns():
+    """On the rows of every GPU; and what is to be pasted names it."""
+    for case in cases().values():
+        for knob in case.KNOBS:
+            for arch in ("sm_80", "sm_90", "sm_100"):
+                before = knob.read(arch)
+                for value in knob.values:
+                    knob.turn(arch, value)
+                    assert knob.read(arch) == value
+                knob.turn(arch, before)
+                module = sys.modules[case.__name__.replace(".cases", "")]
+                assert eval(knob.place(arch), vars(module)) == before
+
+
+def test_make_gpu_tries_its_four_parts_without_a_result():
+    words = ["make", "-n", "gpu_check", "gpu_bench", "gpu_tune", "gpu_step", "CHECK=1", "VENV="]
+    printed = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    commands = printed.replace("\\\n", " ").strip().splitlines()
+    assert len(commands) == 4
+    assert all(command.endswith("--check") for command in commands), printed
 
 
 def survivors(jobs):

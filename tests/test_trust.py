@@ -3,6 +3,7 @@
 And a disk that is full is named.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,7 @@ from support.checkpoint import Checkpoints, digest, steps
 from support.checkpoint import fault as fault_of
 from support.cli import one_line
 from support.export import write_weights
+from support.files import write_json, written_whole
 from support.metrics import Log
 from train import main
 
@@ -126,6 +128,13 @@ def test_a_manifest_that_vouches_for_too_little_is_a_fault(tmp_path):
         text = json.dumps({"sha256": digest(content)} | content, indent=1)
         (path / "MANIFEST.json").write_text(text)
         assert said in fault_of(path)
+    for content in (
+        {k: v for k, v in manifest.items() if k != "identity"},
+        manifest | {"identity": []},
+    ):
+        text = json.dumps({"sha256": digest(content)} | content, indent=1)
+        (path / "MANIFEST.json").write_text(text)
+        assert "MANIFEST.json" in fault_of(path)
     for raw in (b"[" * 10**5, b"1" * 10**4, b'{"files": 3}', b"\xff"):
         (path / "MANIFEST.json").write_bytes(raw)
         assert "MANIFEST.json changed" in fault_of(path)
@@ -298,6 +307,20 @@ def test_a_full_disk_names_the_file(tmp_path):
     # what is still to be written goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), log.file.fileno())
     log.file.close()
+
+
+def test_small_files_that_do_not_fit_are_named_too(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError) as error:
+        write_json(tmp_path / "config.json", {})
+    assert one_line(error.value).startswith(f"{tmp_path}/config.json: No space left on device")
+    with pytest.raises(OSError) as error, written_whole(tmp_path / "answers.jsonl") as partial:
+        partial.write_bytes(b"")
+    assert one_line(error.value).startswith(f"{tmp_path}/answers.jsonl: No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_that_does_not_fit_names_the_file(tmp_path):

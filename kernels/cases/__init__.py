@@ -46,12 +46,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Knob:
-    """A setting that a GPU is to decide: `turn(value)` sets it in the kernel's module."""
+    """A setting that a GPU is to decide."""
 
     name: str
     # which time it is judged by: forward, backward or both
     direction: str
+    # what is tried beside today's value
     values: tuple
+    # (architecture) -> where it stands in the kernel's module, as `PROGRAMS["sm_90"]`
+    place: Callable[[str], str]
+    # (architecture) -> today's value
+    read: Callable
+    # (architecture, value): set it
     turn: Callable
 
 

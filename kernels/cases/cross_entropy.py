@@ -24,17 +24,31 @@ SMALL = {"T": 96, "D": 64, "V": 101}
 COMPILED = [{"V": 32000}, {"V": 32001}]
 
 
-def turn_chunk(value):
+def turn_chunk(_arch, value):
     module.CHUNK_BYTES["cuda"] = value
 
 
-def turn_block(value):
+def turn_block(_arch, value):
     module.BLOCK, module.WARPS = value
 
 
 KNOBS = [
-    Knob("bytes of a chunk", "both", (2**27, 2**28, 2**29, 2**30), turn_chunk),
-    Knob("block, warps", "both", ((2048, 4), (4096, 8), (8192, 8), (8192, 16)), turn_block),
+    Knob(
+        "bytes of a chunk",
+        "both",
+        values=(2**27, 2**28, 2**29, 2**30),
+        place=lambda arch: 'CHUNK_BYTES["cuda"]',
+        read=lambda arch: module.CHUNK_BYTES["cuda"],
+        turn=turn_chunk,
+    ),
+    Knob(
+        "block, warps",
+        "both",
+        values=((2048, 4), (4096, 8), (8192, 8), (8192, 16)),
+        place=lambda arch: "BLOCK, WARPS",
+        read=lambda arch: (module.BLOCK, module.WARPS),
+        turn=turn_block,
+    ),
 ]
 
 
@@ -93,6 +107,21 @@ def packages(device, ignored):
     )
     if liger:
         peers["Liger"] = lambda hidden, matrix: liger(hidden, matrix, ignored, reduction="sum")
+    # Liger's form for Hopper, in CuTe
+    cute = optional(
+        device,
+        "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90",
+        "LigerFusedLinearCrossEntropySM90Function",
+    )
+    if cute:
+        peers["Liger, CuTe"] = lambda hidden, matrix: cute.apply(
+            hidden, matrix, ignored, -100, "sum"
+        )
+    quack = optional(device, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+    if quack:
+        peers["QuACK"] = lambda hidden, matrix: quack(
+            hidden, matrix, ignored, ignore_index=-100, reduction="sum"
+        )
     cut = optional(device, "cut_cross_entropy", "linear_cross_entropy")
     if cut:
         peers["cut-cross-entropy"] = lambda hidden, matrix: cut(

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from kernels import arch
 from kernels import rms_norm as module
 from kernels.cases import Case, Cost, Knob, compiled, optional
 from kernels.rms_norm import rms_norm, rms_norm_bwd_op, rms_norm_op, rms_norm_ref
@@ -17,12 +16,28 @@ SMALL = {"T": 96, "D": 64}
 COMPILED = [{"D": 4096}, {"D": 5120}, {"D": 8192}, {"D": 96}, {"D": 4096, "T": 17}]
 
 
-def turn_programs(value):
-    """Programs of the backward pass, on this machine's GPU."""
-    module.PROGRAMS[arch(torch.empty(0, device="cuda"))] = value
+def turn_warps(_arch, value):
+    module.MOST_WARPS = value
 
 
-KNOBS = [Knob("backward programs", "backward", (132, 198, 264, 396, 528), turn_programs)]
+KNOBS = [
+    Knob(
+        "backward programs",
+        "backward",
+        values=(132, 198, 264, 396, 528),
+        place=lambda arch: f'PROGRAMS["{arch}"]',
+        read=lambda arch: module.PROGRAMS[arch],
+        turn=module.PROGRAMS.__setitem__,
+    ),
+    Knob(
+        "most warps",
+        "backward",
+        values=(4, 8, 16),
+        place=lambda arch: "MOST_WARPS",
+        read=lambda arch: module.MOST_WARPS,
+        turn=turn_warps,
+    ),
+]
 
 
 def case_of(make, device, T, D):

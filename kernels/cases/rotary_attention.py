@@ -5,7 +5,6 @@ from inspect import signature
 
 import torch
 
-from kernels import arch
 from kernels import rotary_attention as module
 from kernels.cases import Case, Cost, Knob, compiled, optional
 from kernels.rotary_attention import (
@@ -39,16 +38,22 @@ COMPILED = [
 ]
 
 
-def turner(which):
-    """Sets the tiles of one kernel in the row of this machine's GPU."""
+def tiles(name, direction, values, which):
+    """The knob of one kernel's tiles: an entry in the GPU's row of LAUNCH."""
 
-    def turn(value):
-        name = arch(torch.empty(0, device="cuda"))
-        row = list(module.LAUNCH[name])
+    def turn(arch, value):
+        row = list(module.LAUNCH[arch])
         row[which] = value
-        module.LAUNCH[name] = tuple(row)
+        module.LAUNCH[arch] = tuple(row)
 
-    return turn
+    return Knob(
+        name,
+        direction,
+        values,
+        place=lambda arch: f'LAUNCH["{arch}"][{which}]',
+        read=lambda arch: module.LAUNCH[arch][which],
+        turn=turn,
+    )
 
 
 # (rows owned, rows read at a time, warps, stages); the second divides the first
@@ -56,9 +61,9 @@ FORWARD_TILES = ((128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 
 DQ_TILES = ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3))
 DKV_TILES = ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3))
 KNOBS = [
-    Knob("forward tiles", "forward", FORWARD_TILES, turner(0)),
-    Knob("dq tiles", "backward", DQ_TILES, turner(1)),
-    Knob("dk, dv tiles", "backward", DKV_TILES, turner(2)),
+    tiles("forward tiles", "forward", FORWARD_TILES, 0),
+    tiles("dq tiles", "backward", DQ_TILES, 1),
+    tiles("dk, dv tiles", "backward", DKV_TILES, 2),
 ]
 
 
@@ -136,7 +141,10 @@ def rotations(cos, sin):
 
 
 def packed_peers(device, cu_seqlens, longest, group):
-    """{name: packed causal attention of (q, k, v)}: PyTorch's own, and flash-attn's where it is."""
+    """{name: packed causal attention of (q, k, v)}: PyTorch's own, and flash-attn's where it is.
+
+    (torch's activate_flash_attention_impl makes varlen_attn call the last two: the same kernels.)
+    """
     peers = {}
     varlen = optional(device, "torch.nn.attention.varlen", "varlen_attn")
     if varlen:

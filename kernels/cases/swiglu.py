@@ -16,11 +16,20 @@ SMALL = {"T": 96, "F": 80}
 COMPILED = [{"F": 11008}, {"F": 11009, "T": 17}]
 
 
-def turn_block(value):
-    module.BLOCK = value
+def turn_block(_arch, value):
+    module.BLOCK, module.WARPS = value
 
 
-KNOBS = [Knob("block", "both", (1024, 2048, 4096), turn_block)]
+KNOBS = [
+    Knob(
+        "block, warps",
+        "both",
+        values=((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)),
+        place=lambda arch: "BLOCK, WARPS",
+        read=lambda arch: (module.BLOCK, module.WARPS),
+        turn=turn_block,
+    )
+]
 
 
 def case_of(make, device, T, F):
