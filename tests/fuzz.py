@@ -60,6 +60,7 @@ from evaluation.judge import JudgeConfig  # noqa: E402
 from evaluation.report import ReportConfig  # noqa: E402
 from recipe import TrainConfig  # noqa: E402
 from support.budget import FitConfig  # noqa: E402
+from support.checkpoint import digest  # noqa: E402
 from support.cli import run  # noqa: E402
 from support.export import write_manifest  # noqa: E402
 from tokenizer import EOT, Tokenizer  # noqa: E402
@@ -339,6 +340,7 @@ class Case:
     may_leave: names that a refused call may leave in the folder
     check: called where the input was accepted; raises AssertionError
     must_refuse: this input may not be accepted
+    must_accept: this input may not be refused
     """
 
     main: Callable
@@ -347,6 +349,7 @@ class Case:
     may_leave: tuple = ()
     check: Callable = lambda: None
     must_refuse: bool = False
+    must_accept: bool = False
 
 
 class Reached(BaseException):
@@ -397,6 +400,8 @@ def outcome(case: Case, work: Path) -> tuple[str, str]:
         except Exception as error:
             return "unexpected", f"accepted, but {type(error).__name__}: {error}"[:300]
         return "accepted", ""
+    if case.must_accept:
+        return "unexpected", f"refused: {line}"[:300]
     if isinstance(line, int):
         return "unexpected", f"exit {line} without a line"
     if len(line.splitlines()) != 1 or not line.startswith(f"{program_of(case)}: "):
@@ -430,6 +435,8 @@ def outcome_of_process(case: Case, work: Path) -> tuple[str, str]:
         return (
             ("unexpected", "accepted, with a bit flipped") if case.must_refuse else ("accepted", "")
         )
+    if case.must_accept:
+        return "unexpected", f"refused: {lines[-3:]}"[:300]
     if process.exitcode != 1 or not lines or not lines[-1].startswith(program_of(case)):
         return "unexpected", f"exit {process.exitcode}: {lines[-3:]}"[:300]
     if any("Traceback" in line for line in lines):
@@ -622,6 +629,27 @@ def shown_rows(desk: Desk, work: Path, rng: random.Random) -> Case:
 
 
 @target
+def parquet(desk: Desk, work: Path, rng: random.Random) -> Case:
+    """Conversation files in parquet, of which rows are broken, or bytes."""
+    # slow to import, and for this target only
+    import pyarrow.parquet
+
+    source = work / "in.parquet"
+    try:
+        columns = pyarrow.Table.from_pylist(broken_rows(rng, conversation))
+        pyarrow.parquet.write_table(columns, source)
+    # no column holds such values
+    except (ValueError, TypeError, AttributeError, OverflowError, NotImplementedError):
+        columns = pyarrow.Table.from_pylist([conversation(rng)])
+        pyarrow.parquet.write_table(columns, source)
+    if rng.random() < 0.4:
+        source.write_bytes(broken_bytes(rng, source.read_bytes()))
+    tokenizer = Tokenizer(desk.tokenizer)
+    check = lambda: check_prepared(work / "x.safetensors", tokenizer)  # noqa: E731
+    return Case(data.main, prepare_words(desk, work, source), check=check)
+
+
+@target
 def table(desk: Desk, work: Path, rng: random.Random) -> Case:
     """--classes, --beta and --expert of prepare."""
     source = work / "in.jsonl"
@@ -804,6 +832,45 @@ def checkpoint(desk: Desk, work: Path, rng: random.Random) -> Case:
 
 
 @target
+def vouched(desk: Desk, work: Path, rng: random.Random) -> Case:
+    """A checkpoint whose manifest says something else, under the right sha256 of its own."""
+    copied = linked(desk.run / "checkpoints", work / "run" / "checkpoints")
+    for path in copied.rglob("MANIFEST.json"):
+        manifest = json.loads(path.read_text())
+        manifest.pop("sha256")
+        manifest = changed_often(rng, manifest)
+        if isinstance(manifest, dict):
+            manifest = {"sha256": digest(manifest)} | manifest
+        replace(path, json.dumps(manifest, indent=1).encode(errors="surrogatepass"))
+    return resumed(desk, work)
+
+
+@target
+def run_folder(desk: Desk, work: Path, rng: random.Random) -> Case:
+    """A run that goes on, with anything in its metrics.jsonl and its lock: neither may stop it."""
+    linked(desk.run / "checkpoints", work / "run" / "checkpoints")
+    lines = (desk.run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    at = rng.randrange(len(rows))
+    rows[at] = changed_often(rng, rows[at])
+    kept = work / "run" / "metrics.jsonl"
+    kept.write_bytes(as_lines(rng, rows))
+    (work / "run" / "lock").write_bytes(broken_bytes(rng, b"process 1 on a since b: train.py"))
+    case = resumed(desk, work)
+    # the log is open, and what it kept has been written anew
+    case.stops = {"train.batches_after": reached}
+    case.check = lambda: check_log(kept)
+    case.must_accept = True
+    return case
+
+
+def check_log(path: Path) -> None:
+    """All lines are of steps that were taken."""
+    for line in path.read_text().splitlines():
+        assert 0 < json.loads(line)["step"] <= 60
+
+
+@target
 def checkpoint_flip(desk: Desk, work: Path, rng: random.Random) -> Case:
     """One bit of a checkpoint: it is passed over, so that with all flipped none is taken."""
     copied = linked(desk.run / "checkpoints", work / "run" / "checkpoints")
@@ -872,6 +939,25 @@ def prompts(desk: Desk, work: Path, rng: random.Random) -> Case:
     words = prompt_words(desk, work, rng)
     check = lambda: check_lines(work / "out.jsonl")  # noqa: E731
     return Case(sample.main, words, speaking(desk), check=check)
+
+
+@target
+def chat(desk: Desk, work: Path, rng: random.Random) -> Case:
+    """What is typed into a chat, UTF-8 or not."""
+    typed = "\n".join(rng.choice(TEXTS) for _ in range(rng.randrange(1, 5)))
+    content = broken_bytes(rng, typed.encode(errors="surrogatepass"))
+    stops = {
+        "sample.load_model": lambda *_: desk.model,
+        "sample.Speaker.generate": quick_steps,
+        "sys.stdin": io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"),
+    }
+    return Case(sample.main, [desk.hf], stops)
+
+
+def quick_steps(speaker, prompts, config, numbers=None) -> Iterator[list]:
+    """Stands in for Speaker.generate: a token, and the end of the turn."""
+    yield [5] * len(prompts)
+    yield [speaker.tokenizer.eot] * len(prompts)
 
 
 @target

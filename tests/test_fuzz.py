@@ -7,9 +7,10 @@ import pytest
 
 # of each target, in `make test`; fewer of those that load a model or a checkpoint
 FEW = 40
-FEW_OF = {"checkpoint": 8, "checkpoint_flip": 8, "export": 16, "export_flip": 16, "metrics": 16}
+FEW_OF = {"checkpoint": 8, "checkpoint_flip": 8, "vouched": 8, "run_folder": 8}
+FEW_OF |= {"export": 16, "export_flip": 16, "metrics": 16}
 # here nothing may be accepted, or little is
-HARDLY_ACCEPTED = "prepared_flip", "export_flip", "checkpoint_flip", "paths"
+HARDLY_ACCEPTED = "prepared_flip", "export_flip", "checkpoint_flip", "vouched", "paths"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ def test_a_broken_promise_is_seen(desk, monkeypatch, tmp_path):
     assert "Hung" in case_of(hangs)[1]
     assert "two and two" in case_of(lambda argv: None, check=wrong)[1]
     assert "flipped" in case_of(lambda argv: None, must_refuse=True)[1]
+    assert "refused" in case_of(raises(ValueError("no")), must_accept=True)[1]
 
 
 # ---- long
