@@ -609,3 +609,17 @@ def test_comparisons_that_are_refused(toy_run, tmp_path):
     files = "--input", source, "--output", tmp_path / "out.jsonl"
     assert "row 1: the prompt has" in fail(*files, "--condition", "GPT4,GPT3")
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_batch_too_large_for_the_gpu_is_one_line(toy_run, tmp_path, monkeypatch):
+    def generate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+        yield
+
+    monkeypatch.setattr(Speaker, "generate", generate)
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "copy a"}\n')
+    words = "--input", source, "--output", tmp_path / "out.jsonl"
+    line = refused(main, toy_run / "hf", *words)
+    assert "with 1 prompts of up to" in line
+    assert "lower --batch or --max_new" in line

@@ -31,10 +31,11 @@ import model as model_module
 import train as train_module
 from data import Prepared
 from model import Config, Model
-from support.budget import activation_width
+from support.budget import activation_width, out_of_memory
 from support.checkpoint import Checkpoints, HashedFile, steps
 from support.checkpoint import fault as fault_of
 from support.hf import RandomWeights, load_model, load_weights
+from support.ranks import is_of_another_rank
 from train import clip_gradients, main
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -1119,6 +1120,38 @@ if OFFLOAD:
     said += 12 * sum(p.numel() for p in model.parameters())
 print(measured, said)
 """
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.distributed.DistBackendError("NCCL error: unhandled cuda error 'out of memory'"),
+    ],
+)
+def test_every_want_of_memory_is_one(error):
+    assert "lower --micro_tokens" in out_of_memory(error)
+    assert out_of_memory(RuntimeError("CUDA error: an illegal memory access")) is None
+
+
+def test_of_nccl_s_errors_only_a_lost_peer_is_another_rank_s():
+    error = torch.distributed.DistBackendError
+    for text in (
+        "NCCL error: remote process exited or there was a network error",
+        "NCCL communicator was aborted on rank 3",
+        "NCCL error: Socket recv failed: Connection closed by remote peer",
+    ):
+        assert is_of_another_rank(error(text))
+    for text in (
+        "NCCL error: invalid usage, Duplicate GPU detected : rank 1 and rank 0",
+        "NCCL error: unhandled cuda error",
+    ):
+        assert not is_of_another_rank(error(text))
+    # a store whose time is over, and gloo
+    assert is_of_another_rank(torch.distributed.DistStoreError("wait timeout after 600 s"))
+    assert is_of_another_rank(RuntimeError("[/x/gloo/pair.cc:1] Connection closed by peer"))
 
 
 def test_out_of_memory_names_the_knobs(toy, tmp_path):

@@ -27,6 +27,7 @@ from kernels import compile as aot
 from kernels import cross_entropy, rms_norm, rotary_attention, swiglu
 from kernels.cases import cases
 from kernels.timing import Clock
+from model import RECOMPUTE
 
 MODULES = {
     "rms_norm": rms_norm,
@@ -538,11 +539,40 @@ def test_six_packings_make_one_graph():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_ten_blocks_share_one_graph(recompute, monkeypatch):
+    """As `train.py --compile` builds them: torch would give up on the ninth of as many graphs."""
+    from torch._dynamo.utils import counters
+
+    from model import Config
+    from recipe import TrainConfig
+    from train import build
+
+    compile_as_ever = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic: compile_as_ever(f, dynamic=dynamic, backend="eager")
+    )
+    run = TrainConfig(dtype="float32", recompute=recompute, compile=True, lr=1e-3)
+    config = Config(64, 96, 10, 2, 1, vocab_size=50)
+    model, _, _ = build(run, config, torch.device("cpu"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+
+    torch._dynamo.reset()
+    counters.clear()
+    for lengths in ([3, 9], [5, 9]):
+        T, *tables = checks.packing(lengths, 1, 32)
+        x = torch.randn(T, 64, requires_grad=True)
+        for block in model.model.layers:
+            x = block(x, *tables)
+        x.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
 def test_a_block_compiles_in_one_graph(device):
     """fullgraph=True, forward and backward, with every kind of recomputation: the same numbers as
     eager."""
-    from model import RECOMPUTE
-
     block = small_block(device)
     T, *tables = checks.packing([3, 9], 1, 32, device)
     x = torch.randn(T, 64, device=device)
