@@ -12,6 +12,7 @@ says it (conversations.py).
 
 import json
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece
@@ -286,22 +287,15 @@ class ByteLevel:
     """GPT-2's kind, Llama-3's and SmolLM2's: BPE over bytes, by the `tokenizers` library."""
 
     def __init__(self, file: bytes):
-        # The library raises a bare Exception, and says what it misses.
-        try:
+        with whole():
             fields = json.loads(file)
             # {name: id} of the tokens beside the merges, and of those that stand for no text
             added = fields["added_tokens"]
             self.added = {token["content"]: token["id"] for token in added}
             self.specials = {token["content"]: token["id"] for token in added if token["special"]}
-            # the library panics where a token of a merge is shorter than this
-            if fields["model"].get("continuing_subword_prefix"):
-                raise ValueError("a continuing_subword_prefix, which GPT-2's kind has not")
-            self.library = library_of(file)
-        except Exception as error:
-            raise ValueError(
-                f"tokenizer.json is not a whole one ({error}); fetch the file again"
-            ) from None
         check_byte_level(fields)
+        with whole():
+            self.library = library_of(file)
         # `<|eot_id|>` in a text is to be its characters
         self.library.encode_special_tokens = True
         self.library.no_truncation()
@@ -342,6 +336,18 @@ class ByteLevel:
         return self.added.get(name)
 
 
+@contextmanager
+def whole():
+    """For `with`: whatever fails is the fault of a tokenizer.json that is not whole."""
+    # the library raises a bare Exception, and says what it misses
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"tokenizer.json is not a whole one ({error}); fetch the file again"
+        ) from None
+
+
 def library_of(file: bytes) -> tokenizers.Tokenizer:
     """What the library makes of a tokenizer.json. An Exception of any kind where it cannot."""
     try:
@@ -359,7 +365,9 @@ def check_byte_level(fields: dict) -> None:
     # one, or a sequence of them
     steps = step.get("pretokenizers", [step]) if isinstance(step, dict) else []
     byte_level = [step for step in steps if type_of(step) == "ByteLevel"]
-    if type_of(fields["model"]) != "BPE" or not byte_level:
+    model = fields.get("model")
+    # the library panics where a token of a merge is shorter than the prefix
+    if type_of(model) != "BPE" or model.get("continuing_subword_prefix") or not byte_level:
         raise ValueError(
             "tokenizer.json is not a byte-level BPE, GPT-2's kind; where the base has a "
             "tokenizer.model too, take that"
