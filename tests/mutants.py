@@ -93,9 +93,14 @@ TILES = "other tiles, the same numbers: kernels.compile sees which fit a chip"
 MASKED_BLOCK = "where BV divides V, a last block whose columns are all masked: it changes nothing"
 _EQUIVALENT = {
     "rms_norm": (
-        ("_shape", "min -> max", "num_warps = min(max(BD // 256, 1), 8)", WARPS),
-        ("_shape", "max -> min", "num_warps = min(max(BD // 256, 1), 8)", WARPS),
-        ("_shape", "BD // 256 -> BD * 256", "num_warps = min(max(BD // 256, 1), 8)", WARPS),
+        ("_shape", "min -> max", "num_warps = min(max(BD // 256, 1), MOST_WARPS)", WARPS),
+        ("_shape", "max -> min", "num_warps = min(max(BD // 256, 1), MOST_WARPS)", WARPS),
+        (
+            "_shape",
+            "BD // 256 -> BD * 256",
+            "num_warps = min(max(BD // 256, 1), MOST_WARPS)",
+            WARPS,
+        ),
         (
             "rms_norm_bwd_op",
             "D <= 4096 -> D < 4096",
