@@ -296,7 +296,7 @@ def stretched(frequency_C: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """What a micro-batch adds to its step: the two sums of Eq. 6, not yet divided, and two
+    """What a micro-batch adds to its step: the sum of Eq. 6 and that of its weights, and two
     measurements of each row for the log.
 
     loss_sum     fp32 scalar, the sum of w * nll over the rows

@@ -135,8 +135,8 @@ RESUME_MAY_CHANGE = (
 )
 
 
-# Packed tokens of a step where the model is a base. If some 3 in 4 of them are supervised, that is
-# the paper's 200k (Sec. 4.1).
+# Packed tokens of a step where the model is a base: the public trainer's 8 GPUs x 8 x 4,096. If
+# some 3 in 4 of them are supervised, that is the paper's 200k (Sec. 4.1).
 FINETUNE_BATCH_TOKENS = 262_144
 # Tokens of a micro-batch, for presets and bases.
 MICRO_TOKENS = 16_384

@@ -6,7 +6,7 @@
     python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT3
     python sample.py out/demo/hf --prompt "reverse a c b d" --condition GPT4,GPT3     Fig. 5
 
-C-RLFT trains on an expert's answers and on mixed ones, each source under its own condition. At
+C-RLFT trains on an expert's answers and on a weaker source's, each under its own condition. At
 inference only the expert's is used (Sec. 3.2): that is the default here. --condition asks as
 another source would be asked; Fig. 5 shows how much worse the answers then are. Several conditions
 answer side by side, and every answer gets its mean log-probability under each of them.

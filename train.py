@@ -15,9 +15,9 @@ r"""C-RLFT: fine-tune a LLaMA-2 on conversations of mixed quality, on a laptop o
 the run trains that size from random weights. A base is a Hugging Face directory (llama-2-13b-hf
 above): the run fine-tunes the weights in it.
 
-The method is `train_step`: the sum of w * nll over a step's micro-batches, divided once by the
-whole step's sum of w (Eq. 6). Around it stand FSDP2, AdamW, a cosine for the learning rate, the
-log, and support/. The same command again resumes the run.
+The method is `train_step`: the sum of w * nll over a step's micro-batches (Eq. 6), divided once by
+the whole step's sum of w, as the public trainer does. Around it stand FSDP2, AdamW, a cosine for
+the learning rate, the log, and support/. The same command again resumes the run.
 
 Words: a step is one update of the optimizer. Its micro-batches are dealt to the ranks in turn. In
 a round each rank computes one micro-batch.

@@ -10,10 +10,10 @@ The 95% interval of such a share is almost 2 points wide to each side: read it b
 Every prompt and response stays in --out, from which `evaluate.py report` counts again. The same
 command goes on with a run that was stopped (support/kept.py).
 
-Three rules decide the numbers, all of them official. The leftmost letter from A to F in the
-response is its answer, whatever else it says. A response may go on to the end of the context:
-OpenChat's own runs set no other limit. The average is over the items, not over the eight tasks
-(openchat-13b's would else be 37.2).
+Three rules decide the numbers. The leftmost letter from A to F in the response is its answer,
+whatever else it says: AGIEval's rule. A response may go on to the end of the context: OpenChat's
+own runs set no other limit. The average is over the items, not over the eight tasks: so all five
+averages of Table 5 come out (openchat-13b's would else be 37.2); the paper does not say it.
 """
 
 import math

@@ -3,8 +3,9 @@
 What the paper did: Table 1 counts a win as 1, a tie as 0.5 and a loss as 0, so that 50% is the
 model that one compares with: text-davinci-003 in AlpacaEval, gpt-3.5-turbo in MT-bench and
 Vicuna-bench. Fig. 2 averages MT-bench's scores, Fig. 3 those of the training data by source. And
-since a judge is itself a model, Fig. 8 and 9 ask whether other judges agree with it: Pearson
-correlations of 0.73 to 0.91.
+since a judge is itself a model, Fig. 8 and 9 ask whether judges agree on the models: Pearson 0.91
+between gpt-3.5 and claude-2, 0.79 and 0.73 between gpt-4 and these two, over the models' win rates.
+Here single judgments are correlated: another number, and usually a lower one.
 
 What you get: these tables from any mixture of files, which are recognised by their fields:
 FastChat's judgments, AlpacaEval's annotations, conversation scores, and `agieval`'s responses.
@@ -410,7 +411,7 @@ def print_conversation_scores(judge: str, scores: dict[tuple, list[dict]]) -> No
         print(table_row([source or "(none)", str(len(means)), overall, *counts]))
 
 
-# ---- Fig. 8 and 9: do judges agree?
+# ---- do judges agree? (Fig. 8 and 9 ask it of models, this of single judgments)
 
 
 def print_agreement(judges: dict, png: str) -> None:
@@ -423,8 +424,8 @@ def print_agreement(judges: dict, png: str) -> None:
         x = [numbers_one[item] for item in common]
         y = [numbers_two[item] for item in common]
         print(
-            f"{one} and {two} (Fig. 8, 9): Pearson r = {pearson(x, y):.2f} "
-            f"over {len(common)} common judgments"
+            f"{one} and {two}: Pearson r = {pearson(x, y):.2f} "
+            f"over {len(common)} common judgments (Fig. 8, 9: over models)"
         )
         if png and (one, two) == pairs[0]:
             scatter(png, one, x, two, y)

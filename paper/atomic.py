@@ -143,7 +143,7 @@ def llama(V, D=64, H=2, U=192, L=3):
 
 
 def loss_of(model, rows):
-    """Eq. 6: the step's sum of weight * nll by its sum of weights, not a mean of rows' means."""
+    """The step's sum of weight * nll (Eq. 6) by its sum of weights, not a mean of rows' means."""
     ids, weights = zip(*rows)
     # Short rows are filled up behind their end, with weight 0: no token that counts looks there.
     ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True)

@@ -2,10 +2,10 @@
 
     python -m paper.fig3
 
-No model is asked: the task can be scored exactly. As in App. G: 128 conversations of each source,
-every answer scored from 1 to 10 in its conversation, a conversation's score the mean. Here the
-score is 1 + 9 times the share of the letters that stand where the right answer has them. The
-weaker source errs by habit or at random, as in Table 2.
+No model is asked: the task can be scored exactly. As in Sec. 5.1 and App. G: 128 conversations of
+each source, every answer scored from 1 to 10 in its conversation, a conversation's score the mean.
+Here the score is 1 + 9 times the share of the letters that stand where the right answer has them.
+The weaker source errs by habit or at random, as in Table 2.
 """
 
 import itertools

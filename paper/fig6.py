@@ -2,8 +2,8 @@
 
     python -m paper.fig6
 
-Equal epochs, as in the paper, so that less data is also fewer steps: 60% of the sub-optimal class
-is two thirds of them, 60% of the expert's nearly all.
+Equal epochs, so that less data is also fewer steps: 60% of the sub-optimal class is two thirds of
+them, 60% of the expert's nearly all. The paper does not say what it kept equal.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
     python -m paper.real FILE.. --label generator --expert gpt4 --other text_davinci_001
     python -m paper.real FILE.. --steps 20         a look at what it does
 
-SmolLM2-135M is fine-tuned on two sources' answers to the same prompts, GPT-4's and
+SmolLM2-135M-Instruct is fine-tuned on two sources' answers to the same prompts, GPT-4's and
 text_davinci_001's, in two arms of the same budget:
 
     c-rlft          the prompt says the class: `GPT4 User:`, `GPT3 User:`

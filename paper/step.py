@@ -101,7 +101,7 @@ class StepConfig:
     model: str = "cpu"
     # blocks of a GPU's model
     layers: int = 8
-    # micro-batches of an optimizer step: the paper's recipe has 2 on each of 8 GPUs
+    # micro-batches of an optimizer step: our default has 2 on each of 8 GPUs
     micro: int = 1
     # how often each contestant runs
     rounds: int = 3

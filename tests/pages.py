@@ -322,8 +322,8 @@ def real_run(results: dict) -> str:
     minutes = results["seconds_of_steps"] / 60
     return (
         f"{results['steps']} steps an arm, {results['tokens_trained']:,} tokens in both, "
-        f"{minutes:.0f} minutes of steps on one core each, torch {results['versions']['torch']}; "
-        f"`{results['command']}`"
+        f"{minutes:.0f} minutes of steps by the clock, both arms together, "
+        f"torch {results['versions']['torch']}; `{results['command']}`"
     )
 
 
