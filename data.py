@@ -1155,9 +1155,11 @@ def draw_lengths(data: Prepared, path: str) -> None:
         xscale="log",
         xlabel="tokens of a conversation",
         ylabel="conversations",
-        title=Path(data.path).name,
     )
-    axes.legend()
+    # names are no formulas, whatever dollar signs they have
+    axes.set_title(Path(data.path).name, parse_math=False)
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -404,15 +404,8 @@ class Speaker:
         config: SampleConfig,
         numbers: Sequence[int] | None = None,
     ) -> list[Answer]:
-        """The answers to B prompts, made side by side. ValueError: no memory for so many."""
-        try:
-            steps = list(self.generate(prompts, config, numbers))
-        except torch.OutOfMemoryError:
-            longest = max(len(prompt) for prompt in prompts)
-            raise ValueError(
-                f"the GPU is out of memory, with {len(prompts)} prompts of up to {longest} tokens "
-                "at once; lower --batch or --max_new"
-            ) from None
+        """The answers to B prompts, made side by side."""
+        steps = list(self.generate(prompts, config, numbers))
         answers = []
         for b in range(len(prompts)):
             ids = [step[b] for step in steps if step[b] is not None]
@@ -446,7 +439,10 @@ class Speaker:
                     answers = [Answer(*answer) for answer in found]
                 else:
                     mine = [prompts[i] for i in indices]
-                    answers = self.answer(mine, config, [numbers[i] for i in indices])
+                    try:
+                        answers = self.answer(mine, config, [numbers[i] for i in indices])
+                    except torch.OutOfMemoryError:
+                        raise ValueError(too_large(mine, kept)) from None
                     if kept:
                         kept.add(indices, answers, [self.text(answer.ids) for answer in answers])
                     tokens += sum(len(answer.ids) for answer in answers)
@@ -791,6 +787,19 @@ def compare(names: list[str], config: SampleConfig) -> None:
 
 
 # ---- the command
+
+
+def too_large(prompts: list[list[int]], kept: Part | None) -> str:
+    """What to do where a GPU has too little memory for a batch."""
+    longest = max(len(prompt) for prompt in prompts)
+    line = (
+        f"the GPU is out of memory, with {len(prompts)} prompts of up to {longest} tokens at once; "
+        "lower --batch or --max_new"
+    )
+    if kept:
+        # answers depend on both: batches are rounded in their own way
+        line += f", and remove {kept.kept.path}, whose answers are of the old ones"
+    return line
 
 
 def report_cut(cut: int) -> None:

@@ -83,7 +83,7 @@ from support.budget import (
 from support.checkpoint import Checkpoints
 from support.cli import ENDED_BY_CTRL_C, check_help, one_line, parse_args, run
 from support.export import export
-from support.files import file_sha256, naming
+from support.files import file_sha256, written_whole
 from support.hf import (
     RandomWeights,
     SafetensorsWeights,
@@ -981,8 +981,8 @@ def write_settings(setup: Setup, settings: dict) -> None:
         (setup.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings | {"torch": torch.__version__}, indent=1)
         path = setup.out / "run.json"
-        with naming(path):
-            path.write_text(text)
+        with written_whole(path) as partial:
+            partial.write_text(text)
 
 
 def opening_line(setup: Setup, model: Model) -> str:

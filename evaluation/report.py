@@ -16,10 +16,12 @@ judgments, in every mean. Verdicts that could not be read are left out, and coun
 tables: many of them mean that the judge, not the model, is at fault.
 """
 
+import collections
 import itertools
 import math
 import re
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +55,8 @@ WINNERS = "model_1", "model_2", "tie", "error"
 # scores go to 10, and a judge may write any number
 HIGHEST_SCORE = 1e6
 MOST_TURNS = 10**6
+# models that a message names, at most
+NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ def report(config: ReportConfig) -> None:
 
     judged_files = [path for path in config.files if path not in agieval_files]
     found = read_judgments(judged_files)
+    if config.png and len(found.judges) < 2:
+        raise ValueError(f"--png {config.png} needs the judgments of two judges")
+    say_what_is_not_counted(found.judges, config.baseline)
     print_win_rates(found.judges, config.baseline)
     for judge, kinds in found.judges.items():
         print_scores(judge, rows_in(kinds.get("single", {})))
@@ -317,6 +324,24 @@ def standard_error(games: list[float]) -> float:
     return statistics.stdev(games) / math.sqrt(len(games))
 
 
+def say_what_is_not_counted(judges: dict, baseline: str) -> None:
+    """A line for pairs of two models of which neither is the baseline."""
+    pairs = 0
+    models = collections.Counter()
+    for kinds in judges.values():
+        for row in rows_in(kinds.get("pair", {})):
+            both = row["model_1"], row["model_2"]
+            if baseline not in both:
+                pairs += 1
+                models.update(both)
+    if pairs:
+        names = ", ".join(name for name, _ in models.most_common(NAMES_SHOWN))
+        print(
+            f"{pairs} pairs are not against --baseline {baseline}, but of {names}: not counted",
+            file=sys.stderr,
+        )
+
+
 def print_win_rates(judges: dict, baseline: str) -> None:
     """Table 1. Its columns have different judges, so a cell names its own."""
     # {model: {column: {judge: win rate}}}
@@ -469,6 +494,9 @@ def scatter(path: str, one: str, x: list[float], two: str, y: list[float]) -> No
 
     figure, axes = pyplot.subplots(figsize=(4, 4))
     axes.scatter(x, y, s=8, alpha=0.5)
-    axes.set(xlabel=one, ylabel=two, title=f"Pearson r = {pearson(x, y):.2f}")
+    # names are no formulas, whatever dollar signs they have
+    axes.set_xlabel(one, parse_math=False)
+    axes.set_ylabel(two, parse_math=False)
+    axes.set_title(f"Pearson r = {pearson(x, y):.2f}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

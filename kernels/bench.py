@@ -271,6 +271,8 @@ def draw(results: dict, path: Path) -> None:
         label = f"{row['kernel']} {row['direction']}\n{' '.join(sizes)}"
         if row["share"] is not None:
             shares.setdefault(label, {})[row["implementation"]] = row["share"]
+    if not shares:
+        return
     names = {}
     for case in shares.values():
         names.update(dict.fromkeys(case))
@@ -348,7 +350,8 @@ def parse() -> tuple[argparse.Namespace, dict]:
         parser.add_argument(f"--{name}", type=type(default), help=text)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=8, help="for all cases")
-    parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
+    text = "results/bench.json, or results/cpu_loss.json with --cpu"
+    parser.add_argument("--out", type=Path, help=f"default: {text}")
     parser.add_argument("--check", action="store_true", help="run every case once on a CPU")
     parser.add_argument("--cpu", action="store_true", help="time head and loss on a CPU")
     parser.add_argument(
@@ -380,7 +383,8 @@ def check_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace, own: 
     if args.runs < 1:
         parser.error("--runs is at least 1")
     lengths = own.get("lengths", "sharegpt")
-    if lengths not in ("sharegpt", "short") and not lengths.isdigit() or lengths == "0":
+    is_number = lengths.isdecimal() and int(lengths) > 0
+    if lengths not in ("sharegpt", "short") and not is_number:
         parser.error(f"--lengths {lengths}: sharegpt, short or a number of tokens")
     if args.show and not args.show.is_file():
         parser.error(f"--show {args.show}: no such file")
@@ -391,8 +395,11 @@ def main() -> None:
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return
+    if args.out is None:
+        args.out = Path("results/cpu_loss.json" if args.cpu else "results/bench.json")
     if args.cpu:
-        cpu_losses(Path("results/cpu_loss.json"))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        cpu_losses(args.out)
         return
     if not args.check and not torch.cuda.is_available():
         print("no CUDA GPU here: nothing was timed (--check runs every case once on the CPU)")

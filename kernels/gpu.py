@@ -1,7 +1,7 @@
 """Facts of this GPU, every kernel checked on it, and a search for races.
 
     python -m kernels.gpu --out results/      gpu_check.json, gpu_check.log, gpu_check.xml
-    python -m kernels.gpu --check             the script itself on a CPU
+    python -m kernels.gpu --check             only a small case of each kernel, on whatever is here
 
 Facts: versions, clocks, the rate of a copy and of the loss's three matmuls with a vocabulary of
 32,001 and of 32,064 columns. Then `pytest -m gpu`, in parallel where pytest-xdist is installed.
@@ -21,7 +21,15 @@ from pathlib import Path
 import torch
 
 from kernels.cases import cases, why
-from kernels.timing import Clock, copy_rate, machine, matmul_rate, seconds_of
+from kernels.timing import (
+    Clock,
+    copy_rate,
+    fresh,
+    machine,
+    matmul_rate,
+    outputs_of,
+    seconds_of,
+)
 
 ROOT = Path(__file__).parent.parent
 RACE_MINUTES = 1
@@ -81,7 +89,7 @@ def run_racecheck() -> dict:
     if not tool:
         return {"absent": "compute-sanitizer is not on the PATH"}
     words = [tool, "--tool", "racecheck", "--error-exitcode", "1"]
-    words += [sys.executable, "-m", "kernels.gpu", "--small"]
+    words += [sys.executable, "-m", "kernels.gpu", "--check"]
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, cwd=ROOT, timeout=60 * RACE_MINUTES
@@ -97,17 +105,16 @@ def small_case(device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def make(*sizes):
-        return torch.randn(*sizes, device=device).to(dtype).requires_grad_()
+        return torch.randn(*sizes, device=device).to(dtype)
 
     for kernel, module in cases().items():
         sizes = module.SIZES | module.SHAPES[0] | module.SMALL
         if kernel == "rotary_attention":
             # the head size of LLaMA-2, and several blocks of 128 rows
             sizes |= {"E": 128, "T": 431}
-        case = module.case_of(make, "cpu" if device == "cpu" else device, **sizes)
-        leaves = [x.detach().requires_grad_() for x in case.inputs]
-        outputs = case.peers["ours"](*leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        case = module.case_of(make, device, **sizes)
+        leaves = fresh(case.inputs)
+        outputs = outputs_of(case.peers["ours"], leaves)
         sum(x.float().sum() for x in outputs).backward()
         print(f"{kernel}: {[round(x.grad.float().norm().item(), 4) for x in leaves]}")
 
@@ -116,14 +123,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="kernels.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--check", action="store_true", help="the script itself, on a CPU")
-    parser.add_argument("--small", action="store_true", help="only a small case of each kernel")
+    parser.add_argument("--check", action="store_true", help="only a small case of each kernel")
     args = parser.parse_args()
-    if args.small or args.check:
+    if args.check:
         small_case("cuda" if torch.cuda.is_available() else "cpu")
         return 0
     if not torch.cuda.is_available():
-        print("no CUDA GPU here: nothing to check (--check runs the script on the CPU)")
+        print("no CUDA GPU here: nothing to check (--check runs small cases on the CPU)")
         return 0
 
     clock = Clock(args.minutes)
@@ -145,7 +151,7 @@ def main() -> int:
         note("matmuls of the loss, TFLOP/s", why(error))
     if not importlib.util.find_spec("xdist"):
         note("absent", "pytest-xdist: the tests run one after the other")
-    tests = run_tests(args.out, clock.left - 60 * RACE_MINUTES)
+    tests = run_tests(args.out, max(1, clock.left - 60 * RACE_MINUTES))
     note("tests", tests)
     races = run_racecheck()
     note("racecheck", races)

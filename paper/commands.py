@@ -36,6 +36,7 @@ import torch
 from paper.code_hash import ROOT
 from paper.runs import MOST_SEEDS, Job, cpu_seconds, perform
 from support.cli import parse_args
+from support.files import written_whole
 
 # docs/method.md has four columns of Table 2: tests/pages.py writes them from the same results
 PAGE = ROOT / "paper" / "README.md"
@@ -62,7 +63,7 @@ class PaperConfig:
     # a folder for the runs; what is there already is not run again
     out: str = "out/paper"
     # runs of each kind, each with a seed of its own
-    # default: 5 for table2, 3 for the others
+    # default: 5 for table2 and claims, 3 for the others
     seeds: int | None = None
     # shorten every run to so many steps; with this or --seeds results stay in --out
     steps: int | None = None
@@ -178,7 +179,11 @@ def publish(name: str, config: PaperConfig, content: dict) -> None:
     mark = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
     page = getattr(importlib.import_module(f"paper.{name}"), "PAGE", PAGE)
     # a function, since re would read the backslashes of a text
-    page.write_text(mark.sub(lambda _: f"{table}\n", page.read_text()))
+    text, places = mark.subn(lambda _: f"{table}\n", page.read_text())
+    if places != 1:
+        raise ValueError(f"{page}: {places} places of the mark <!-- {name} -->; there must be one")
+    with written_whole(page) as partial:
+        partial.write_text(text)
 
 
 # ---- statistics and tables

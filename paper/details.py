@@ -50,11 +50,7 @@ from support.hf import read_config
 
 PAGE = ROOT / "docs" / "details.md"
 
-# Details that FEW seeds do not decide are asked of MORE: their names in DETAILS.
-FEW = 3
-MORE = 5
-UNDECIDED = ()
-SEEDS = MORE if UNDECIDED else FEW
+SEEDS = 3
 
 
 # ---- the kinds of arms
@@ -434,8 +430,8 @@ MICRO = (("micro_tokens", BATCH_TOKENS // 4),)
 BF16 = TABLE.format(1, torch.tensor(0.1, dtype=torch.bfloat16).item())
 
 
-def all_jobs(seed: int) -> dict:
-    """{arm: job}, with any seed."""
+def jobs(seed: int) -> dict:
+    """{arm: job}"""
     wanted = {
         "ours": arm("C-RLFT", seed, HABITS),
         "no end of turn": with_function(no_end_of_turn, seed),
@@ -464,17 +460,6 @@ def all_jobs(seed: int) -> dict:
         wanted[name] = with_batch(share, LR * math.sqrt(share), seed)
         wanted[f"{name}, same lr"] = with_batch(share, LR, seed)
     return wanted
-
-
-def jobs(seed: int) -> dict:
-    """{arm: job} of the details that are asked of so many seeds."""
-    wanted = all_jobs(seed)
-    if seed < FEW:
-        return wanted
-    names = set()
-    for name in UNDECIDED:
-        names.update((DETAILS[name].our_arm, DETAILS[name].their_arm))
-    return {name: job for name, job in wanted.items() if name in names}
 
 
 # ---- the page
@@ -651,9 +636,8 @@ def details_table(results: dict) -> tuple[dict, str]:
     numbers = {}
     table = []
     for name, detail in DETAILS.items():
-        # where a detail is asked of fewer seeds than ours was, zip leaves the others out
-        pairs = zip(results[detail.our_arm], results[detail.their_arm])
-        our_runs, their_runs = zip(*pairs)
+        our_runs = results[detail.our_arm]
+        their_runs = results[detail.their_arm]
         row = {"ours": {}, "theirs": {}, "theirs - ours": {}}
         cells = []
         for how in HOW:

@@ -156,8 +156,11 @@ def train_arms(config: RealConfig, folders: list[Path], base: Path) -> None:
     waiting = list(folders)
     running = {}
     bar = tqdm(total=len(ARMS) * config.steps, unit=" steps", disable=None, dynamic_ncols=True)
-    # SIGTERM leaves by `finally`, as Ctrl-C does, so that no arm is left behind.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # SIGTERM and a closed terminal leave by `finally`, as Ctrl-C does, so that no arm is left
+    # behind.
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        before[number] = signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         while waiting or running:
             while waiting and len(running) < config.processes:
@@ -176,7 +179,8 @@ def train_arms(config: RealConfig, folders: list[Path], base: Path) -> None:
             process.terminate()
         for process in running.values():
             process.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         bar.close()
 
 

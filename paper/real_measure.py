@@ -30,6 +30,7 @@ from packing import pack
 from paper.seven import HELD_OUT, is_held_out
 from sample import SampleConfig, Speaker
 from support.files import file_sha256
+from support.kept import rows_sha256
 
 # {arm: its template}
 ARMS = {"c-rlft": "before_speaker", "no-condition": "none"}
@@ -54,14 +55,14 @@ def held_out(rows: list[dict]) -> dict[int, list[Conversation]]:
 def measure(out: Path, rows: list[dict], max_len: int) -> list[dict]:
     """A {"asked", "prompt", "answers"} for each held-out prompt and way to ask.
 
-    What a stopped call has measured stands in measured.jsonl, and is kept as long as the model is
-    the same.
+    What a stopped call has measured stands in measured.jsonl, and is kept as long as the model and
+    the answers to the prompt are the same.
     """
     prompts = held_out(rows)
     path = out / "measured.jsonl"
     done = {}
     for line in read_measured(path):
-        done[line["model"], line["asked"], line["prompt"]] = line
+        done[line["model"], line["asked"], line["prompt"], line.get("answers_of")] = line
 
     measured = []
     bar = tqdm(total=len(ASKED) * len(prompts), unit=" prompts", disable=None, dynamic_ncols=True)
@@ -74,15 +75,26 @@ def measure(out: Path, rows: list[dict], max_len: int) -> list[dict]:
             model = file_sha256(folder / "manifest.json")
             speaker = None
             for prompt, conversations in prompts.items():
-                line = done.get((model, asked, prompt))
+                answers_of = digest_of_answers(conversations, max_len)
+                line = done.get((model, asked, prompt, answers_of))
                 if line is None:
                     speaker = speaker or Speaker(folder, device="cpu")
                     answers = nats_of(speaker, conversations, ARMS[arm], condition, max_len)
-                    line = {"model": model, "asked": asked, "prompt": prompt, "answers": answers}
+                    line = {"model": model, "asked": asked, "prompt": prompt}
+                    line |= {"answers_of": answers_of, "answers": answers}
                     file.write(json.dumps(line) + "\n")
                 measured.append(line)
                 bar.update()
     return measured
+
+
+def digest_of_answers(conversations: list[Conversation], max_len: int) -> str:
+    """Of all that the measurement of a prompt reads, beside the model."""
+    read = [max_len]
+    for conversation in conversations:
+        texts = [[message.role, message.text] for message in conversation.messages]
+        read.append([conversation.label, conversation.system, texts])
+    return rows_sha256(read)
 
 
 def read_measured(path: Path) -> list[dict]:

@@ -193,9 +193,12 @@ def publish(config: Any, rows: list[dict], measured: list[dict], said: list[dict
         print(f"\n{table}")
     print_samples(said)
 
-    place = Path(config.out) if config.changed else ROOT / "results"
+    about = facts(config, rows)
+    place = ROOT / "results"
+    if config.changed or not are_of_the_same_files(about, place / "real_smollm2.json"):
+        place = Path(config.out)
     draw(results, place / "real_smollm2.png")
-    content = facts(config, rows) | {
+    content = about | {
         "results": results,
         "tables": tables(results),
         "samples": [sample | {"prompt": shown(sample["prompt"])} for sample in said],
@@ -203,6 +206,11 @@ def publish(config: Any, rows: list[dict], measured: list[dict], said: list[dict
     with written_whole(place / "real_smollm2.json") as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {place / 'real_smollm2.json'}")
+
+
+def are_of_the_same_files(about: dict, committed: Path) -> bool:
+    """Whether these results are of the conversations that those in the repository are of."""
+    return not committed.is_file() or json.loads(committed.read_text())["files"] == about["files"]
 
 
 def shown(prompt: str) -> str:

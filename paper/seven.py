@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from conversations import parse, prompt_hash
-from data import Prepared
+from data import HASH_SHARES, Prepared
 from model import Model
-from paper.commands import cell, command, markdown, open_figure, save_figure
+from paper.commands import ASSETS, cell, command, markdown, open_figure, save_figure
 from paper.runs import BATCH_TOKENS, Job, prepared, train_on
 from sample import Speaker
 from support.cli import run
@@ -39,8 +39,7 @@ COST_OF_TOKEN = 13
 HELD_OUT = 0.05
 # conversations that go through the model at once, about
 AT_ONCE = 16
-CONVERSATIONS = "conversations/mixed_quality.jsonl"
-TOKENIZER = "llama2/tokenizer.model"
+CONVERSATIONS, TOKENIZER = ASSETS
 # a row's model: its class
 CONDITION_OF = {
     "GPT-4": "GPT4",
@@ -101,7 +100,7 @@ class Seven(Job):
 
 def is_held_out(row: dict) -> bool:
     """As Prepared.split decides it: by the hash of the prompt."""
-    return prompt_hash(parse(row, "")) % 10_000 < HELD_OUT * 10_000
+    return prompt_hash(parse(row, "")) % HASH_SHARES < HELD_OUT * HASH_SHARES
 
 
 def all_under(prompt: str) -> str:

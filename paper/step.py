@@ -45,7 +45,7 @@ import kernels.rms_norm
 import kernels.rotary_attention
 import kernels.swiglu
 from kernels.timing import Clock, machine
-from model import SIZES, Config
+from model import RECOMPUTE, SIZES, Config
 from packing import pack, plan
 from paper.packing import sharegpt_like
 from recipe import TrainConfig
@@ -420,6 +420,7 @@ def main(argv: list[str]) -> None:
     if config.check:
         argv = [*argv, "--model", "cpu", "--rounds", "1", "--conversations", "4"]
         config = parse_args(StepConfig, argv)
+    check_flags(config)
     models = config.model.split(",")
     for model in models:
         if model not in WIDTHS:
@@ -434,6 +435,15 @@ def main(argv: list[str]) -> None:
         failures += race(model, config, argv, clock)
     if failures:
         raise ValueError(f"ours failed: {'; '.join(failures)}")
+
+
+def check_flags(config: StepConfig) -> None:
+    for name in ("layers", "micro", "rounds", "conversations"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} is not above 0")
+    if config.recompute not in RECOMPUTE:
+        raise ValueError(f"--recompute {config.recompute!r} is not one of {', '.join(RECOMPUTE)}")
 
 
 def race(model: str, config: StepConfig, argv: list[str], clock: Clock) -> list[str]:

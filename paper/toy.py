@@ -37,9 +37,13 @@ from conversations import Message
 from data import PrepareConfig, ledger_table, prepare
 from sample import SampleConfig, Speaker
 from support.cli import parse_args, run
+from support.metrics import read_metrics
 
 LETTERS = "abcdefgh"
 CLASSES = "Model: GPT-4=GPT4:1.0,*=GPT3:0.1"
+
+# there are some ten million different prompts, and each is drawn until it is new
+MOST_OF_A_KIND = 1_000_000
 
 # How often the weaker source is right, and what it does when it is wrong.
 P_RIGHT = 0.4
@@ -380,7 +384,7 @@ def score(config: ToyConfig) -> None:
     rows = read_jsonl(folder / "heldout.jsonl")
     expert = answers_of(folder / "hf", "GPT4", rows)
     other = answers_of(folder / "hf", "GPT3", rows)
-    steps = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
+    steps = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
     seconds = sum(line["seconds"] for line in steps)
     sources = quality_of_sources(read_jsonl(folder / "train.jsonl"))
     report = {
@@ -480,6 +484,10 @@ def main(argv: list[str]) -> None:
     config = parse_args(ToyConfig, argv)
     if bool(config.out) == bool(config.score):
         raise ValueError("say --out DIR to make the data, or --score DIR after training")
+    for name in ("experts", "others", "heldout"):
+        value = getattr(config, name)
+        if not 1 <= value <= MOST_OF_A_KIND:
+            raise ValueError(f"--{name} {value} is not from 1 to {MOST_OF_A_KIND:,}")
     if config.score:
         score(config)
     else:

@@ -8,7 +8,6 @@ sha256s of its pieces of 64 MiB. Several processes can check a file, each some o
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import mmap
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import naming
+from support.files import is_at, naming, try_lock
 
 # How safetensors calls the types that are used here.
 TYPES = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "|u1", "F32": "<f4"}
@@ -185,7 +184,7 @@ LOCK = "lock"
 def locked_folder(folder: Path):
     """Make a folder and lock it: the open file whose end frees it. BlockingIOError: it is locked.
 
-    Where the file system knows no locks, the folder is not locked.
+    Where the file system cannot lock, a line says so.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,17 +193,12 @@ def locked_folder(folder: Path):
         except FileNotFoundError:
             # who had it has just removed it
             continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file, folder):
             file.close()
-            raise
-        except OSError:
+            raise BlockingIOError
+        # it may have been removed after it was opened, before it was locked
+        if is_at(file, folder / LOCK):
             return file
-        # the same after it was opened, before it was locked
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-                return file
         file.close()
 
 

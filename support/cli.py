@@ -5,6 +5,7 @@ The comment lines directly above a field are what --help says of the flag.
 
 import ast
 import dataclasses
+import errno
 import difflib
 import inspect
 import io
@@ -193,10 +194,18 @@ def one_line(error: BaseException) -> str | None:
     """What the user is told of an error that a user can cause. None: ours, it wants a traceback."""
     if isinstance(error, OSError):
         place = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return printable(f"{place}; free space or choose another folder")
+        return printable(f"{place}; {remedy_of(error)}")
     if isinstance(error, (ValueError, SafetensorError)):
         return printable(str(error))
     return None
+
+
+def remedy_of(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "change its permissions, or give another path"
+    if error.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        return "give another path"
+    return "free space or choose another folder"
 
 
 def printable(text: str) -> str:

@@ -1,8 +1,11 @@
 """Files: hashes, JSON, and what reaches the disk whole."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,6 +62,40 @@ def naming(path: str | Path, always: bool = False):
         if error.errno and (always or error.filename is None):
             error.filename = str(path)
         raise
+
+
+# flock's errors where another process holds the lock, and where the file system has no locks
+HELD = (errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+def try_lock(file, place: str | Path) -> bool:
+    """Lock an open file until it is closed, or its process ends; False: another process holds it.
+
+    Where the file system cannot lock, a line says so, and the file counts as locked. place: what
+    the lock is for, for that line.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            return False
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"{place}: this file system cannot lock ({error.strerror}); nothing keeps a "
+            "second run from writing here",
+            file=sys.stderr,
+        )
+    return True
+
+
+def is_at(file, path: Path) -> bool:
+    """Whether the path still leads to this open file: another process may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def fsync(path: Path) -> None:

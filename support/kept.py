@@ -12,17 +12,17 @@ would have made at once. A command that differs is refused by what differs. When
 written the file is removed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from support.fields import Fields, is_whole, parse_object, shown
-from support.files import naming
+from support.files import is_at, naming, try_lock
 
 REMEDY = "remove the file to begin again, or give another name"
 # rows of a file of prompts, at most
@@ -74,10 +74,8 @@ class KeptAnswers:
         return Part(self, name)
 
     def __enter__(self) -> "KeptAnswers":
-        # "a": it is neither emptied nor created anew where it is there
-        self.file = open(self.path, "a+b")
+        self.file = self.locked_file()
         try:
-            self.lock()
             self.read()
         except BaseException:
             self.file.close()
@@ -87,26 +85,35 @@ class KeptAnswers:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.file.close()
-        # without an answer there is nothing to keep
-        if kind is None or not self.answers:
+        # Without an answer there is nothing to keep. While the file is still locked: who waits for
+        # it shall find another one.
+        is_over = kind is None or not self.answers
+        if is_over:
             self.path.unlink(missing_ok=True)
-        elif issubclass(kind, KeyboardInterrupt):
+        # what a full disk did not take cannot be flushed either
+        with suppress(OSError):
+            self.file.close()
+        if is_over:
+            return
+        if issubclass(kind, KeyboardInterrupt):
             kept = f"{len(self.answers):,} answers are kept in {self.path}"
             print(f"\n{kept}; the same command goes on", file=sys.stderr)
 
-    def lock(self) -> None:
-        """ValueError: another process is at it. The kernel frees the lock with the process."""
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{self.path} is being written by another process; wait for it, or give another "
-                "name"
-            ) from None
-        except OSError:
-            # a file system without locks
-            pass
+    def locked_file(self):
+        """The file, open. ValueError: another process is at it."""
+        while True:
+            # "a": it is neither emptied nor created anew where it is there
+            file = open(self.path, "a+b")
+            if not try_lock(file, self.path):
+                file.close()
+                raise ValueError(
+                    f"{self.path} is being written by another process; wait for it, or give "
+                    "another name"
+                )
+            # it may have been removed after it was opened, before it was locked
+            if is_at(file, self.path):
+                return file
+            file.close()
 
     def read(self) -> None:
         """What an earlier call left; a new file gets its first line."""

@@ -6,8 +6,6 @@ file is never deleted: who deletes it may delete the one that another has just l
 in it is for the message only.
 """
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.cli import printable
+from support.files import try_lock
 from support.ranks import on_first_rank
 
 # Seconds to wait for a run that holds the lock. A killed one has left within a few, once the
@@ -28,10 +27,6 @@ HERE = 15
 ELSEWHERE = 120
 # from one try to the next
 PAUSE = 0.5
-
-# flock's errors where another process holds the lock, and where the file system has no locks
-HELD = (errno.EAGAIN, errno.EACCES)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 class Holder(NamedTuple):
@@ -75,19 +70,8 @@ class Lock:
             self.file = open(self.out / "lock", "a+b", buffering=0)
             # A forked child shares the lock: one that lived on would hold it for a dead run.
             os.register_at_fork(after_in_child=self.file.close)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in HELD:
-                return self.is_held()
-            if error.errno not in NO_LOCKS:
-                raise
-            print(
-                f"{self.out}: this file system cannot lock ({error.strerror}); nothing keeps a "
-                "second run from writing here",
-                file=sys.stderr,
-            )
-            return True
+        if not try_lock(self.file, self.out):
+            return self.is_held()
         self.sign()
         return True
 

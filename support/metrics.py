@@ -244,7 +244,7 @@ def plot(folder: str | Path) -> Path:
         text.set_parse_math(False)
     figure.tight_layout()
     picture = Path(folder) / "loss.png"
-    with naming(picture):
-        figure.savefig(picture, dpi=120)
+    with written_whole(picture) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
     return picture

@@ -430,7 +430,7 @@ def test_the_key_follows_what_a_change_needs(monkeypatch):
     """...and nothing else of the file."""
 
     def keys():
-        found = {name: job.key for name, job in details.all_jobs(0).items()}
+        found = {name: job.key for name, job in details.jobs(0).items()}
         assert len(set(found.values())) == len(found)
         return found
 
@@ -456,7 +456,7 @@ def test_the_key_follows_what_a_change_needs(monkeypatch):
     }
     assert changed_by("ROW_STD = 0.02", "ROW_STD = 0.03") == {"mean row", "random row", "zero row"}
     assert changed_by('words.removeprefix("then ")', "words") == {"divided by Z"}
-    of_runs = {name for name, job in details.all_jobs(0).items() if type(job) is FineTune}
+    of_runs = {name for name, job in details.jobs(0).items() if type(job) is FineTune}
     assert changed_by("super().flags(folder) | dict", "dict") == before.keys() - of_runs
     # words, and the page
     assert not changed_by('"""The token that ends a turn', '"""Other words')
@@ -496,13 +496,7 @@ def test_every_arm_is_another_and_fits_the_budget():
     arms = set()
     for detail in details.DETAILS.values():
         arms |= {detail.our_arm, detail.their_arm}
-    assert arms == details.all_jobs(0).keys()
-
-
-def test_more_seeds_for_what_few_do_not_decide(monkeypatch):
-    monkeypatch.setattr(details, "UNDECIDED", ("classes in a step",))
-    assert details.jobs(2).keys() == details.all_jobs(2).keys()
-    assert details.jobs(3).keys() == {"ours", "by chance"}
+    assert arms == details.jobs(0).keys()
 
 
 # ---- the page
@@ -525,7 +519,7 @@ def result(sampled, greedy):
 def test_the_table_pairs_the_seeds(monkeypatch):
     detail = details.Detail(made_by="`f`", theirs="so", ours="thus", their_arm="b", our_arm="a")
     monkeypatch.setattr(details, "DETAILS", {"it": detail})
-    ours = [result(0.5, 0.6), result(0.7, 0.6), result(0.6, 0.6), result(9, 9)]
+    ours = [result(0.5, 0.6), result(0.7, 0.6), result(0.6, 0.6)]
     theirs = [result(0.4, 0.6), result(0.6, 0.5), result(0.5, 0.7)]
     numbers, table = details.details_table({"a": ours, "b": theirs})
     assert numbers["it"]["theirs - ours"]["sampled"] == pytest.approx([-0.1, -0.1, -0.1])

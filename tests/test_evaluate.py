@@ -756,6 +756,10 @@ def test_pairs_are_asked_in_both_orders(answered, pair_requests, tmp_path, capsy
         ("tie", "tie"),
     ]
     capsys.readouterr()
+    evaluate("report", out)
+    pairs = len(lines(out))
+    line = f"{pairs} pairs are not against --baseline gpt-3.5-turbo, but of "
+    assert line in capsys.readouterr().err
     evaluate("report", out, "--baseline", "two")
     assert "50.0% (1 won, 1 lost, 2 tied; gpt-4)" in capsys.readouterr().out
 
@@ -1062,6 +1066,12 @@ def test_correlation_of_judges(tmp_path, capsys):
     agreement = f"claude-2 and gpt-4: Pearson r = {r:.2f} over 4 common judgments"
     assert agreement in capsys.readouterr().out
     assert png.stat().st_size > 1000
+    # a name is no formula
+    for row in rows:
+        row["judge"] = [row["judge"][0] + r" $\foo$", *row["judge"][1:]]
+    evaluate("report", write(tmp_path / "j.jsonl", rows), "--png", png)
+    one = write(tmp_path / "one.jsonl", [row for row in rows if "gpt-4" in row["judge"][0]])
+    assert "needs the judgments of two judges" in refused(main, "report", one, "--png", png)
 
 
 def test_the_paper_s_cases_can_be_asked(toy_run, tmp_path):

@@ -27,6 +27,7 @@ from paper.code_hash import code_hash, files_reached
 from paper.commands import PaperConfig, cell, interval, jobs_of
 from paper.runs import converse, found, perform, score
 from paper.toy import Task, answer, full_questions, habitual, make_task, solve
+from paper.toy import main as toy_main
 from sample import SampleConfig, Speaker
 
 COMMANDS = (
@@ -672,3 +673,11 @@ def test_the_whole_fits_its_budget():
     total = json.loads((ROOT / "results" / "paper" / "all.json").read_text())
     assert total["core_hours"] < 4
     assert 100 < total["runs"] <= 250
+
+
+@pytest.mark.parametrize("flag", ["--experts", "--others", "--heldout"])
+def test_the_toy_refuses_what_it_could_not_score(tmp_path, flag):
+    for number in (0, -5, 10**8):
+        line = refused(toy_main, "--out", tmp_path, flag, number)
+        assert f"{flag} {number} is not from 1 to" in line
+    assert not list(tmp_path.iterdir())

@@ -47,7 +47,7 @@ ELSEWHERE = {
     "python -m kernels.bench": "a GPU",
     "python -m kernels.bench rms_norm --T 16384 --D 5120": "a GPU",
     "python -m kernels.compile": "4 minutes; test_triton.py compiles",
-    "python -m kernels.bench --cpu": "a minute; test_kernels.py has its parts",
+    "python -m kernels.bench --cpu": "a minute; test_triton.py has it at a small size",
     "python -m paper.step": "test_survival.py runs it with --conversations 12 --rounds 1",
     "python tests/faults.py": "7 minutes; test_survival.py (long)",
     "python tests/same.py BEFORE AFTER": "two checkouts",

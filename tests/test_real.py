@@ -203,6 +203,13 @@ def test_what_is_measured_is_kept_and_a_torn_line_is_measured_again(done, chats,
     # another model's measurements are not its own
     path.write_text(whole.replace('"model": "', '"model": "x'))
     assert real_measure.measure(tmp_path, rows, 256) == found
+    # nor are those of a prompt that one more source has answered since
+    prompt = next(row for row in rows if real_measure.is_held_out(row))
+    more = [*rows, prompt | {"model": "another"}]
+    sources = set()
+    for line in real_measure.measure(tmp_path, more, 256):
+        sources.update(answer["source"] for answer in line["answers"])
+    assert "another" in sources
 
 
 @pytest.mark.long
@@ -216,7 +223,9 @@ def test_a_finished_run_is_not_trained_again_nor_with_other_settings(done, base,
 
 
 @pytest.mark.long
-def test_ctrl_c_saves_both_arms_and_the_same_line_goes_on(base, chats, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_both_arms_and_the_same_line_goes_on(base, chats, tmp_path, number):
+    """Ctrl-C, and a terminal that is closed."""
     command = [sys.executable, "-m", "paper.real", *words(base, chats, tmp_path, "--steps", "60")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env)
@@ -224,8 +233,8 @@ def test_ctrl_c_saves_both_arms_and_the_same_line_goes_on(base, chats, tmp_path)
     while not all(path.is_file() and path.read_text().count("\n") > 2 for path in metrics):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
     taken = [path.read_text().count("\n") for path in metrics]
     assert max(taken) < 60
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -1265,3 +1265,5 @@ def test_the_gpu_s_step_says_that_it_needs_one():
 
     assert "needs a GPU" in refused(paper.step.main, "--model", "7b")
     assert "is not one of cpu, 7b, 13b" in refused(paper.step.main, "--model", "8b")
+    assert "--rounds 0 is not above 0" in refused(paper.step.main, "--rounds", 0)
+    assert "is not one of none, cheap, all" in refused(paper.step.main, "--recompute", "al")

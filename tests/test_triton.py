@@ -26,7 +26,7 @@ from conftest import ROOT, call
 from kernels import compile as aot
 from kernels import cross_entropy, rms_norm, rotary_attention, swiglu
 from kernels.cases import cases
-from kernels.timing import Clock
+from kernels.timing import Clock, Times
 from model import RECOMPUTE
 
 MODULES = {
@@ -772,6 +772,7 @@ WRONG_FLAGS = (
     (["swiglu", "--D", 64], "goes with rms_norm"),
     (["swiglu", "--T", 0], "positive"),
     (["rotary_attention", "--lengths", "long"], "sharegpt, short or a number"),
+    (["rotary_attention", "--lengths", "00"], "sharegpt, short or a number"),
     (["rotary_attention", "--H", 3, "--G", 2], "multiple of --G"),
     (["layer_norm"], "choose from"),
     (["--show", "no.json"], "no such file"),
@@ -832,6 +833,20 @@ def test_bench_says_so_where_it_cannot_draw(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     bench.draw({"rows": []}, tmp_path / "bench.png")
     assert capsys.readouterr().out == "no picture: pip install matplotlib\n"
+    # nor where --minutes were over before the first case
+    monkeypatch.undo()
+    bench.draw({"rows": []}, tmp_path / "bench.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ours", "torch"])
+def test_head_and_loss_are_timed_on_a_cpu(name):
+    """What --cpu does in a process of its own, at a small size."""
+    from kernels import bench
+
+    row = bench.cpu_loss((name, 0.6, (64, 32, 97)))
+    assert row["seconds"] > 0
+    assert row["peak_bytes"] >= 0
 
 
 def test_nothing_is_begun_that_would_not_end_in_time(monkeypatch):
@@ -867,6 +882,25 @@ def test_tune_tries_every_value_and_goes_on_where_none_runs(tmp_path, monkeypatc
     rows = tune.tune_knob(case, cases()["swiglu"].KNOBS[0], 1, "cpu")
     assert {row["why_not"] for row in rows} == {"RuntimeError: out of shared memory"}
     assert not any(row.get("best") for row in rows)
+
+
+def test_a_value_with_a_larger_error_is_not_the_best(monkeypatch):
+    """However fast it is."""
+    from kernels import tune
+
+    case = tune.case_for(cases()["swiglu"], "cpu")
+    knob = cases()["swiglu"].KNOBS[0]
+    errors = iter([1e-3, 0.5, 1e-3, 1e-3, 1e-3])
+    times = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+    monkeypatch.setattr(tune, "errors_of", lambda *_: [next(errors)])
+
+    def seconds_of(functions, runs, device):
+        return {name: Times(x, x, x) for name, x in zip(functions, [next(times), 0.0])}
+
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    rows = tune.tune_knob(case, knob, 1, "cpu")
+    assert [row.get("best", False) for row in rows] == [False, False, True, False, False]
+    assert rows[1]["why_not"] == "error 5.0e-01"
 
 
 def test_a_knob_reads_what_it_turns():

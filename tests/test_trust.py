@@ -26,6 +26,7 @@ from support.checkpoint import fault as fault_of
 from support.cli import one_line
 from support.export import write_weights
 from support.files import write_json, written_whole
+from support.kept import KeptAnswers
 from support.metrics import Log
 from train import main
 
@@ -321,6 +322,29 @@ def test_small_files_that_do_not_fit_are_named_too(tmp_path, monkeypatch):
         partial.write_bytes(b"")
     assert one_line(error.value).startswith(f"{tmp_path}/answers.jsonl: No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+def test_answers_that_do_not_fit_name_their_file(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    with pytest.raises(OSError) as error, KeptAnswers(tmp_path / "out", {}, 9) as kept:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+        try:
+            kept.part("").add([0], [([1], "stop")], ["a" * 9000])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert one_line(error.value).startswith(f"{tmp_path}/out.partial: File too large; free space")
+
+
+def test_the_remedy_is_that_of_the_error():
+    def said(number):
+        return one_line(OSError(number, os.strerror(number), "x"))
+
+    assert (
+        said(errno.EACCES) == "x: Permission denied; change its permissions, or give another path"
+    )
+    assert said(errno.EISDIR) == "x: Is a directory; give another path"
+    assert said(errno.ENOSPC).endswith("; free space or choose another folder")
 
 
 def test_an_export_that_does_not_fit_names_the_file(tmp_path):
