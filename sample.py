@@ -796,7 +796,7 @@ def too_large(prompts: list[list[int]], kept: Part | None) -> str:
         f"the GPU is out of memory, with {len(prompts)} prompts of up to {longest} tokens at once; "
         "lower --batch or --max_new"
     )
-    if kept:
+    if kept and kept.kept.answers:
         # answers depend on both: batches are rounded in their own way
         line += f", and remove {kept.kept.path}, whose answers are of the old ones"
     return line
