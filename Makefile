@@ -44,7 +44,7 @@ lint: $(if $(VENV),$(VENV)/dev)
 
 # On a machine with a GPU, without a network: `make gpu VENV= PYTHON=python3 OUT=results`. Each part
 # keeps to its own clock (MINUTES=), writes into OUT as it goes, and leaves at most four flat files.
-# CHECK=1 tries the scripts on a CPU, without a time.
+# CHECK=1 tries the scripts on a CPU: nothing is timed or written.
 OUT ?= results
 TRY = $(if $(CHECK),--check)
 

@@ -872,7 +872,8 @@ def check_only_prepared(config: ShowConfig) -> None:
         is_for_both = option.name in ("files", "n", "at", "of")
         if not is_for_both and getattr(config, option.name) != option.default:
             raise ValueError(
-                f"--{option.name} is for conversation files; {config.files[0]} is prepared"
+                f"--{option.name} is for conversation files, and {config.files[0]} is prepared; "
+                "leave it out"
             )
 
 
