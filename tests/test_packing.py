@@ -1,5 +1,6 @@
 """From conversations to batches: packing.py, and its peers in paper/packing.py."""
 
+import heapq
 import itertools
 import time
 
@@ -84,6 +85,26 @@ def is_permutation(conversations, n):
     return np.array_equal(np.sort(conversations), np.arange(n))
 
 
+# CPU seconds of `calibrate` on a quiet machine: AMD with AVX-512, 2026-11-28
+QUIET = 0.105
+
+
+def calibrate():
+    """CPU seconds of work like the planner's: a heap, and sorts of numpy."""
+    began = time.process_time()
+    heap = list(range(1000))
+    for i in range(200_000):
+        heapq.heapreplace(heap, heap[0] + i)
+    for seed in range(10):
+        np.lexsort(np.random.default_rng(seed).random((2, 50_000)))
+    return time.process_time() - began
+
+
+def allowed(seconds):
+    """So many CPU seconds, or more where this machine is slower than the quiet one just now."""
+    return seconds * max(1, calibrate() / QUIET)
+
+
 LONG = [
     pytest.param(*case, marks=pytest.mark.long) for case in itertools.product((8, 16), range(6))
 ]
@@ -108,7 +129,7 @@ def test_plan_of_70000_sharegpt_like_conversations(M, seed):
     assert uneven(square).max() <= 1.06
     assert 0.98 <= share.min()
     assert share.max() <= 1.02
-    assert seconds < 1.5  # 0.15 to 0.7 s when nothing else runs
+    assert seconds < allowed(1.5)  # 0.15 to 0.7 s when nothing else runs
 
 
 @pytest.mark.parametrize(
@@ -140,7 +161,7 @@ def test_plan_of_very_many_short_conversations():
     lengths = np.append(np.random.default_rng(0).integers(10, 31, n - 1), 16_384)
     began = time.process_time()
     steps = plan(lengths, np.zeros(n, int), np.ones(n), 0, 0, 262_144, 16_384)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < allowed(5)
     assert len(flat(steps)) == n
     assert len(steps) <= -(-lengths.sum() // 262_144) + 1
 
@@ -215,7 +236,7 @@ def test_plan_of_70000_lengths_of_two_kinds_or_one_is_fast(
     seconds = time.process_time() - began
 
     assert len(tries) <= most_tries
-    assert seconds < 3  # 0.3 to 0.9 s when nothing else runs
+    assert seconds < allowed(3)  # 0.3 to 0.9 s when nothing else runs
     assert is_permutation(flat(steps), 70_000)
     assert len(steps) == pytest.approx(steps_are, abs=2)
     tokens, flops, _, share = measured(steps, lengths, class_ids, weight_sums, M, COST_7B)
@@ -261,7 +282,7 @@ def test_plan_of_a_million_conversations(kind):
     lengths, class_ids, weight_sums = lengths_of(kind, 1_000_000)
     began = time.process_time()
     steps = plan(lengths, class_ids, weight_sums, 0, 0, 131_072, 16_384, COST_7B)
-    assert time.process_time() - began < 25  # 6 to 12 s when nothing else runs
+    assert time.process_time() - began < allowed(25)  # 6 to 12 s when nothing else runs
     assert is_permutation(flat(steps), 1_000_000)
 
 
@@ -277,7 +298,7 @@ def test_a_run_of_too_many_epochs_is_refused_before_they_are_planned():
         began = time.process_time()
         with pytest.raises(ValueError, match=message):
             all_steps(data, everything, TrainConfig(**sizes, **flag), COST_7B)
-        assert time.process_time() - began < 1
+        assert time.process_time() - began < allowed(1)
     steps, ends = all_steps(data, everything, TrainConfig(**sizes, steps=12), COST_7B)
     assert len(steps) == 12
     assert ends == [5, 10, 15]
