@@ -79,8 +79,9 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
         b_dx = b_r * (b_g - b_n * (tl.sum(b_g * b_n, 0) / D))
         if dh is not None:
             b_dx += tl.load(dh + i_t * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_dw += b_dy * b_n
         tl.store(dx + i_t * D + o_d, b_dx.to(dx.dtype.element_ty), mask=m_d)
+        # after the store: before it, fp16 at D = 4,096 spills (kernels.compile)
+        b_dw += b_dy * b_n
     tl.store(dw_partial + i_p * D + o_d, b_dw, mask=m_d)
 
 
