@@ -795,7 +795,9 @@ with together(str) as store:
     whole = sum(p.numel() for p in model.parameters())
     share = 4 * whole / dist.get_world_size()
     largest = 4 * max(*layers, config.vocab_size * config.hidden_size)
-    print("PROBE", dist.get_rank(), highest - before, share, largest, flush=True)
+    # in one piece, or the ranks' words would mix
+    line = f"PROBE {dist.get_rank()} {highest - before} {share} {largest}"
+    print(f"\\n{line}\\n", end="", flush=True)
 """
 
 
