@@ -61,9 +61,10 @@ def on_device_of(x):
 def attention_without_cudnn():
     """For `with`: scaled_dot_product_attention takes any form but cuDNN's.
 
-    On Hopper and Blackwell cuDNN's is PyTorch's first choice. It plans anew for every new length,
-    which takes tenths of a second (https://github.com/modelscope/FunASR/issues/3704), and our
-    lengths are always new: by one token in decoding, by conversation in the reference.
+    On Blackwell, and by version on Hopper, cuDNN's is PyTorch's first choice. It plans anew for
+    every new length: on a B200 that took half a second
+    (https://github.com/modelscope/FunASR/issues/3704; we have not measured it). Our lengths are
+    always new: by one token in decoding, by conversation in the reference.
     """
     return sdpa_kernel(
         [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
