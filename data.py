@@ -453,7 +453,7 @@ def label_lines(meta: dict) -> list[str]:
             lines.append(f"{label} {conversations:,} -> {on_one_line(name)}")
         others = meta["counts"][name]["conversations"] - sum(labels.values())
         if others:
-            lines.append(f"other labels {others:,} -> {name}")
+            lines.append(f"other labels {others:,} -> {on_one_line(name)}")
     return lines
 
 

@@ -848,7 +848,7 @@ def base_sha256(model: str) -> str | None:
     if model in SIZES:
         return None
     folder = Path(model)
-    # without a manifest this does nothing
+    # without a manifest a line says so
     check_manifest(folder)
     names = []
     for path in sorted(folder.iterdir()):

@@ -30,6 +30,7 @@ import numpy as np
 
 from evaluation.agieval import TASKS, agieval_table
 from evaluation.rows import MEND, name_or_number, require, rows_of, table_head, table_row
+from support.cli import printable
 from support.fields import is_number, shown
 
 # AlpacaEval's answers are compared with those of a reference model, each a column of its own
@@ -336,10 +337,8 @@ def say_what_is_not_counted(judges: dict, baseline: str) -> None:
                 models.update(both)
     if pairs:
         names = ", ".join(name for name, _ in models.most_common(NAMES_SHOWN))
-        print(
-            f"{pairs} pairs are not against --baseline {baseline}, but of {names}: not counted",
-            file=sys.stderr,
-        )
+        line = f"{pairs} pairs are not against --baseline {baseline}, but of {names}: not counted"
+        print(printable(line), file=sys.stderr)
 
 
 def print_win_rates(judges: dict, baseline: str) -> None:

@@ -88,7 +88,7 @@ def _bwd_kernel(h, w, r, dy, dh, dx, dw_partial, T, D: tl.constexpr, BD: tl.cons
 def _shape(D):
     """What both kernels are launched with for rows of D elements."""
     BD = triton.next_power_of_2(D)
-    # 8 elements a thread, one 16-byte load of bf16, until there are as many warps
+    # 8 elements a thread, one 16-byte load of bf16, as long as MOST_WARPS are enough for that
     num_warps = min(max(BD // 256, 1), MOST_WARPS)
     return {"D": D, "BD": BD, "num_warps": num_warps}
 

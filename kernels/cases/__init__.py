@@ -61,6 +61,21 @@ class Knob:
     turn: Callable
 
 
+def constants(name: str, direction: str, values: tuple, module: ModuleType, *names: str) -> Knob:
+    """The knob of constants of a kernel's module: of several, a value is a tuple."""
+
+    def read(_arch):
+        found = tuple(getattr(module, constant) for constant in names)
+        return found if len(names) > 1 else found[0]
+
+    def turn(_arch, value):
+        parts = value if len(names) > 1 else (value,)
+        for constant, part in zip(names, parts, strict=True):
+            setattr(module, constant, part)
+
+    return Knob(name, direction, values, lambda _arch: ", ".join(names), read, turn)
+
+
 # Peers that are not here, or break: name -> why. Printed, and written into the results.
 absent: dict[str, str] = {}
 

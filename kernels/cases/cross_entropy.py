@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import cross_entropy as module
-from kernels.cases import Case, Cost, Knob, compiled, optional
+from kernels.cases import Case, Cost, Knob, compiled, constants, optional
 from kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_op,
@@ -28,10 +28,7 @@ def turn_chunk(_arch, value):
     module.CHUNK_BYTES["cuda"] = value
 
 
-def turn_block(_arch, value):
-    module.BLOCK, module.WARPS = value
-
-
+BLOCKS = ((2048, 4), (4096, 8), (8192, 8), (8192, 16))
 KNOBS = [
     Knob(
         "bytes of a chunk",
@@ -41,14 +38,7 @@ KNOBS = [
         read=lambda arch: module.CHUNK_BYTES["cuda"],
         turn=turn_chunk,
     ),
-    Knob(
-        "block, warps",
-        "both",
-        values=((2048, 4), (4096, 8), (8192, 8), (8192, 16)),
-        place=lambda arch: "BLOCK, WARPS",
-        read=lambda arch: (module.BLOCK, module.WARPS),
-        turn=turn_block,
-    ),
+    constants("block, warps", "both", BLOCKS, module, "BLOCK", "WARPS"),
 ]
 
 

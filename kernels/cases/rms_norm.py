@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import rms_norm as module
-from kernels.cases import Case, Cost, Knob, compiled, optional
+from kernels.cases import Case, Cost, Knob, compiled, constants, optional
 from kernels.rms_norm import rms_norm, rms_norm_bwd_op, rms_norm_op, rms_norm_ref
 
 LESSON = 1
@@ -16,10 +16,6 @@ SMALL = {"T": 96, "D": 64}
 COMPILED = [{"D": 4096}, {"D": 5120}, {"D": 8192}, {"D": 96}, {"D": 4096, "T": 17}]
 
 
-def turn_warps(_arch, value):
-    module.MOST_WARPS = value
-
-
 KNOBS = [
     Knob(
         "backward programs",
@@ -29,14 +25,7 @@ KNOBS = [
         read=lambda arch: module.PROGRAMS[arch],
         turn=module.PROGRAMS.__setitem__,
     ),
-    Knob(
-        "most warps",
-        "backward",
-        values=(4, 8, 16),
-        place=lambda arch: "MOST_WARPS",
-        read=lambda arch: module.MOST_WARPS,
-        turn=turn_warps,
-    ),
+    constants("most warps", "backward", (4, 8, 16), module, "MOST_WARPS"),
 ]
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from kernels import swiglu as module
-from kernels.cases import Case, Cost, Knob, compiled, optional
+from kernels.cases import Case, Cost, compiled, constants, optional
 from kernels.swiglu import swiglu, swiglu_bwd_op, swiglu_op, swiglu_ref
 
 LESSON = 2
@@ -16,20 +16,8 @@ SMALL = {"T": 96, "F": 80}
 COMPILED = [{"F": 11008}, {"F": 11009, "T": 17}]
 
 
-def turn_block(_arch, value):
-    module.BLOCK, module.WARPS = value
-
-
-KNOBS = [
-    Knob(
-        "block, warps",
-        "both",
-        values=((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)),
-        place=lambda arch: "BLOCK, WARPS",
-        read=lambda arch: (module.BLOCK, module.WARPS),
-        turn=turn_block,
-    )
-]
+BLOCKS = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))
+KNOBS = [constants("block, warps", "both", BLOCKS, module, "BLOCK", "WARPS")]
 
 
 def case_of(make, device, T, F):
